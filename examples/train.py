@@ -1,0 +1,30 @@
+"""Trains a language model whose training state is several times larger than the memory of all GPUs together.
+
+Usage:
+    python examples/train.py                               # the machine's GPUs, or two small emulated ones
+    python examples/train.py --gpus 4 gpu_memory=12MiB     # = gpus=4
+    python examples/train.py model=gpt_medium strategy.mode=pp strategy.microbatch_size=4
+    python examples/train.py strategy=plain                # Lightning's own default, for comparison
+"""
+
+import hydra
+import lightning as L
+from hydra.utils import instantiate
+from launch import accept_flags, gpu_nbytes, make_trainer
+from omegaconf import DictConfig
+from report import Meter, print_report
+
+
+@hydra.main(version_base="1.3", config_path="../conf", config_name="train")
+def main(cfg: DictConfig) -> None:
+    L.seed_everything(cfg.seed)
+    model, data, meter = instantiate(cfg.model), instantiate(cfg.data), Meter("val_loss")
+    trainer = make_trainer(cfg, meter)
+    trainer.validate(model, data, verbose=False)
+    trainer.fit(model, data)
+    print_report(trainer, meter, gpu_nbytes(cfg, trainer))
+
+
+if __name__ == "__main__":
+    accept_flags("gpus", "gpu_memory")
+    main()

@@ -1,0 +1,31 @@
+"""Every error that this package raises on purpose.
+
+    HarmonyError
+    |-- ConfigurationError      a knob or a plan that cannot work; raised before the first step
+    |-- CapacityError           a layer or a pack that cannot fit; raised before the first step
+    |-- DeviceOutOfMemoryError  an allocation on a device that went over its limit
+    `-- UnsupportedError        user code that cannot be run layer-major, with the way out
+
+Each message tells what failed, the values, and the remedy. Errors of the user's own code are never replaced: they keep
+their type and traceback, and get a note that names layer, pack, microbatch and device.
+"""
+
+
+class HarmonyError(Exception):
+    """The root: `except HarmonyError` catches what this package raises on purpose and nothing else."""
+
+
+class ConfigurationError(HarmonyError, ValueError):
+    """A knob, a plan or an environment that cannot work."""
+
+
+class CapacityError(HarmonyError, RuntimeError):
+    """The model cannot be trained under the memory limit, known before the first step."""
+
+
+class DeviceOutOfMemoryError(HarmonyError, RuntimeError):
+    """A device refused an allocation. The text holds "out of memory", which tools look for."""
+
+
+class UnsupportedError(HarmonyError, RuntimeError):
+    """User code that the layer-major runtime cannot run correctly."""

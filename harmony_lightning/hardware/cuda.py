@@ -1,0 +1,170 @@
+"""Real GPUs behind the protocol. Importing it touches none of them."""
+
+import contextlib
+import logging
+import mmap
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+
+from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.hardware.device import Device, Event, Lane
+from harmony_lightning.units import format_nbytes
+
+log = logging.getLogger(__name__)
+
+_MARGIN_BYTES = 512 * 2**20
+"""Left free when no limit is given: library workspaces and fragmentation, which no plan counts."""
+_REGISTER_PORTABLE = 1
+"""cudaHostRegisterPortable: pinned for every GPU of the process, not only the current one."""
+
+
+class CudaDevice:
+    """One CUDA GPU. COMPUTE is the user's current stream; the swap lanes are streams of our own, made on first use.
+
+    Args:
+        index: position within the cluster, which may differ from CUDA's ordinal.
+        torch_device: with its ordinal, as `torch.device("cuda", 1)`.
+        memory_bytes: the limit, enforced through torch's caching allocator; None offers what is free, less a margin.
+
+    Raises:
+        ConfigurationError: more memory is asked for than the GPU has.
+    """
+
+    def __init__(self, index: int, torch_device: torch.device, memory_bytes: int | None = None) -> None:
+        if torch_device.type != "cuda" or torch_device.index is None:
+            raise ConfigurationError(f"a CUDA device needs its ordinal, such as cuda:0; got {str(torch_device)!r}")
+        self.index = index
+        self.torch_device = torch_device
+        free_bytes, total_bytes = torch.cuda.mem_get_info(torch_device)
+        if memory_bytes is None:
+            # What torch has already reserved in this process is not free to the driver, yet free to us.
+            memory_bytes = free_bytes + torch.cuda.memory_reserved(torch_device) - _MARGIN_BYTES
+            if memory_bytes <= 0:
+                raise ConfigurationError(
+                    f"{self.name} has only {format_nbytes(free_bytes)} of {format_nbytes(total_bytes)} free; end the "
+                    "other processes on this GPU or choose another one"
+                )
+        else:
+            if not 0 < memory_bytes <= total_bytes:
+                raise ConfigurationError(
+                    f"a limit of {format_nbytes(memory_bytes)} is asked for, but {self.name} has "
+                    f"{format_nbytes(total_bytes)}; set memory to at most that"
+                )
+            torch.cuda.set_per_process_memory_fraction(memory_bytes / total_bytes, torch_device)
+        self.memory_bytes = memory_bytes
+        self._swap_streams: dict[Lane, torch.cuda.Stream] = {}
+        self._compute_stream: torch.cuda.Stream | None = None
+        """The stream that was current when a lane was entered; None outside of lanes."""
+
+    @property
+    def name(self) -> str:
+        return f"gpu{self.index}"
+
+    @contextlib.contextmanager
+    def lane(self, lane: Lane) -> Iterator[None]:
+        outer = self._compute_stream
+        self._compute_stream = self._stream(Lane.COMPUTE)
+        try:
+            with torch.cuda.stream(self._stream(lane)):
+                yield
+        finally:
+            self._compute_stream = outer
+
+    def record(self, lane: Lane) -> Event:
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(self._stream(lane))
+        return event
+
+    def wait(self, lane: Lane, event: Event) -> None:
+        if not isinstance(event, torch.cuda.Event):
+            raise TypeError(f"{self.name} can wait for CUDA events only, got {type(event).__name__}")
+        self._stream(lane).wait_event(event)
+
+    def allocated_bytes(self) -> int:
+        return torch.cuda.memory_allocated(self.torch_device)
+
+    def peak_bytes(self) -> int:
+        return torch.cuda.max_memory_allocated(self.torch_device)
+
+    def reset_peak(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def random_state(self) -> torch.Tensor | None:
+        return torch.cuda.get_rng_state(self.torch_device)
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        torch.cuda.set_rng_state(state, self.torch_device)
+
+    def seed_random(self, seed: int) -> None:
+        torch.cuda.init()  # type: ignore[no-untyped-call]  # The default generators exist only after it.
+        torch.cuda.default_generators[self.torch_device.index].manual_seed(seed)
+
+    def __repr__(self) -> str:
+        return f"CudaDevice({self.name}, {self.torch_device}, {format_nbytes(self.memory_bytes)})"
+
+    def _stream(self, lane: Lane) -> torch.cuda.Stream:
+        if lane is Lane.COMPUTE:
+            # Inside a swap lane torch's current stream is that lane's.
+            return self._compute_stream or torch.cuda.current_stream(self.torch_device)
+        if lane not in self._swap_streams:
+            self._swap_streams[lane] = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
+        return self._swap_streams[lane]
+
+
+class CudaCluster:
+    """The given CUDA devices, numbered from 0 in that order; `memory_bytes` limits each of them."""
+
+    def __init__(self, devices: Sequence[torch.device], memory_bytes: int | None = None) -> None:
+        if not devices:
+            raise ConfigurationError("a CUDA cluster needs at least one device, got none; set devices, such as cuda:0")
+        if len(set(devices)) < len(devices):
+            raise ConfigurationError(f"a CUDA device may be named once only, got {', '.join(map(str, devices))}")
+        self._devices = tuple(CudaDevice(index, device, memory_bytes) for index, device in enumerate(devices))
+        self._has_warned = False
+
+    @property
+    def devices(self) -> Sequence[Device]:
+        return self._devices
+
+    @property
+    def host_is_device(self) -> bool:
+        return False
+
+    def activate(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """Page-aligned and pinned in place: torch's own pinned allocator would round up to a power of two."""
+        block = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
+        start = -block.data_ptr() % mmap.PAGESIZE
+        buffer = block[start : start + nbytes]
+        if nbytes == 0:
+            return buffer
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+        with torch.cuda.device(self._devices[0].torch_device):
+            error = int(cudart.cudaHostRegister(buffer.data_ptr(), nbytes, _REGISTER_PORTABLE))
+        if error == 0:
+            # Unregistered before the memory goes back to the system; not at exit, when the driver cleans up by itself.
+            finalizer = weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, buffer.data_ptr())
+            finalizer.atexit = False
+            return buffer
+        self._clear_last_error()
+        if not self._has_warned:
+            self._has_warned = True
+            log.warning(
+                "cannot pin host memory (cudaHostRegister error %d); copies to and from it block. Raise the limit "
+                "on locked memory (ulimit -l) or free host memory",
+                error,
+            )
+        return buffer
+
+    def _clear_last_error(self) -> None:
+        """Let the next kernel launch report the failure here, else it would surface in the user's first operation."""
+        with contextlib.suppress(RuntimeError):
+            torch.ones(1, device=self._devices[0].torch_device)
+
+    def __repr__(self) -> str:
+        return f"CudaCluster({', '.join(str(device.torch_device) for device in self._devices)})"

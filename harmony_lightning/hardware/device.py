@@ -1,0 +1,86 @@
+"""What the runtime asks of a GPU, and nothing more.
+
+Two implementations obey this protocol: `cuda.CudaDevice` and `emulated.EmulatedDevice`; `host.HostDevice` is the trivial
+third for training without any GPU. Nothing above this room asks which one it holds.
+
+Each device has three lanes, in-order queues of work: COMPUTE runs kernels, SWAP_IN copies from the host, SWAP_OUT copies
+to the host. A lane runs ahead of Python; what one lane produces another may touch only after it has waited for an event
+recorded behind the producer.
+"""
+
+import enum
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+
+
+class Lane(enum.Enum):
+    """In-order queue of work on one device."""
+
+    COMPUTE = "compute"
+    SWAP_IN = "swap-in"
+    SWAP_OUT = "swap-out"
+
+
+class Event(Protocol):
+    """A point in a lane's queue, reached or not."""
+
+    def synchronize(self) -> None:
+        """Block the calling thread until the lane has reached the point."""
+
+
+class Device(Protocol):
+    """One GPU, as the runtime sees it. `index` counts from 0 within the cluster."""
+
+    index: int
+    torch_device: torch.device
+    memory_bytes: int
+    """The limit: what this device offers to the runtime and the user's code together."""
+
+    @property
+    def name(self) -> str:
+        """"gpu0", for messages."""
+
+    def lane(self, lane: Lane) -> AbstractContextManager[None]:
+        """Work enqueued inside goes to `lane`."""
+
+    def record(self, lane: Lane) -> Event:
+        """The point behind everything enqueued on `lane` so far."""
+
+    def wait(self, lane: Lane, event: Event) -> None:
+        """Let later work on `lane` start only when `event` is reached; does not block the caller."""
+
+    def allocated_bytes(self) -> int:
+        """Bytes of tensors alive on the device now."""
+
+    def peak_bytes(self) -> int:
+        """The most bytes that were alive at once since the last `reset_peak`."""
+
+    def reset_peak(self) -> None: ...
+
+    def random_state(self) -> torch.Tensor | None:
+        """State of the device's own random generator; None if the host's generator serves it."""
+
+    def set_random_state(self, state: torch.Tensor) -> None: ...
+
+    def seed_random(self, seed: int) -> None:
+        """Seed the device's own generator, if it has one."""
+
+
+class Cluster(Protocol):
+    """The GPUs of one server."""
+
+    @property
+    def devices(self) -> Sequence[Device]: ...
+
+    @property
+    def host_is_device(self) -> bool:
+        """True when the only device is the host itself: nothing to swap."""
+
+    def activate(self) -> AbstractContextManager[None]:
+        """Whatever must be in force on the calling thread while tensors on these devices are worked with."""
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        """An uninitialised uint8 host tensor that the devices can copy to and from without blocking."""

@@ -1,0 +1,101 @@
+"""A server of emulated GPUs: devices `cpu:0 .. cpu:N-1` with real numbers, a memory limit and exact byte counters.
+
+Most machines have no GPU and few have several, yet what matters here (who holds what where, and what crosses the links)
+is arithmetic over tensors, not silicon.
+"""
+
+import contextlib
+import functools
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Self
+
+import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+
+from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.hardware.emulated_device import EmulatedDevice, Traffic
+from harmony_lightning.hardware.emulated_tensor import EmulatedMode, EmulatedTensor, storage_key
+from harmony_lightning.units import parse_nbytes
+
+__all__ = ["EmulatedCluster", "EmulatedDevice", "EmulatedMode", "EmulatedTensor", "Traffic", "storage_key"]
+
+
+@dataclass(frozen=True, eq=False)
+class EmulatedCluster:
+    """Emulated GPUs `cpu:0 .. cpu:num_gpus-1`, each with `memory` ("64MiB", or bytes).
+
+    Raises:
+        ConfigurationError: no GPU, or a memory that is not a size.
+    """
+
+    num_gpus: int = 1
+    memory: str | int = "64MiB"
+    devices: tuple[EmulatedDevice, ...] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.num_gpus, int) or isinstance(self.num_gpus, bool) or self.num_gpus < 1:
+            raise ConfigurationError(f"num_gpus must be a whole number of at least 1, got {self.num_gpus!r}")
+        memory_bytes = parse_nbytes(self.memory)
+        devices = tuple(EmulatedDevice(index, memory_bytes) for index in range(self.num_gpus))
+        for device in devices:
+            device.cluster_devices = devices
+        object.__setattr__(self, "devices", devices)
+
+    @property
+    def host_is_device(self) -> bool:
+        return False
+
+    @contextlib.contextmanager
+    def activate(self) -> Iterator[None]:
+        modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, EmulatedMode)]
+        if modes and modes[-1].devices is self.devices:
+            yield
+        else:
+            with _literals_on_devices(), EmulatedMode(self.devices):
+                yield
+
+    def host_buffer(self, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int, str | int]]:
+        return type(self), (self.num_gpus, self.memory)
+
+
+# `torch.tensor(data, device="cpu:0")` drops the index before any dispatch mode sees it, so these names are replaced
+# while a cluster is active on any thread. On threads without one the replacement gives what the original gives.
+_LITERALS: dict[str, Callable[..., torch.Tensor]] = {
+    name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")
+}
+_literals_lock = threading.Lock()
+_literals_users = 0
+
+
+@contextlib.contextmanager
+def _literals_on_devices() -> Iterator[None]:
+    global _literals_users
+    with _literals_lock:
+        _literals_users += 1
+        if _literals_users == 1:
+            for name, original in _LITERALS.items():
+                setattr(torch, name, _follow_device(original))
+    try:
+        yield
+    finally:
+        with _literals_lock:
+            _literals_users -= 1
+            if _literals_users == 0:
+                for name, original in _LITERALS.items():
+                    setattr(torch, name, original)
+
+
+def _follow_device(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    @functools.wraps(original)
+    def literal(*args: Any, **kwargs: Any) -> torch.Tensor:
+        tensor = original(*args, **kwargs)
+        if kwargs.get("device") is None or tensor.device == torch.device(kwargs["device"]):
+            return tensor
+        return tensor.detach().to(kwargs["device"]).requires_grad_(tensor.requires_grad)
+
+    return literal

@@ -1,0 +1,137 @@
+"""An emulated GPU: a memory limit, exact byte counters, and lanes in which everything has already happened.
+
+A storage is charged when the first tensor that looks into it is made and given back when the last one dies. Left out:
+the temporaries inside one operation, the allocator's rounding and fragmentation, time.
+"""
+
+import weakref
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+
+import torch
+
+from harmony_lightning.errors import DeviceOutOfMemoryError
+from harmony_lightning.hardware.device import Event, Lane
+from harmony_lightning.units import format_nbytes
+
+
+@dataclass(slots=True, kw_only=True)
+class Traffic:
+    """Bytes that crossed a device's links since it was made, implicit copies of scalars and indices included."""
+
+    host_to_device_bytes: int = 0
+    device_to_host_bytes: int = 0
+    peer_bytes: int = 0
+    """Received from other devices; the sender does not count them again."""
+
+
+class Allocation:
+    """One storage on one device. Alive while any tensor looks into the storage; gives the bytes back when it dies."""
+
+    __slots__ = ("__weakref__", "device", "nbytes", "storage")
+
+    def __init__(self, device: "EmulatedDevice", storage: torch.UntypedStorage, nbytes: int) -> None:
+        self.device = device
+        self.storage = storage  # Held so that its address, the key in the device's table, is not reused too early.
+        self.nbytes = nbytes
+
+    def __del__(self) -> None:
+        self.device._release(self)
+
+
+class EmulatedDevice:
+    """A GPU in name, memory and traffic. Lanes are synchronous: an event is reached once it is recorded."""
+
+    def __init__(self, index: int, memory_bytes: int) -> None:
+        self.index = index
+        self.torch_device = torch.device("cpu", index)
+        self.memory_bytes = memory_bytes
+        self.traffic = Traffic()
+        self.cluster_devices: Sequence[EmulatedDevice] = (self,)
+        """What `cpu:i` means to tensors that live here."""
+        self._allocated = 0
+        self._peak = 0
+        self._allocations: dict[int, weakref.ref[Allocation]] = {}
+
+    @property
+    def name(self) -> str:
+        return f"gpu{self.index}"
+
+    def lane(self, lane: Lane) -> AbstractContextManager[None]:
+        return nullcontext()
+
+    def record(self, lane: Lane) -> Event:
+        return _REACHED
+
+    def wait(self, lane: Lane, event: Event) -> None:
+        pass
+
+    def allocated_bytes(self) -> int:
+        return self._allocated
+
+    def peak_bytes(self) -> int:
+        return self._peak
+
+    def reset_peak(self) -> None:
+        self._peak = self._allocated
+
+    def random_state(self) -> torch.Tensor | None:
+        return None
+
+    def set_random_state(self, state: torch.Tensor) -> None:
+        pass
+
+    def seed_random(self, seed: int) -> None:
+        pass
+
+    def __repr__(self) -> str:
+        return f"EmulatedDevice({self.name}, {format_nbytes(self._allocated)} of {format_nbytes(self.memory_bytes)})"
+
+    def hold(self, storage: torch.UntypedStorage) -> Allocation:
+        """The storage's allocation, made and charged if the storage is new here.
+
+        Raises:
+            DeviceOutOfMemoryError: the storage does not fit; nothing is charged.
+        """
+        found = self._allocations.get(storage._cdata)
+        if found is not None and (allocation := found()) is not None:
+            return allocation
+        nbytes = storage.nbytes()
+        self._charge(nbytes)
+        allocation = Allocation(self, storage, nbytes)
+        self._allocations[storage._cdata] = weakref.ref(allocation)
+        return allocation
+
+    def recharge(self, allocation: Allocation) -> None:
+        """Follow a storage that an operation has resized."""
+        nbytes = allocation.storage.nbytes()
+        self._charge(nbytes - allocation.nbytes)
+        allocation.nbytes = nbytes
+
+    def _charge(self, nbytes: int) -> None:
+        allocated = self._allocated + nbytes
+        if allocated > self.memory_bytes and nbytes > 0:
+            raise DeviceOutOfMemoryError(
+                f"{self.name} out of memory: tried to allocate {_exact(nbytes)} with {_exact(self._allocated)} in use; "
+                f"the limit is {_exact(self.memory_bytes)}. Make the tensors smaller or raise the cluster's memory"
+            )
+        self._allocated = allocated
+        if allocated > self._peak:
+            self._peak = allocated
+
+    def _release(self, allocation: Allocation) -> None:
+        del self._allocations[allocation.storage._cdata]
+        self._allocated -= allocation.nbytes
+
+
+class _Reached:
+    def synchronize(self) -> None:
+        pass
+
+
+_REACHED = _Reached()
+
+
+def _exact(nbytes: int) -> str:
+    return f"{format_nbytes(nbytes)} ({nbytes} bytes)"

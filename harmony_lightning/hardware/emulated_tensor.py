@@ -1,0 +1,435 @@
+"""Tensors on emulated GPUs, and what each operation on them does.
+
+A device tensor is a wrapper around a host tensor. Every operation runs as plain CPU code on the inner tensors, bitwise
+the same; the wrapper adds what a GPU would: tensors of different devices do not mix, an allocation over the limit
+fails, and every byte that crosses a link is counted.
+
+    wrapper (size, stride, device cpu:i) --.inner_tensor--> host tensor --> storage
+                                         \\-.allocation----> Allocation --------^   one per storage, shared by its views
+
+All of this happens below autograd, which sees ordinary tensors of device `cpu:i`.
+"""
+
+import copy
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from typing_extensions import override
+
+from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
+from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
+
+aten = torch.ops.aten
+_HOST = torch.device("cpu")
+
+
+class EmulatedTensor(torch.Tensor):
+    """A tensor on an emulated GPU. Made by torch's own functions (`.to("cpu:0")`, factories), not by hand."""
+
+    inner_tensor: torch.Tensor
+    allocation: Allocation
+    home: EmulatedDevice
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor, home: EmulatedDevice) -> "EmulatedTensor":
+        if inner.layout is not torch.strided:
+            raise UnsupportedError(
+                f"{home.name} cannot hold a {inner.layout} tensor of shape {tuple(inner.shape)}; emulated GPUs hold "
+                "dense tensors only (for embeddings: sparse=False)"
+            )
+        allocation = home.hold(inner.untyped_storage())
+        wrapper: EmulatedTensor = torch.Tensor._make_wrapper_subclass(
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=home.torch_device,
+        )
+        if inner.is_conj():
+            torch._C._set_conj(wrapper, True)
+        if inner.is_neg():
+            torch._C._set_neg(wrapper, True)
+        wrapper.inner_tensor = inner
+        wrapper.allocation = allocation
+        wrapper.home = home
+        return wrapper
+
+    @classmethod
+    @override
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
+        return _run(func, args, kwargs or {}, None)
+
+    def __tensor_flatten__(self) -> tuple[list[str], EmulatedDevice]:
+        return ["inner_tensor"], self.home
+
+    @staticmethod
+    def __tensor_unflatten__(
+        inner: dict[str, torch.Tensor], home: EmulatedDevice, size: Any, stride: Any
+    ) -> "EmulatedTensor":
+        return EmulatedTensor(inner["inner_tensor"], home)
+
+    @property
+    def data(self) -> torch.Tensor:
+        return _BASE_DATA.__get__(self)  # type: ignore[no-any-return]
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        if isinstance(value, EmulatedTensor):
+            _BASE_DATA.__set__(self, value)
+            self.inner_tensor, self.allocation, self.home = value.inner_tensor, value.allocation, value.home
+        else:
+            # What `module.to("cpu")` does: the same Python object becomes a host tensor, and so does its gradient.
+            host = self._dress(value.detach())
+            if isinstance(self.grad, EmulatedTensor):
+                host.grad = self.grad.inner_tensor.clone()
+            torch.utils.swap_tensors(self, host)  # type: ignore[no-untyped-call]
+
+    @override
+    def untyped_storage(self) -> torch.UntypedStorage:
+        return self.inner_tensor.untyped_storage()
+
+    @override
+    def data_ptr(self) -> int:
+        return self.inner_tensor.data_ptr()
+
+    @override
+    def new_tensor(  # type: ignore[override]
+        self, data: Any, *, device: Any = None, requires_grad: bool = False, **kwargs: Any
+    ) -> torch.Tensor:
+        host = torch.tensor(data, dtype=kwargs.pop("dtype", None) or self.dtype, **kwargs)
+        return host.to(self.home.torch_device if device is None else device).requires_grad_(requires_grad)
+
+    @override
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
+    @override
+    def numpy(self, *, force: bool = False) -> Any:
+        if not force:
+            raise TypeError(f"can't convert a tensor on {self.home.name} to numpy; call .cpu() first")
+        return self.detach().cpu().numpy(force=True)
+
+    @override
+    def __array__(self, dtype: Any = None) -> Any:
+        return self.numpy()
+
+    @override
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        grad = ", requires_grad=True" if self.requires_grad else ""
+        return f"EmulatedTensor({self.inner_tensor!r}, device={self.home.name!r}{grad})"
+
+    @override
+    def __format__(self, format_spec: str) -> str:
+        return format(self.item(), format_spec) if self.dim() == 0 else object.__format__(self, format_spec)
+
+    def __copy__(self) -> torch.Tensor:
+        return self._dress(self.detach())
+
+    @override
+    def __deepcopy__(self, memo: dict[int, Any]) -> torch.Tensor:
+        if id(self) in memo:
+            return memo[id(self)]  # type: ignore[no-any-return]
+        if not self.is_leaf:
+            raise RuntimeError("only graph leaves support deepcopy; detach() the tensor first")
+        # Through the inner tensor, so that tensors that share a storage share it after the copy as well.
+        twin = self._dress(EmulatedTensor(copy.deepcopy(self.inner_tensor, memo), self.home))
+        memo[id(self)] = twin
+        if self.grad is not None:
+            twin.grad = copy.deepcopy(self.grad, memo)
+        return twin
+
+    @override
+    def __reduce_ex__(self, proto: Any) -> Any:
+        """Pickles as a host tensor: a file must not depend on who was emulated when it was written."""
+        return self._dress(self.detach().cpu()).__reduce_ex__(proto)  # type: ignore[no-untyped-call]
+
+    def _dress(self, tensor: torch.Tensor) -> torch.Tensor:
+        """`tensor` as what this one is to its user: a parameter or not, with the attributes hung on it."""
+        if isinstance(self, torch.nn.Parameter):
+            tensor = torch.nn.Parameter(tensor, self.requires_grad)
+        else:
+            tensor.requires_grad_(self.requires_grad)
+        own = {"inner_tensor", "allocation", "home", "_is_param"}
+        tensor.__dict__.update({name: value for name, value in self.__dict__.items() if name not in own})
+        return tensor
+
+
+_BASE_DATA: Any = torch.Tensor.data
+
+
+class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Gives `cpu:i` its meaning on this thread, for operations that no device tensor takes part in."""
+
+    def __init__(self, devices: Sequence[EmulatedDevice]) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.devices = devices
+
+    @override
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if EmulatedTensor in types:
+            return _run(func, args, kwargs or {}, self.devices)
+        if kwargs:
+            # Host memory needs no pinning for an emulated GPU, and pinning fails where there is no real one.
+            if kwargs.get("pin_memory"):
+                kwargs = {**kwargs, "pin_memory": False}
+            device = kwargs.get("device")
+            if device is not None and device.index is not None:
+                return _run(func, args, kwargs, self.devices)
+            return func(*args, **kwargs)
+        if func is aten._pin_memory.default:
+            return args[0].clone()
+        return func(*args)
+
+
+def storage_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory: the address of the storage that holds the numbers."""
+    return tensor.untyped_storage().data_ptr()
+
+
+class _Recipe:
+    """What an operation's schema says that matters here, worked out once per operation."""
+
+    __slots__ = ("factory", "mutates", "returned", "run")
+
+    def __init__(self, func: Any) -> None:
+        schema = func._schema
+        self.run: Callable[..., Any] | None = _SPECIAL.get(func)
+        self.factory = any(argument.name == "device" for argument in schema.arguments)
+        written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
+        self.mutates = tuple((index, argument.name) for index, argument in written)
+        by_set = {frozenset(argument.alias_info.before_set): (i, argument.name) for i, argument in written}
+        # For each return the argument that it is, or None if it is a tensor of its own (or a view, or no tensor).
+        self.returned = tuple(
+            by_set.get(frozenset(r.alias_info.before_set))
+            if r.alias_info is not None and r.alias_info.is_write
+            else None
+            for r in schema.returns
+        )
+
+
+_RECIPES: dict[Any, _Recipe] = {}
+
+
+def _run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
+    """Run `func` on the inner tensors. `devices` is what the mode in force takes `cpu:i` for, None without a mode."""
+    recipe = _RECIPES.get(func)
+    if recipe is None:
+        recipe = _RECIPES[func] = _Recipe(func)
+    if recipe.run is not None:
+        return recipe.run(func, args, kwargs, devices)
+    homes: list[EmulatedDevice] = []
+    hosts: list[torch.Tensor] = []
+    inner_args = [_unwrap(arg, homes, hosts) for arg in args]
+    inner_kwargs = {name: _unwrap(arg, homes, hosts) for name, arg in kwargs.items()} if kwargs else kwargs
+    home = homes[0] if homes else None
+    if recipe.factory:
+        if kwargs.get("device") is not None:
+            home = _resolve(kwargs["device"], homes, devices)
+            inner_kwargs["device"] = _HOST if home is not None else kwargs["device"]
+        inner_kwargs.pop("pin_memory", None)
+    elif hosts or len(homes) > 1:
+        _check_same_device(func, recipe, args, kwargs, homes, hosts)
+    out = func(*inner_args, **inner_kwargs)
+    if home is None:
+        return out
+    if not recipe.mutates:
+        return _wrap(out, home)
+    for index, name in recipe.mutates:
+        _follow(args[index] if index < len(args) else kwargs.get(name))
+    if not recipe.returned:
+        return out
+    outs = out if len(recipe.returned) > 1 else (out,)
+    results = tuple(
+        _wrap(value, home) if source is None else args[source[0]] if source[0] < len(args) else kwargs[source[1]]
+        for value, source in zip(outs, recipe.returned, strict=True)
+    )
+    return results if len(results) > 1 else results[0]
+
+
+def _unwrap(value: Any, homes: list[EmulatedDevice], hosts: list[torch.Tensor]) -> Any:
+    if type(value) is EmulatedTensor:
+        if value.home not in homes:
+            homes.append(value.home)
+        return value.inner_tensor
+    if isinstance(value, (list, tuple)):
+        return [_unwrap(item, homes, hosts) for item in value]
+    if isinstance(value, torch.Tensor):
+        hosts.append(value)
+    return value
+
+
+def _wrap(value: Any, home: EmulatedDevice) -> Any:
+    if isinstance(value, torch.Tensor):
+        return EmulatedTensor(value, home)
+    if isinstance(value, (list, tuple)):
+        return (
+            [_wrap(item, home) for item in value] if isinstance(value, list) else tuple(_wrap(v, home) for v in value)
+        )
+    return value
+
+
+def _follow(value: Any) -> None:
+    """Bring a wrapper in line with its inner tensor, which an operation wrote to and may have reshaped or resized."""
+    if isinstance(value, (list, tuple)):
+        for item in value:
+            _follow(item)
+        return
+    if type(value) is not EmulatedTensor:
+        return
+    inner, allocation = value.inner_tensor, value.allocation
+    storage = inner.untyped_storage()
+    try:
+        if storage._cdata != allocation.storage._cdata:
+            value.allocation = value.home.hold(storage)
+        elif storage.nbytes() != allocation.nbytes:
+            value.home.recharge(allocation)
+    except DeviceOutOfMemoryError:
+        allocation.storage.resize_(allocation.nbytes)
+        inner.set_(allocation.storage, value.storage_offset(), value.size(), value.stride())
+        raise
+    if (
+        inner.size() != value.size()
+        or inner.stride() != value.stride()
+        or inner.storage_offset() != value.storage_offset()
+    ):
+        _BASE_DATA.__set__(value, EmulatedTensor(inner, value.home))
+
+
+def _resolve(
+    device: torch.device | str, homes: Sequence[EmulatedDevice], devices: Sequence[EmulatedDevice] | None
+) -> EmulatedDevice | None:
+    """The emulated device that `device` names, None for the host and for devices that are not ours (meta)."""
+    device = torch.device(device)
+    known = homes[0].cluster_devices if homes else devices
+    if device.type != "cpu" or device.index is None or known is None:
+        return None
+    if device.index >= len(known):
+        raise ConfigurationError(
+            f"{device} is no device of this cluster, which has {', '.join(d.name for d in known)}; raise num_gpus or "
+            f"use an index below {len(known)}"
+        )
+    return known[device.index]
+
+
+def _check_same_device(
+    func: Any, recipe: _Recipe, args: Any, kwargs: Any, homes: list[EmulatedDevice], hosts: list[torch.Tensor]
+) -> None:
+    """What CUDA asks for: one device, beside which only host scalars and host indices may be read."""
+    if not homes:
+        return
+    if func in _HOST_INDICES and len(homes) == 1:
+        indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
+        homes[0].traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
+        hosts = [host for host in hosts if all(host is not index for index in indices)]
+    written = [args[index] if index < len(args) else kwargs.get(name) for index, name in recipe.mutates]
+    if len(homes) > 1 or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
+        _refuse(func, args, kwargs)
+    homes[0].traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
+
+
+def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
+    tensors: list[str] = []
+
+    def note(value: Any) -> None:
+        if isinstance(value, (list, tuple)):
+            for item in value:
+                note(item)
+        elif isinstance(value, torch.Tensor):
+            place = value.home.name if isinstance(value, EmulatedTensor) else "host"
+            tensors.append(f"{tuple(value.shape)} on {place}")
+
+    note([*args, *kwargs.values()])
+    raise RuntimeError(
+        f"{func}: expected all tensors to be on the same device, but found {', '.join(tensors)}; move them to one "
+        "device with .to()"
+    )
+
+
+def _count(source: EmulatedDevice | None, target: EmulatedDevice | None, nbytes: int) -> None:
+    if source is target:
+        return
+    if target is None:
+        assert source is not None
+        source.traffic.device_to_host_bytes += nbytes
+    elif source is None:
+        target.traffic.host_to_device_bytes += nbytes
+    else:
+        target.traffic.peer_bytes += nbytes
+
+
+def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
+    source = args[0]
+    home = source.home if type(source) is EmulatedTensor else None
+    inner = source.inner_tensor if home is not None else source
+    kwargs = {**kwargs, "pin_memory": None}
+    target = home
+    if kwargs.get("device") is not None:
+        target = _resolve(kwargs["device"], () if home is None else (home,), devices)
+        if target is None and torch.device(kwargs["device"]).type != "cpu":
+            return func(inner, **kwargs)  # type: ignore[no-any-return]
+        kwargs["device"] = _HOST
+    out: torch.Tensor = func(inner, **kwargs)
+    result = out if target is None else EmulatedTensor(out, target)
+    _count(home, target, out.nbytes)
+    return result
+
+
+def _copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
+    target, source = args[0], args[1]
+    is_target_ours, is_source_ours = type(target) is EmulatedTensor, type(source) is EmulatedTensor
+    func(
+        target.inner_tensor if is_target_ours else target,
+        source.inner_tensor if is_source_ours else source,
+        *args[2:],
+        **kwargs,
+    )
+    # The link carries what the target receives: as on CUDA, the source side converts and broadcasts first.
+    _count(source.home if is_source_ours else None, target.home if is_target_ours else None, target.nbytes)
+    return target  # type: ignore[no-any-return]
+
+
+def _foreach_copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> None:
+    for target, source in zip(args[0], args[1], strict=True):
+        _copy_(aten.copy_.default, (target, source), kwargs, devices)
+
+
+def _item(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
+    tensor = args[0]
+    tensor.home.traffic.device_to_host_bytes += tensor.element_size()
+    return func(tensor.inner_tensor)
+
+
+def _pack_padded(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
+    """Lengths and batch sizes live on the host, as with CUDA: recurrent layers read them to plan their loop."""
+    padded, lengths, *rest = args
+    if type(padded) is not EmulatedTensor or type(lengths) is EmulatedTensor:
+        raise RuntimeError(f"{func}: `lengths` must be a host tensor and the padded input a device tensor")
+    data, batch_sizes = func(padded.inner_tensor, lengths, *rest, **kwargs)
+    return EmulatedTensor(data, padded.home), batch_sizes
+
+
+def _refuse_pin(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> NoReturn:
+    raise RuntimeError(f"cannot pin a tensor of shape {tuple(args[0].shape)} on {args[0].home.name}; only host tensors")
+
+
+_SPECIAL: dict[Any, Callable[..., Any]] = {
+    aten._to_copy.default: _to_copy,
+    aten.copy_.default: _copy_,
+    aten._foreach_copy_.default: _foreach_copy_,
+    aten._local_scalar_dense.default: _item,
+    aten._pack_padded_sequence.default: _pack_padded,
+    aten._pin_memory.default: _refuse_pin,
+}
+_HOST_INDICES = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+    aten._unsafe_index_put.default,
+}

@@ -1,0 +1,197 @@
+"""Merges the `self.log` calls of the microbatches of one step into the calls of one whole minibatch.
+
+Lightning's result collection takes every call for a whole minibatch: of M calls under one key it shows the last as the
+step's value, and weighs each with the full batch size in the epoch's mean, which is wrong for uneven microbatches. So
+during the step a stand-in takes the collection's place. It buffers, and on success makes one call per key:
+
+    microbatch 0 (3 samples)   log("loss", 1.0) --.
+    microbatch 1 (3 samples)   log("loss", 2.0) ---+-> log("loss", 1.714, batch_size=None)
+    microbatch 2 (1 sample)    log("loss", 3.0) --'
+
+Without the user's own `batch_size` none is passed: Lightning then reads it from the whole batch, as it always does.
+
+Not merged: the step's value of a `torchmetrics.Metric` is that of the last microbatch (its epoch value is right, it was
+updated by all). Wrong arguments are reported by Lightning when the step ends, in its own words. A value logged with `sum`
+is summed over the microbatches, a constant too.
+
+Nothing of Lightning is imported, so both of its packages are served.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_SUM, _MEAN, _MAX, _MIN = "sum", "mean", "max", "min"
+_REDUCTIONS: dict[Any, str] = {
+    torch.mean: _MEAN,
+    torch.sum: _SUM,
+    torch.max: _MAX,
+    torch.min: _MIN,
+    sum: _SUM,
+    max: _MAX,
+    min: _MIN,
+    "mean": _MEAN,
+    "avg": _MEAN,
+    "sum": _SUM,
+    "max": _MAX,
+    "min": _MIN,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    fx: str
+    name: str
+    value: Any
+    num_samples: int
+    kwargs: dict[str, Any]
+
+
+class MergedLog:
+    """Stands in for the training loop's result collection; everything but `log` is the collection's own.
+
+    Args:
+        results: the collection, which must hold the whole minibatch as its `batch`.
+        microbatch: gives (index, number of samples) of the microbatch that is running, for microbatches that interleave;
+            without it `set_microbatch` tells.
+        device: where logged values are brought; None leaves them where they are.
+    """
+
+    __slots__ = ("_calls", "_current", "_device", "_microbatch", "_results", "_seen")
+
+    _results: Any
+    _microbatch: Callable[[], tuple[int, int]] | None
+    _device: torch.device | None
+    _current: tuple[int, int]
+    _calls: dict[tuple[str, str, int], list[_Call]]
+    _seen: Counter[tuple[int, str, str]]
+
+    def __init__(
+        self,
+        results: Any,
+        microbatch: Callable[[], tuple[int, int]] | None = None,
+        device: torch.device | None = None,
+    ) -> None:
+        for name, value in (
+            ("_results", results),
+            ("_microbatch", microbatch),
+            ("_device", device),
+            ("_current", (0, 1)),
+            ("_calls", {}),
+            ("_seen", Counter()),
+        ):
+            object.__setattr__(self, name, value)
+
+    def set_microbatch(self, index: int, num_samples: int) -> None:
+        """Whose calls come next."""
+        object.__setattr__(self, "_current", (index, num_samples))
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def log(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
+        """Buffers what the collection's own `log` takes."""
+        index, num_samples = self._current if self._microbatch is None else self._microbatch()
+        if isinstance(value, Tensor) and not kwargs.get("enable_graph", False):
+            value = value.detach()  # a graph kept here would keep the microbatch's activations
+        if isinstance(value, Tensor) and self._device is not None:
+            value = value.to(self._device, non_blocking=True)
+        # A key may be logged several times within one training_step: the n-th calls of all microbatches belong together.
+        nth = self._seen[index, fx, name]
+        self._seen[index, fx, name] += 1
+        call = _Call(fx=fx, name=name, value=value, num_samples=num_samples, kwargs=kwargs)
+        self._calls.setdefault((fx, name, nth), []).append(call)
+
+    def replay(self) -> None:
+        """Makes the merged calls on the collection, keys in the order in which they came first, and forgets them."""
+        groups = list(self._calls.values())
+        self._calls.clear()
+        self._seen.clear()
+        for calls in groups:
+            for call in _merge(calls):
+                self._results.log(call.fx, call.name, call.value, **call.kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._results, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        setattr(self._results, name, value)
+
+    # The collection is a dict, and Lightning asks for its truth. Python looks such methods up on the type.
+    def __len__(self) -> int:
+        return len(self._results)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._results)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._results
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._results[key]
+
+
+@contextmanager
+def merged_log(
+    loop: Any,
+    microbatch: Callable[[], tuple[int, int]] | None = None,
+    device: torch.device | None = None,
+) -> Iterator[MergedLog]:
+    """Merges what is logged within, for one step of a loop that holds a result collection as `_results`.
+
+    The real collection is back on every exit. After an exception nothing is replayed.
+    """
+    results = loop._results
+    merged = MergedLog(results, microbatch, device)
+    loop._results = merged
+    try:
+        yield merged
+    finally:
+        loop._results = results
+    merged.replay()
+
+
+def _merge(calls: list[_Call]) -> list[_Call]:
+    """One call for all; unmerged where Lightning has to judge them: unlike arguments, a reduction it does not know."""
+    first, last = calls[0], calls[-1]
+    if len(calls) == 1:
+        return calls
+    arguments = {key: value for key, value in first.kwargs.items() if key != "batch_size"}
+    if any({key: value for key, value in call.kwargs.items() if key != "batch_size"} != arguments for call in calls):
+        return calls
+    if not any(isinstance(call.value, Tensor) for call in calls):
+        return [last]  # a Metric: one object that all microbatches have updated
+    reduce_fx = first.kwargs.get("reduce_fx", _MEAN)
+    reduction = _REDUCTIONS.get(reduce_fx.lower() if isinstance(reduce_fx, str) else reduce_fx)
+    if reduction is None or not all(isinstance(call.value, Tensor) for call in calls):
+        return calls
+
+    sizes = [call.kwargs.get("batch_size") for call in calls]
+    known = [size for size in sizes if size is not None]
+    is_explicit = len(known) == len(sizes)
+    value = _reduce(reduction, [call.value for call in calls], known if is_explicit else [c.num_samples for c in calls])
+    batch_size = sum(known) if is_explicit else None
+    kwargs = {**first.kwargs, "batch_size": batch_size}
+    return [_Call(fx=first.fx, name=first.name, value=value, num_samples=first.num_samples, kwargs=kwargs)]
+
+
+def _reduce(reduction: str, values: list[Tensor], weights: list[int]) -> Tensor:
+    stacked = torch.stack([value.to(values[0].device) for value in values])
+    if reduction == _SUM:
+        return stacked.sum(0)
+    if reduction == _MAX:
+        return stacked.amax(0)
+    if reduction == _MIN:
+        return stacked.amin(0)
+    # Lightning keeps logged values in float32 or float64; half precision would round them before it does so.
+    if stacked.dtype not in (torch.float32, torch.float64):
+        default = torch.get_default_dtype()
+        stacked = stacked.to(default if default == torch.float64 else torch.float32)
+    total = sum(weights)
+    shares = [weight / total for weight in weights] if total else [1 / len(weights)] * len(weights)
+    mean = sum(share * value for share, value in zip(shares, stacked.unbind(0), strict=True))
+    # Constants (an epoch, a learning rate) keep their bits, and the device is not waited for to find out.
+    return torch.where((stacked == stacked[0]).all(0), stacked[0], torch.as_tensor(mean))

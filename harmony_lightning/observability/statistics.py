@@ -1,0 +1,29 @@
+"""What has been done so far, as a frozen record."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Statistics:
+    """Exact counts since training or evaluation was set up. Bytes are payload: what the tensors hold."""
+
+    steps: int
+    """Training steps (minibatches)."""
+    num_microbatches: int
+    """Microbatches of the last minibatch's plan; 0 before the first step."""
+    num_packs: int
+    """Packs of the plan; 0 before the first step."""
+    swap_in_bytes: int
+    """Weights brought to devices."""
+    swap_out_bytes: int
+    """Gradients brought to the host."""
+    p2p_bytes: int
+    """Activations and gradients moved from device to device."""
+    stash_in_bytes: int
+    """Layer inputs that came back from the host."""
+    stash_out_bytes: int
+    """Layer inputs that went to the host to wait for backward."""
+    input_bytes: int
+    """Minibatches and module buffers brought to devices."""
+    peak_device_bytes: tuple[int, ...]
+    """The most bytes that were alive at once, per device."""

@@ -1,0 +1,116 @@
+"""The plan: every decision about a run, readable and writable by hand.
+
+The runtime carries a plan out and decides nothing that stands here. Vocabulary and placement are those of Li et al.,
+"Harmony", VLDB 2022, section 4: packs of consecutive layers, dealt round-robin over the GPUs (*pp*, wrap-around), or
+microbatches dealt round-robin while every GPU runs every pack (*dp*).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.plan.record import Record
+
+ALIGNMENT = 64
+"""Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pack(Record):
+    """Consecutive layers that are swapped in and out together."""
+
+    layers: tuple[str, ...]
+    """Names of the modules, in the order in which they are called."""
+    parameters: tuple[str, ...]
+    """Names of all their parameters, each once, in arena order."""
+    nbytes: int
+    """Bytes of the weights."""
+    trainable_nbytes: int
+    """Bytes of those weights that get a gradient."""
+    slot_nbytes: int
+    """Bytes of the weights as they lie in an arena, alignment included."""
+    gradient_slot_nbytes: int
+    """Bytes of the gradients as they lie in an arena, alignment included."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan(Record):
+    """What runs where, in which portions, and what waits where meanwhile."""
+
+    mode: Literal["pp", "dp"]
+    num_devices: int
+    memory_bytes: int
+    """What each device offers, bytes."""
+    microbatch_size: int
+    """Samples per microbatch; the last one of a minibatch may be smaller."""
+    num_microbatches: int
+    """Microbatches of the minibatch that the plan was made for."""
+    packs: tuple[Pack, ...]
+    """In forward order; forward and backward of the last one meet (fused)."""
+    stash: Literal["device", "host"]
+    """Where inputs of layers wait from forward to backward."""
+    prefetch: int
+    """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("pp", "dp"):
+            raise ConfigurationError(f"mode must be 'pp' or 'dp', got {self.mode!r}")
+        if self.stash not in ("device", "host"):
+            raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
+        if self.prefetch not in (0, 1):
+            raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
+        for name in ("num_devices", "memory_bytes", "microbatch_size", "num_microbatches"):
+            if getattr(self, name) < 1:
+                raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.packs:
+            raise ConfigurationError("a plan needs at least one pack")
+
+    def device(self, pack: int, microbatch: int) -> int:
+        """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
+        return (pack if self.mode == "pp" else microbatch) % self.num_devices
+
+    def follows(self, order: Sequence[str], loops: Sequence[frozenset[str]]) -> bool:
+        """Whether packs are in the order of these calls, and layers that take turns share one."""
+        called = set(order)
+        pack_of = {layer: index for index, pack in enumerate(self.packs) for layer in pack.layers}
+        planned = [layer for pack in self.packs for layer in pack.layers if layer in called]
+        return planned == list(order) and all(len({pack_of[layer] for layer in loop}) == 1 for loop in loops)
+
+    @property
+    def num_active_devices(self) -> int:
+        """Devices that get any work in one step."""
+        return min(self.num_devices, len(self.packs) if self.mode == "pp" else self.num_microbatches)
+
+    def visitors(self, pack: int) -> tuple[int, ...]:
+        """Devices that a pack visits in one step, ascending."""
+        return tuple(sorted({self.device(pack, m) for m in range(self.num_microbatches)}))
+
+    @property
+    def swap_in_bytes_per_step(self) -> int:
+        """Bytes of weights that one step must bring in when every pack trains and is called once.
+
+        Twice each pack and visited device, less the packs at which forward and backward meet: the last pack on each
+        device is still there when its backward begins.
+        """
+        total = 0
+        for index, pack in enumerate(self.packs):
+            for device in self.visitors(index):
+                is_last = not any(device in self.visitors(later) for later in range(index + 1, len(self.packs)))
+                total += pack.nbytes * (1 if is_last else 2)
+        return total
+
+    @property
+    def swap_out_bytes_per_step(self) -> int:
+        """Bytes of gradients that one step must bring out: each once."""
+        return sum(pack.trainable_nbytes for pack in self.packs)
+
+    def arena_nbytes(self) -> int:
+        """Bytes that the weight and gradient slots take on each device."""
+        per_slot = max(pack.slot_nbytes for pack in self.packs)
+        per_gradient_slot = max(pack.gradient_slot_nbytes for pack in self.packs)
+        return (1 + self.prefetch) * (per_slot + per_gradient_slot)

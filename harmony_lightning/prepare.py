@@ -1,0 +1,84 @@
+"""From a module to a plan: decompose, then pack. Strategy and command line both come through here."""
+
+import logging
+from dataclasses import dataclass
+
+from torch import nn
+
+from harmony_lightning.config import HarmonyConfig
+from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.decomposer.discover import decompose
+from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.plan import Plan
+from harmony_lightning.scheduler import make_plan, unit_nbytes
+from harmony_lightning.units import format_nbytes
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Workload:
+    """How much comes at once."""
+
+    microbatch_size: int
+    num_microbatches: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallOrder:
+    """What a traced step showed: layers by first call, and sets of layers that take turns."""
+
+    layers: tuple[str, ...] = ()
+    loops: tuple[frozenset[str], ...] = ()
+
+
+def prepare(
+    root: nn.Module,
+    cluster: Cluster,
+    config: HarmonyConfig,
+    workload: Workload,
+    call_order: CallOrder | None = None,
+) -> tuple[Decomposition, Plan]:
+    """The layers of `root` and the plan for one step of this workload.
+
+    Raises:
+        ConfigurationError: a weight is not on the host, or a knob fits nothing.
+        CapacityError: some layer cannot fit.
+    """
+    for name, parameter in root.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ConfigurationError(
+                f"weight {name} is on {parameter.device}; the strategy needs the module on the host, because there its "
+                f"masters live: build it on the CPU and materialise meta tensors before training"
+            )
+    memory_bytes = min(device.memory_bytes for device in cluster.devices)
+    nbytes = sum(parameter.nbytes for parameter in root.parameters())
+    decomposition = decompose(root, unit_nbytes(nbytes, memory_bytes), config.layers)
+    if call_order is not None:
+        decomposition = decomposition.reordered(call_order.layers)
+    plan = make_plan(
+        decomposition,
+        mode="dp" if config.mode == "dp" else "pp",
+        num_devices=len(cluster.devices),
+        memory_bytes=memory_bytes,
+        microbatch_size=workload.microbatch_size,
+        num_microbatches=workload.num_microbatches,
+        stash="device" if cluster.host_is_device or config.stash == "device" else "host",
+        host_is_device=cluster.host_is_device,
+        together=call_order.loops if call_order is not None else (),
+    )
+    log.info(
+        "harmony plan: %s, %d layers in %d packs (largest %s), %d microbatches of %d samples, %d device(s) of %s, stash "
+        "on the %s",
+        plan.mode,
+        len(decomposition.layers),
+        len(plan.packs),
+        format_nbytes(max(pack.nbytes for pack in plan.packs)),
+        plan.num_microbatches,
+        plan.microbatch_size,
+        plan.num_devices,
+        format_nbytes(plan.memory_bytes),
+        plan.stash,
+    )
+    return decomposition, plan

@@ -1,0 +1,78 @@
+"""Arenas: many weights in one flat piece of memory, so that a pack moves in one copy.
+
+On the host, the user's `Parameter` objects stay what they are; only their memory is moved, each into its place in its
+pack's arena. There is no second copy. Each parameter gets a storage of its own over that memory, of exactly its size:
+saving, pickling or sharing one parameter touches that parameter and not the whole arena.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.plan import aligned
+
+
+@dataclass(frozen=True, slots=True)
+class Region:
+    """Where one tensor lies in an arena, and how it is laid out there."""
+
+    start: int
+    stop: int
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+    def view(self, arena: torch.Tensor) -> torch.Tensor:
+        """The tensor within `arena` (uint8, flat)."""
+        return arena[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+Layout = dict[str, Region]
+
+
+def lay_out(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> Layout:
+    """Regions for the named tensors, one behind the other, each aligned."""
+    layout: Layout = {}
+    start = 0
+    for name in names:
+        tensor = parameters[name]
+        stride = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
+        layout[name] = Region(start, start + tensor.nbytes, tensor.dtype, tensor.shape, stride)
+        start += aligned(tensor.nbytes)
+    return layout
+
+
+def layout_nbytes(layout: Layout) -> int:
+    return max((aligned(region.stop) for region in layout.values()), default=0)
+
+
+def _is_dense(tensor: torch.Tensor) -> bool:
+    """Whether the elements fill a gapless piece of memory in some order of the dimensions."""
+    expected = 1
+    for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        if size > 1 and stride != expected:
+            return False
+        expected *= size
+    return True
+
+
+class HostArena:
+    """The host memory of one pack's weights."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], names: Iterable[str], cluster: Cluster) -> None:
+        """Moves the memory of the named parameters, which must be on the host, into a new arena."""
+        self.layout = lay_out(parameters, names)
+        self.bytes = cluster.host_buffer(layout_nbytes(self.layout))
+        buffer = self.bytes.numpy()
+        for name, region in self.layout.items():
+            parameter = parameters[name]
+            if parameter.numel() == 0:
+                continue
+            own = torch.frombuffer(buffer, dtype=region.dtype, count=parameter.numel(), offset=region.start)
+            own = own.as_strided(region.shape, region.stride)
+            with torch.no_grad():
+                own.copy_(parameter)
+            parameter.data = own

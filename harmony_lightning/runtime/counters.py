@@ -1,0 +1,17 @@
+"""Running counts of one engine; `observability.Statistics` is the frozen picture that users see."""
+
+from dataclasses import dataclass
+
+
+@dataclass(slots=True)
+class Counters:
+    """Exact payload bytes and counts since the engine was made."""
+
+    steps: int = 0
+    num_microbatches: int = 0
+    swap_in_bytes: int = 0
+    swap_out_bytes: int = 0
+    p2p_bytes: int = 0
+    stash_in_bytes: int = 0
+    stash_out_bytes: int = 0
+    input_bytes: int = 0

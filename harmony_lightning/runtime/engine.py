@@ -1,0 +1,486 @@
+"""The engine: carries a plan out, layer-major, over the user's own code.
+
+    forward     all microbatches go through pack 0, then through pack 1, ...; in the last pack each one finishes and
+                runs its backward at once (fused), so that logits of only one microbatch are ever alive
+    backward    all microbatches go back through the last but one pack, ..., pack 0; a pack whose last segment is done
+                sends its gradients to the host, where `on_complete` may update its weights while others still compute
+
+Which pack comes next is read off the microbatches themselves: the foremost pack that one of them waits for. So loops,
+skipped layers and other orders than the plan's need no special case, only more swapping.
+"""
+
+import dataclasses
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import greenlet
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+
+from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.decomposer.discover import weight_names
+from harmony_lightning.hardware.device import Cluster, Device
+from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.buffers import BufferStore
+from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.gradients import GradientStore, OnComplete
+from harmony_lightning.runtime.layer import call_layer
+from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
+from harmony_lightning.runtime.segment import Glue, Import, Segment, add_place
+from harmony_lightning.runtime.site import Interposition, Site
+from harmony_lightning.runtime.stash import HostStash
+from harmony_lightning.runtime.trace import Trace
+from harmony_lightning.runtime.worker import HostWorker
+
+log = logging.getLogger(__name__)
+
+
+Settle = Callable[[Any], tuple[torch.Tensor | None, Any]]
+"""Takes a microbatch's result apart: its loss, and the result with that loss detached."""
+
+
+class Engine:
+    """Runs steps of one root module under one plan. Between `load` and `close` the module's calls come here."""
+
+    def __init__(self, root: nn.Module, cluster: Cluster) -> None:
+        self.root = root
+        self.cluster = cluster
+        self.counters = Counters()
+        self.worker = HostWorker()
+        self.trace = Trace()
+        self.parameters: dict[str, nn.Parameter] = {}
+        self.buffers = BufferStore(self.counters)
+        self._interposition = Interposition(root)
+        self._current: Microbatch | None = None
+        self._depth = 0
+        """How many layers the running code is inside of."""
+        self._is_recomputing = False
+        self._is_aborting = False
+        self._upcoming: dict[int, int] = {}
+        """By device, the pack to swap in behind the running one."""
+        self.anchor = torch.zeros((), requires_grad=True)
+        """A leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are."""
+        self._microbatches: list[Microbatch] = []
+        self._segments_left: Counter[int] = Counter()
+        self._uses_left: Counter[str] = Counter()
+        self._expected_factor = 1.0
+        self.has_loss = False
+        """Whether some microbatch of the step returned a loss that can be differentiated."""
+        self._glue: dict[tuple[str, int], torch.Tensor] = {}
+        """Device copies of glue weights during one visit."""
+        self._plan: Plan | None = None
+
+    # Between steps ------------------------------------------------------------------------------------------------
+
+    def load(self, plan: Plan, decomposition: Decomposition) -> None:
+        """Bring the root module under this plan: arenas, slots and interposed calls."""
+        self.worker.drain()
+        self._plan = plan
+        names = weight_names(self.root)
+        self.parameters = dict(self.root.named_parameters())
+        self._names = names
+        devices = self.cluster.devices
+        self._torch_devices = frozenset(device.torch_device for device in devices)
+        self._weights: list[DeviceWeights] | list[HostWeights]
+        if self.cluster.host_is_device:
+            self._weights = [HostWeights(self.parameters, plan)]
+        else:
+            store = WeightStore(self.parameters, plan, self.cluster)
+            self._weights = [DeviceWeights(device, store, plan, self.counters) for device in devices]
+        self.gradients: GradientStore = GradientStore(self.parameters, plan, self.cluster, self.counters, self.worker)
+        self._stash = HostStash(self._stashing_segment, self._stays_on_device, self.counters)
+        self._trained = tuple(parameter.requires_grad for parameter in self.parameters.values())
+        packs = {name: index for index, pack in enumerate(plan.packs) for name in pack.layers}
+        layers = {layer.name: layer.weights for layer in decomposition.layers}
+        self._pack_of_weight = {name: i for i, pack in reversed(list(enumerate(plan.packs))) for name in pack.parameters}
+        self._interposition.install(packs, layers, names, self._dispatch)
+
+    @property
+    def plan(self) -> Plan:
+        assert self._plan is not None, "no plan is loaded"
+        return self._plan
+
+    @property
+    def is_loaded(self) -> bool:
+        return self._plan is not None
+
+    @property
+    def running_microbatch(self) -> int:
+        """Index of the microbatch whose code is running; 0 if none is."""
+        return self._current.index if self._current is not None else 0
+
+    def resize(self, microbatch_size: int, num_microbatches: int) -> None:
+        """Note in the plan what a minibatch turned out to be; packs stay as they are."""
+        self._plan = dataclasses.replace(
+            self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches
+        )
+
+    def is_out_of_date(self) -> bool:
+        """Whether parameters came, went or changed `requires_grad` since `load`."""
+        now = dict(self.root.named_parameters())
+        return list(now) != list(self.parameters) or any(
+            parameter is not self.parameters[name] or parameter.requires_grad != trained
+            for (name, parameter), trained in zip(now.items(), self._trained, strict=True)
+        )
+
+    def close(self) -> None:
+        """Give the module its own calls back and let go of devices and threads. May be called twice."""
+        self.abort()
+        self._interposition.remove()
+        self.worker.close()
+        self._weights = []
+        self._plan = None
+
+    def abort(self) -> None:
+        """End all microbatches where they stand and drop what they left behind; weights stay as they are."""
+        microbatches, self._microbatches = self._microbatches, []
+        self._is_aborting = True
+        for microbatch in microbatches:
+            microbatch.kill()
+        self._is_aborting = False
+        self._current = None
+        self._depth = 0
+        self._is_recomputing = False
+        self._upcoming = {}
+        self._segments_left.clear()
+        self._uses_left.clear()
+        self._glue.clear()
+        self.buffers.discard()
+        if self._plan is not None:
+            self._stash.let_go()
+            for weights in self._weights:
+                weights.release_all()
+            try:
+                self.gradients.discard()
+            except Exception:
+                log.exception("the host worker failed while the step was being given up")
+
+    # A training step ----------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        functions: Sequence[Callable[[], Any]],
+        shares: Sequence[float],
+        settle: Settle,
+        factor: float = 1.0,
+    ) -> list[Any]:
+        """Run every function as a microbatch, to its end, with the backward of its last segment.
+
+        Args:
+            functions: one call of user code per microbatch.
+            shares: what each microbatch's loss counts in the minibatch's.
+            settle: takes a result apart.
+            factor: the gradient of the minibatch's loss that `backward` is expected to be given.
+
+        Returns:
+            The results; losses in them are detached.
+        """
+        self.abort()
+        self._expected_factor = factor
+        self.has_loss = False
+        streams: list[Stream | None] = [None]
+        if len(functions) > 1:
+            step_seed = draw_step_seed()
+            streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
+        own = Stream(None)
+        own.suspend()
+        microbatches = [
+            Microbatch(self, m, function, stream, is_cut=True)
+            for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
+        ]
+        self._microbatches = microbatches
+        with self._active(), self._guarded():
+            with self._visit(0, microbatches, self._next_forward(0, microbatches)):
+                for microbatch in microbatches:
+                    self._run(microbatch, shares[microbatch.index], settle, first=True)
+            while waiting := [m for m in microbatches if not m.is_done]:
+                pack = min(m.waits_for for m in waiting if m.waits_for is not None)
+                visitors = [m for m in waiting if m.waits_for == pack]
+                with self._visit(pack, visitors, self._next_forward(pack, waiting)):
+                    for microbatch in visitors:
+                        self._run(microbatch, shares[microbatch.index], settle)
+            self.buffers.flush()
+        if len(functions) > 1:
+            own.resume()
+        self.counters.steps += 1
+        self.counters.num_microbatches += len(functions)
+        self.trace.end_step()
+        return [microbatch.result for microbatch in microbatches]
+
+    def backward(self, factor: float, on_complete: OnComplete) -> None:
+        """Run what is left of the backward of the step.
+
+        Args:
+            factor: gradient of the minibatch's loss.
+            on_complete: called on the worker thread with the names of weights whose `.grad` has become complete.
+        """
+        microbatches = self._microbatches
+        if factor != self._expected_factor:
+            self._rescale(factor / self._expected_factor)
+        with self._active(), self._guarded():
+            for pack in reversed(range(len(self.plan.packs))):
+                if not self._segments_left[pack]:
+                    self._send(pack, on_complete)
+            while left := [m for m in microbatches if m.segments]:
+                pack = max(m.segment.pack for m in left)
+                visitors = [m for m in left if m.segment.pack == pack]
+                with self._visit(pack, visitors, self._next_backward(pack, left)):
+                    for microbatch in visitors:
+                        while microbatch.segments and microbatch.segment.pack == pack:
+                            self._backward_segment(microbatch)
+                if not self._segments_left[pack]:
+                    self._send(pack, on_complete)
+            self.gradients.finish(on_complete)
+            self.buffers.flush()
+        for weights in self._weights:
+            weights.release_all()
+        self._microbatches = []
+
+    def run(self, function: Callable[[], Any]) -> Any:
+        """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
+        differentiates by itself. Follow the latter with `collect_gradients`."""
+        microbatch = Microbatch(self, 0, function, None, is_cut=False)
+        self._microbatches = [microbatch]
+        with self._active(), self._guarded():
+            microbatch.open(0)
+            self._current = microbatch
+            try:
+                result = function()
+            finally:
+                self._current = None
+            self.buffers.flush()
+        for weights in self._weights:
+            weights.release_all()
+        self._microbatches = []
+        return result
+
+    def collect_gradients(self) -> None:
+        """Bring all gradients that layers have got since the last time to `Parameter.grad`."""
+        with self.cluster.activate():
+            self.gradients.finish(lambda names: None)
+        self.worker.drain()
+
+    # What microbatches, segments and layers ask ---------------------------------------------------------------------
+
+    def device_of(self, pack: int, microbatch: int) -> Device:
+        return self.cluster.devices[self.plan.device(pack, microbatch)]
+
+    def is_device(self, device: torch.device) -> bool:
+        return device in self._torch_devices
+
+    def weight_name(self, tensor: torch.Tensor) -> str | None:
+        return self._names.get(id(tensor)) if isinstance(tensor, nn.Parameter) else None
+
+    def pack_of_weight(self, name: str, segment: Segment) -> int | None:
+        """The pack in whose gradient slot a weight of this segment is added up."""
+        return segment.pack if name in self.plan.packs[segment.pack].parameters else None
+
+    def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
+        """Device-resident weights of a layer; those in `trained` require a gradient."""
+        if site.pack is None:
+            return {}
+        weights = self._weights[device.index].acquire(site.pack)
+        upcoming = self._upcoming.pop(device.index, None)
+        if upcoming is not None:
+            self._weights[device.index].prefetch(upcoming)
+        for name in site.weight_names:
+            weights[name].requires_grad_(name in trained)
+        return weights
+
+    def bring_glue_weight(self, segment: Segment, name: str, parameter: nn.Parameter | torch.Tensor) -> torch.Tensor:
+        """A weight that user code uses outside of layers, on the segment's device."""
+        key = (name, segment.device.index)
+        copy = self._glue.get(key)
+        if copy is None:
+            with torch.inference_mode(False), torch.no_grad():
+                copy = parameter.detach().to(segment.device.torch_device)
+            if not self.cluster.host_is_device:
+                self.counters.swap_in_bytes += copy.nbytes
+            self._glue[key] = copy
+        if not (parameter.requires_grad and torch.is_grad_enabled()):
+            return copy
+        segment.uses[name] += 1
+        segment.has_graph = True
+
+        def sink(gradient: torch.Tensor) -> None:
+            segment.add_gradient(name, None, gradient)
+
+        return Import.apply(self.anchor, copy.detach(), sink, segment.device, False)  # type: ignore[no-any-return,no-untyped-call]
+
+    def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
+        if any(weights.holds(tensor) for weights in self._weights):
+            return tensor.clone()
+        return tensor
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """The code within runs a layer again: what it saves is used at once and stays where it is."""
+        before, self._is_recomputing = self._is_recomputing, True
+        try:
+            with self.inside_layer():
+                yield
+        finally:
+            self._is_recomputing = before
+
+    @contextmanager
+    def inside_layer(self) -> Iterator[None]:
+        """The code within is a layer's own: calls are not interposed and tensors are not imported."""
+        self._depth += 1
+        is_cached = torch.is_autocast_cache_enabled()
+        # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
+            self._depth -= 1
+
+    # Dispatch of calls ------------------------------------------------------------------------------------------------
+
+    def _dispatch(self, site: Site, args: Any, kwargs: Any) -> Any:
+        microbatch = self._current
+        if self._depth or microbatch is None:
+            return site.run_plain(args, kwargs)
+        if self._is_aborting:
+            raise greenlet.GreenletExit
+        if site.pack is not None:
+            if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
+                if microbatch.is_cut:
+                    microbatch.park(site.pack)
+                else:
+                    self._change_pack(microbatch, site.pack)
+            self.trace.record(microbatch.index, site.layer)
+        try:
+            return call_layer(site, microbatch.segment, args, kwargs)
+        except Exception as error:
+            add_place(error, f"in layer {site.name}", microbatch.segment)
+            raise
+
+    def _current_segment(self) -> Segment | None:
+        return None if self._depth or self._current is None else self._current.segment
+
+    def _stashing_segment(self) -> Segment | None:
+        """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
+        microbatch = self._current
+        if microbatch is None or self._is_recomputing or microbatch.is_in_backward:
+            return None
+        is_fused = microbatch.is_cut and microbatch.segment.pack == len(self.plan.packs) - 1
+        return None if is_fused else microbatch.segment
+
+    def _stays_on_device(self, tensor: torch.Tensor) -> bool:
+        return any(weights.holds(tensor) for weights in self._weights) or any(
+            tensor is copy or tensor._base is copy for copy in self._glue.values()
+        )
+
+    def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
+        former = microbatch.segment
+        self._weights[former.device.index].release(former.pack)
+        self._glue.clear()
+        if not torch.is_grad_enabled():
+            microbatch.segments.clear()
+        microbatch.open(pack)
+
+    # Visits -----------------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def _active(self) -> Iterator[None]:
+        """What is in force on the thread while user code runs."""
+        with ExitStack() as stack:
+            stack.enter_context(self.cluster.activate())
+            if self.plan.stash == "host":
+                stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
+            stack.enter_context(Glue(self._current_segment, self.is_device))
+            yield
+
+    @contextmanager
+    def _guarded(self) -> Iterator[None]:
+        """On any exception, leave nothing running behind."""
+        try:
+            yield
+        except BaseException:
+            self.abort()
+            raise
+
+    def _run(self, microbatch: Microbatch, share: float, settle: Settle, first: bool = False) -> None:
+        """Let a microbatch go on; if it comes to its end, differentiate its last segment."""
+        self._current = microbatch
+        try:
+            if first:
+                microbatch.start(0)
+            else:
+                microbatch.resume()
+        finally:
+            self._current = None
+        if not microbatch.is_done:
+            return
+        loss, microbatch.result = settle(microbatch.result)
+        if loss is not None and loss.grad_fn is not None:
+            seed = torch.full_like(loss.detach(), share * self._expected_factor)
+            microbatch.deposit(get_gradient_edge(loss), seed)
+        self.has_loss |= loss is not None
+        del loss  # only nodes hold the graph from here on, so that backward frees it
+        for segment in microbatch.segments:
+            self._segments_left[segment.pack] += 1
+            self._uses_left.update(segment.uses.keys())
+        self._backward_segment(microbatch)
+
+    def _backward_segment(self, microbatch: Microbatch) -> None:
+        names = tuple(microbatch.segment.uses)
+        self._current = microbatch
+        try:
+            segment = microbatch.backward_segment()
+        finally:
+            self._current = None
+        self._segments_left[segment.pack] -= 1
+        self._uses_left.subtract(names)
+
+    @contextmanager
+    def _visit(self, pack: int, visitors: Sequence[Microbatch], upcoming: dict[int, int]) -> Iterator[None]:
+        """Some microbatches are in `pack`; `upcoming` tells the next pack by device, where it is known."""
+        devices = dict.fromkeys(self.plan.device(pack, m.index) for m in visitors)
+        leaving = [device for device in devices if upcoming.get(device, pack) != pack]
+        self._upcoming = {device: upcoming[device] for device in leaving}
+        yield
+        self._upcoming = {}
+        self._glue.clear()
+        self._stash.let_go()
+        self.buffers.drop_clean()
+        for device in leaving:
+            self._weights[device].release(pack)
+
+    def _next_forward(self, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
+        """By device, the pack that follows in the plan."""
+        following: dict[int, int] = {}
+        for later in range(len(self.plan.packs) - 1, pack, -1):
+            for microbatch in waiting:
+                following[self.plan.device(later, microbatch.index)] = later
+        return following
+
+    def _next_backward(self, pack: int, left: Sequence[Microbatch]) -> dict[int, int]:
+        """By device, the pack whose segments come next there."""
+        following: dict[int, int] = {}
+        for microbatch in left:
+            for segment in microbatch.segments:
+                if segment.pack < pack and segment.has_graph:
+                    device = segment.device.index
+                    following[device] = max(segment.pack, following.get(device, -1))
+        return following
+
+    # Gradients --------------------------------------------------------------------------------------------------------
+
+    def _send(self, pack: int, on_complete: OnComplete) -> None:
+        self.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
+
+    def _rescale(self, ratio: float) -> None:
+        self.gradients.scale(ratio)
+        for microbatch in self._microbatches:
+            microbatch.pending = {
+                key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()
+            }

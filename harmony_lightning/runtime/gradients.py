@@ -1,0 +1,278 @@
+"""Gradients: added up on the device over the microbatches, brought to the host once, folded into `Parameter.grad`.
+
+Order of arithmetic is that of plain training: within a microbatch the uses of a weight are summed first, then
+microbatches are added in their order. A weight that several packs use (tied) has a part on each and is complete when
+the last part has arrived; parts are added on the host.
+"""
+
+import threading
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
+from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
+from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.worker import HostWorker
+
+OnComplete = Callable[[list[str]], None]
+"""Called on the worker thread with names whose `Parameter.grad` has become complete."""
+
+
+@dataclass(slots=True, eq=False)
+class _Slot:
+    bytes: torch.Tensor
+    pack: int | None = None
+    written: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Views of the gradients that hold data."""
+    left: Event | None = None
+    """Behind the swap-out of the former content."""
+    last_use: int = 0
+
+
+class _HostBuffers:
+    """Host memory that gradients arrive in. A buffer is used again when nobody holds a view of it any more."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._lent: list[tuple[torch.Tensor, list[weakref.ref[torch.Tensor]]]] = []
+        self._free: list[torch.Tensor] = []
+        self._lock = threading.Lock()
+
+    def take(self, nbytes: int) -> torch.Tensor:
+        with self._lock:
+            still_lent = []
+            for buffer, views in self._lent:
+                if any(view() is not None for view in views):
+                    still_lent.append((buffer, views))
+                else:
+                    self._free.append(buffer)
+            self._lent = still_lent
+            fitting = min((b for b in self._free if b.numel() >= nbytes), key=torch.Tensor.numel, default=None)
+            if fitting is not None and fitting.numel() <= 2 * nbytes:
+                self._free = [buffer for buffer in self._free if buffer is not fitting]
+                return fitting
+        return self._cluster.host_buffer(nbytes)
+
+    def lend(self, buffer: torch.Tensor, views: Iterable[torch.Tensor]) -> None:
+        """The buffer comes back when all these views are gone."""
+        with self._lock:
+            self._lent.append((buffer, [weakref.ref(view) for view in views]))
+
+
+class GradientStore:
+    """Where gradients are between a layer's backward and `Parameter.grad`."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        plan: Plan,
+        cluster: Cluster,
+        counters: Counters,
+        worker: HostWorker,
+    ) -> None:
+        self._parameters = parameters
+        self._plan = plan
+        self._devices = cluster.devices
+        self._host_is_device = cluster.host_is_device
+        self._counters = counters
+        self._worker = worker
+        self._buffers = _HostBuffers(cluster)
+        self._layouts: list[Layout] = [
+            lay_out(parameters, (name for name in pack.parameters if parameters[name].requires_grad))
+            for pack in plan.packs
+        ]
+        self._slots: list[list[_Slot]] = [[] for _ in self._devices]
+        self._loose: dict[tuple[str, int], torch.Tensor] = {}
+        """Gradients outside slots, by name and device: of glue weights, and all where the host is the device."""
+        self._parts: dict[str, torch.Tensor] = {}
+        """On the host: what has arrived of gradients that are not complete. Only the worker touches it."""
+        self._clock = 0
+
+    @torch.no_grad()
+    def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None) -> None:
+        """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue.
+
+        The tensor may be kept; it must not be written afterwards.
+        """
+        if pack is None or self._host_is_device or name not in self._layouts[pack]:
+            held = self._loose.get((name, device))
+            if held is None:
+                self._loose[name, device] = gradient.detach()
+            else:
+                self._loose[name, device] = held.add_(gradient) if held.is_contiguous() else held + gradient
+            return
+        slot = self._slot(pack, device)
+        view = slot.written.get(name)
+        if view is None:
+            view = slot.written[name] = self._layouts[pack][name].view(slot.bytes)
+            view.copy_(gradient)
+        else:
+            view.add_(gradient)
+
+    @torch.no_grad()
+    def scale(self, factor: float) -> None:
+        """Multiply everything that has been added since the last completion."""
+        for slots in self._slots:
+            for slot in slots:
+                for view in slot.written.values():
+                    view.mul_(factor)
+        for name, gradient in self._loose.items():
+            self._loose[name] = gradient * factor
+        self._worker.drain()
+        for part in self._parts.values():
+            part.mul_(factor)
+
+    def send(self, pack: int | None, is_complete: Callable[[str], bool], on_complete: OnComplete) -> None:
+        """Bring the gradients of a pack, if one is given, and those of glue weights from all devices to the host.
+
+        Those for which `is_complete` holds become `Parameter.grad`, added to what is there; others wait for more.
+        """
+        held: dict[str, list[tuple[int, torch.Tensor]]] = {}
+        for (name, device), gradient in sorted(self._loose.items(), key=lambda item: item[0][1]):
+            held.setdefault(name, []).append((device, gradient))
+        self._loose.clear()
+        in_slots = {name for slots in self._slots for slot in slots for name in slot.written}
+        for name, gradients in held.items():
+            self._send_loose(name, gradients, name not in in_slots and is_complete(name), on_complete)
+        holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
+        if holders:
+            self._reduce(holders)
+            self._swap_out(*holders[0], is_complete, on_complete)
+
+    def finish(self, on_complete: OnComplete) -> None:
+        """End of a backward: whatever has not become complete by now never gets more."""
+        for pack in sorted({slot.pack for slots in self._slots for slot in slots if slot.pack is not None}):
+            self.send(pack, lambda name: False, on_complete)
+        self.send(None, lambda name: False, on_complete)
+
+        def complete_parts() -> None:
+            parts, self._parts = self._parts, {}
+            self._receive(parts, frozenset(parts), on_complete)
+
+        self._worker.submit(complete_parts)
+
+    def discard(self) -> None:
+        """Forget everything that is not yet in `Parameter.grad`."""
+        for slots in self._slots:
+            for slot in slots:
+                slot.pack = None
+                slot.written.clear()
+        self._loose.clear()
+        self._worker.drain()
+        self._parts.clear()
+
+    def _slot(self, pack: int, device: int) -> _Slot:
+        slots = self._slots[device]
+        slot = next((slot for slot in slots if slot.pack == pack), None)
+        if slot is None:
+            if not slots:
+                nbytes = max(1, max(layout_nbytes(layout) for layout in self._layouts))
+                with torch.inference_mode(False):
+                    slots += [
+                        _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device))
+                        for _ in range(1 + self._plan.prefetch)
+                    ]
+            slot = next((slot for slot in slots if slot.pack is None), None)
+            if slot is None:  # a pack is visited again later: what it has so far waits on the host
+                slot = min(slots, key=lambda slot: slot.last_use)
+                self._swap_out(device, slot, lambda name: False, lambda names: None)
+            if slot.left is not None:
+                self._devices[device].wait(Lane.COMPUTE, slot.left)
+                slot.left = None
+            slot.pack = pack
+        self._clock += 1
+        slot.last_use = self._clock
+        return slot
+
+    @torch.no_grad()
+    def _reduce(self, holders: list[tuple[int, _Slot]]) -> None:
+        """Sum the slots of one pack into the first, in the order of devices."""
+        home, target = holders[0]
+        for _, slot in holders[1:]:
+            for name, gradient in slot.written.items():
+                arrived = gradient.to(self._devices[home].torch_device)
+                self._counters.p2p_bytes += arrived.nbytes
+                if name in target.written:
+                    target.written[name].add_(arrived)
+                else:
+                    assert target.pack is not None
+                    target.written[name] = self._layouts[target.pack][name].view(target.bytes)
+                    target.written[name].copy_(arrived)
+            slot.pack = None
+            slot.written.clear()
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _swap_out(
+        self, device: int, slot: _Slot, is_complete: Callable[[str], bool], on_complete: OnComplete
+    ) -> None:
+        assert slot.pack is not None
+        layout = self._layouts[slot.pack]
+        nbytes = layout_nbytes(layout)
+        buffer = self._buffers.take(nbytes)
+        lane_owner = self._devices[device]
+        lane_owner.wait(Lane.SWAP_OUT, lane_owner.record(Lane.COMPUTE))
+        with lane_owner.lane(Lane.SWAP_OUT):
+            if len(slot.written) == len(layout):
+                buffer[:nbytes].copy_(slot.bytes[:nbytes], non_blocking=True)
+            else:
+                for name, view in slot.written.items():
+                    layout[name].view(buffer).copy_(view, non_blocking=True)
+        arrival = slot.left = lane_owner.record(Lane.SWAP_OUT)
+        arrived = {name: layout[name].view(buffer) for name in slot.written}
+        self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in arrived.values())
+        complete = frozenset(name for name in arrived if is_complete(name))
+        slot.pack = None
+        slot.written.clear()
+        self._buffers.lend(buffer, arrived.values())
+
+        def receive() -> None:
+            arrival.synchronize()
+            self._receive(arrived, complete, on_complete)
+
+        self._worker.submit(receive)
+
+    @torch.no_grad()
+    def _send_loose(
+        self, name: str, held: list[tuple[int, torch.Tensor]], is_complete: bool, on_complete: OnComplete
+    ) -> None:
+        home, total = held[0]
+        for _, gradient in held[1:]:
+            arrived = gradient.to(self._devices[home].torch_device)
+            self._counters.p2p_bytes += arrived.nbytes
+            total = total + arrived
+        if not self._host_is_device:
+            self._counters.swap_out_bytes += total.nbytes
+            total = total.cpu()
+        complete = frozenset((name,)) if is_complete else frozenset[str]()
+        arrived_on_host = {name: total}
+        self._worker.submit(lambda: self._receive(arrived_on_host, complete, on_complete))
+
+    @torch.no_grad()
+    def _receive(
+        self, arrived: dict[str, torch.Tensor], complete: frozenset[str], on_complete: OnComplete
+    ) -> None:
+        """On the worker: fold what has arrived into parts or into `Parameter.grad`."""
+        for name in list(arrived):
+            gradient = arrived.pop(name)
+            part = self._parts.pop(name, None)
+            if part is not None:
+                gradient = part.add_(gradient)
+            if name not in complete:
+                self._parts[name] = gradient
+                continue
+            parameter = self._parameters[name]
+            if parameter.grad is None:
+                parameter.grad = gradient
+            else:
+                parameter.grad.add_(gradient)
+        on_complete(self._in_order(complete))
+
+    def _in_order(self, names: frozenset[str]) -> list[str]:
+        return [name for name in self._parameters if name in names]
+

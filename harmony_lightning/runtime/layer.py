@@ -1,0 +1,234 @@
+"""Forward and backward of one layer as a single autograd node that keeps no weights and no activations.
+
+Forward runs the module with the weights that are on the device now and stashes its inputs; backward runs it again from
+the stash, with the random state, autocast state and written buffers of the forward, and differentiates that.
+
+Forward runs with gradients enabled although its graph is thrown away (its saved tensors are never kept): user code and
+torch itself choose other paths, kernels and results when gradients are off.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.runtime.randomness import Replay
+from harmony_lightning.runtime.segment import Segment, add_place
+from harmony_lightning.runtime.site import Site
+from harmony_lightning.runtime.structure import Arguments
+from harmony_lightning.runtime.thread_state import Autocast
+
+_DROPPED = object()
+
+
+class LayerCall:
+    """One call of a layer by one microbatch, from its forward to its backward."""
+
+    def __init__(self, site: Site, segment: Segment, arguments: Arguments) -> None:
+        self.site = site
+        self.segment = segment
+        self.arguments = arguments
+        self.autocast = Autocast.capture()
+        self.replay: Replay | None = None
+        self.buffers_before: dict[int, torch.Tensor] = {}
+        """Values of written buffers in front of the forward, by place."""
+        self.trained: tuple[str, ...] = ()
+        """Weights that get a gradient from this call."""
+        self.result_spec: Any = None
+        self.result_leaves: list[Any] = []
+        self.tensor_positions: list[int] = []
+        self.mutated: list[int] = []
+        """Input tensors that the layer writes; their new values follow the results."""
+
+
+def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
+    """Run a layer in its segment; the result is part of the microbatch's autograd graph."""
+    arguments = Arguments(args, kwargs)
+    originals = arguments.take_tensors()
+    tensors = [segment.bring(tensor) for tensor in originals]
+    engine = segment.microbatch.engine
+    trained = tuple(name for name in site.weight_names if engine.parameters[name].requires_grad)
+    call = LayerCall(site, segment, arguments.snapshot())
+    if not torch.is_grad_enabled() or not (trained or any(tensor.requires_grad for tensor in tensors)):
+        return _run_without_graph(call, arguments, tensors)
+    call.trained = trained
+    segment.has_graph = True
+    for name in trained:
+        segment.uses[name] += 1
+    with engine.inside_layer():
+        results = LayerFunction.apply(engine.anchor, call, arguments, *tensors)  # type: ignore[no-untyped-call]
+    leaves = call.result_leaves
+    call.result_leaves = []
+    for position, result in zip(call.tensor_positions, results, strict=False):
+        leaves[position] = result
+    for position, value in zip(call.mutated, results[len(call.tensor_positions) :], strict=True):
+        segment.microbatch.replaced[id(originals[position])] = (originals[position], value)
+    return pytree.tree_unflatten(leaves, call.result_spec)
+
+
+def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
+    engine, site, device = call.segment.microbatch.engine, call.site, call.segment.device
+    args, kwargs = arguments.build(tensors)
+    buffers = [engine.buffers.fetch(place, device) for place in site.buffer_places]
+    versions = _versions(buffers)
+    held = list(buffers)
+    with engine.inside_layer():
+        result = site.run(engine.weights_of(site, device, call.trained), buffers, args, kwargs)
+    _report_written(call, held, versions, buffers)
+    return pytree.tree_map_only(torch.Tensor, engine.off_the_arena, result)
+
+
+def _versions(buffers: list[torch.Tensor]) -> list[int]:
+    return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
+
+
+def _report_written(call: LayerCall, held: list[torch.Tensor], versions: list[int], now: list[torch.Tensor]) -> set[int]:
+    written = {
+        index
+        for index, (before, version, after) in enumerate(zip(held, versions, now, strict=True))
+        if after is not before or (0 if after.is_inference() else after._version) != version
+    }
+    for index in written:
+        engine = call.segment.microbatch.engine
+        engine.buffers.written(call.site.buffer_places[index], call.segment.device, now[index].detach())
+    return written
+
+
+def _drop(tensor: torch.Tensor) -> object:
+    return _DROPPED
+
+
+def _refuse(site: Site) -> Callable[[object], torch.Tensor]:
+    def unpack(_: object) -> torch.Tensor:
+        raise UnsupportedError(
+            f"a tensor computed inside layer {site.name} was used outside of it other than through its result (a "
+            f"hook or recorder kept it?); its gradient is not available. Choose smaller layers, so that it becomes "
+            f"the result of one: HarmonyStrategy(layers=[...])"
+        )
+
+    return unpack
+
+
+class LayerFunction(torch.autograd.Function):
+    """The autograd node of a `LayerCall`."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any, anchor: torch.Tensor, call: LayerCall, arguments: Arguments, *tensors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        site, device = call.site, call.segment.device
+        engine = call.segment.microbatch.engine
+        ctx.set_materialize_grads(False)
+        ctx.call = call
+        ctx.needs = [tensor.requires_grad for tensor in tensors]
+
+        buffers = [engine.buffers.fetch(place, device) for place in site.buffer_places]
+        known = site.written_buffers.get(flags := site.training_flags()) if buffers else frozenset[int]()
+        call.buffers_before = {
+            index: buffer.clone() for index, buffer in enumerate(buffers) if known is None or index in known
+        }
+        held, versions = list(buffers), _versions(buffers)
+
+        # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
+        copied = site.mutated_inputs
+        with torch.enable_grad(), saved_tensors_hooks(_drop, _refuse(site)):
+            inner = [
+                _leaf(tensor, needs, copied is None or index in copied)
+                for index, (tensor, needs) in enumerate(zip(tensors, ctx.needs, strict=True))
+            ]
+            inner_versions = _versions(inner)
+            args, kwargs = arguments.build(inner)
+            replay = Replay(device)
+            result = site.run(engine.weights_of(site, device, call.trained), buffers, args, kwargs)
+            replay.keep_what_was_drawn(device)
+            call.replay = replay
+
+        written = _report_written(call, held, versions, buffers)
+        if buffers:
+            site.written_buffers[flags] = (known or frozenset()) | written
+            call.buffers_before = {i: b for i, b in call.buffers_before.items() if i in written}
+        mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if _versions([t]) != [v]]
+        site.mutated_inputs = (copied or frozenset()) | frozenset(mutated)
+        call.mutated = mutated
+
+        leaves, call.result_spec = pytree.tree_flatten(result)
+        call.tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
+        results = [leaves[i] for i in call.tensor_positions] + [inner[i] for i in mutated]
+        detached = [engine.off_the_arena(result.detach()) for result in results]
+        ctx.mark_non_differentiable(
+            *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
+        )
+        for position in call.tensor_positions:
+            leaves[position] = None
+        call.result_leaves = leaves
+        ctx.save_for_backward(*tensors)
+        return tuple(detached)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
+        call: LayerCall = ctx.call
+        stash = ctx.saved_tensors
+        engine = call.segment.microbatch.engine
+        try:
+            with engine.recomputing():
+                return (None, None, None, *_differentiate(call, stash, ctx.needs, gradients))
+        except Exception as error:
+            add_place(error, f"in backward of layer {call.site.name}", call.segment)
+            raise
+
+
+def _leaf(tensor: torch.Tensor, needs_gradient: bool, is_copied: bool) -> torch.Tensor:
+    leaf = tensor.detach()
+    if needs_gradient:
+        leaf.requires_grad_()
+    return leaf.clone() if is_copied else leaf
+
+
+def _differentiate(
+    call: LayerCall, stash: tuple[torch.Tensor, ...], needs: list[bool], gradients: tuple[torch.Tensor | None, ...]
+) -> list[torch.Tensor | None]:
+    """Gradients of the input tensors; those of the weights go to the segment."""
+    site, segment = call.site, call.segment
+    engine, device = segment.microbatch.engine, segment.device
+    stash = tuple(tensor.to(device.torch_device) for tensor in stash)
+    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(stash, needs, strict=True)]
+    weights = engine.weights_of(site, device, call.trained)
+    buffers = [
+        (call.buffers_before[index] if index in call.buffers_before else engine.buffers.fetch(place, device)).clone()
+        for index, place in enumerate(site.buffer_places)
+    ]
+    assert call.replay is not None
+    autocast = Autocast.capture()
+    call.autocast.apply()
+    present = call.replay.begin(device)
+    try:
+        with torch.enable_grad():
+            copied = site.mutated_inputs or frozenset()
+            inner = [leaf.clone() if index in copied else leaf for index, leaf in enumerate(leaves)]
+            args, kwargs = call.arguments.snapshot().build(inner)
+            result = site.run(weights, buffers, args, kwargs)
+        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        found += [inner[i] for i in call.mutated]
+        if len(found) != len(gradients):
+            raise UnsupportedError(
+                f"layer {site.name} returned {len(gradients)} tensors in forward and {len(found)} when it was "
+                f"recomputed: its forward must do the same when it is called again with the same inputs"
+            )
+        roots = [(t, g) for t, g in zip(found, gradients, strict=True) if g is not None and t.requires_grad]
+        targets = [leaf for leaf in leaves if leaf.requires_grad] + [weights[name] for name in call.trained]
+        values: tuple[torch.Tensor | None, ...] = (
+            torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
+            if roots and targets
+            else (None,) * len(targets)
+        )
+    finally:
+        present.begin(device)
+        autocast.apply()
+    num_inputs = sum(needs)
+    for name, value in zip(call.trained, values[num_inputs:], strict=True):
+        segment.add_gradient(name, site.pack, value)
+    by_input = iter(values[:num_inputs])
+    return [next(by_input) if need else None for need in needs]

@@ -1,0 +1,147 @@
+"""A microbatch: a greenlet that runs the user's own `training_step` on a slice of the minibatch.
+
+When it is about to enter a layer of another pack it switches back to the engine and waits there, in the middle of the
+user's code, until the engine has brought the other microbatches to that point and lets it go on.
+"""
+
+import contextvars
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import greenlet
+import torch
+from torch.autograd.graph import GradientEdge
+
+from harmony_lightning.runtime.randomness import Stream
+from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.thread_state import Parked, ThreadState
+
+if TYPE_CHECKING:
+    from harmony_lightning.runtime.engine import Engine
+
+
+class Microbatch:
+    """State of one microbatch during one step.
+
+    Attributes:
+        index: within the minibatch.
+        is_cut: its graph ends at pack borders and is differentiated segment by segment. False for evaluation and where
+            user code differentiates by itself: then packs are brought in whenever they are called.
+        segments: those whose backward has not run, oldest first.
+        waits_for: the pack that it is about to enter, while it is parked.
+        replaced: tensors whose later value is another object, by identity, with the original held.
+    """
+
+    def __init__(
+        self, engine: "Engine", index: int, function: Callable[[], Any], stream: Stream | None, *, is_cut: bool
+    ) -> None:
+        self.engine = engine
+        self.index = index
+        self.is_cut = is_cut
+        self.segments: list[Segment] = []
+        self.waits_for: int | None = None
+        self.is_done = False
+        self.result: Any = None
+        self.replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.pending: dict[tuple[Any, int], tuple[GradientEdge, torch.Tensor]] = {}
+        """Gradients that have arrived for edges of older segments."""
+        self._in_backward: Segment | None = None
+        self._function = function
+        self._stream = stream
+        self._parked: Parked | None = None
+        self._greenlet: greenlet.greenlet | None = None
+
+    @property
+    def segment(self) -> Segment:
+        """The running one, forward or backward."""
+        return self.segments[-1] if self._in_backward is None else self._in_backward
+
+    @property
+    def is_in_backward(self) -> bool:
+        return self._in_backward is not None
+
+    def open(self, pack: int) -> None:
+        """Begin a segment in `pack`."""
+        device = self.engine.device_of(pack, self.index)
+        if self.segments:
+            self.segment.close()
+        self.segments.append(Segment(self, pack, device))
+
+    def start(self, pack: int) -> None:
+        """Run up to the first switch; `pack` is where glue in front of the first layer runs."""
+        self.open(pack)
+        self._greenlet = greenlet.greenlet(self._run)
+        self._greenlet.gr_context = contextvars.copy_context()
+        self.resume()
+
+    def _run(self) -> None:
+        self.result = self._function()
+        self.is_done = True
+
+    def park(self, pack: int) -> None:
+        """Called within the greenlet: wait until the engine has come to `pack`."""
+        self.waits_for = pack
+        assert self._greenlet is not None and self._greenlet.parent is not None
+        self._greenlet.parent.switch()
+        self.waits_for = None
+        self.open(pack)
+
+    def resume(self) -> None:
+        """Called by the engine: let the greenlet run to its next switch or its end."""
+        assert self._greenlet is not None
+        pack = self.segment.pack if self.waits_for is None else self.waits_for
+        device = self.engine.device_of(pack, self.index)
+        base = ThreadState()
+        if self._stream is not None:
+            self._stream.resume()
+            self._stream.enter_device(device)
+        if self._parked is not None:
+            self._parked.resume()
+            self._parked = None
+        try:
+            self._greenlet.switch()
+        finally:
+            self._parked = base.park()
+            if self._stream is not None:
+                self._stream.suspend()
+                self._stream.leave_device(device)
+
+    def kill(self) -> None:
+        """End the user's code where it stands; its `finally` blocks and context managers run."""
+        if self._greenlet is not None and not self._greenlet.dead:
+            base = ThreadState()
+            if self._parked is not None:
+                self._parked.resume()
+                self._parked = None
+            try:
+                self._greenlet.throw(greenlet.GreenletExit)
+            except BaseException:  # user code that answers its end with an error of its own: the first error counts
+                pass
+            finally:
+                base.park()
+        self.segments.clear()
+        self.pending.clear()
+        self.replaced.clear()
+
+    def deposit(self, edge: GradientEdge, gradient: torch.Tensor) -> None:
+        """Hand in a gradient for a tensor of an older segment."""
+        key = (edge.node, edge.output_nr)
+        held = self.pending.get(key)
+        self.pending[key] = (edge, gradient if held is None else held[1] + gradient)
+
+    def backward_segment(self) -> Segment:
+        """Differentiate the youngest segment from the gradients that have arrived for it, and forget it."""
+        segment = self.segments.pop()
+        mine = [k for k in self.pending if k[0]._sequence_nr() >= segment.start]
+        arrived = [self.pending.pop(key) for key in mine]
+        segment.close()
+        self._in_backward = segment
+        try:
+            if arrived:
+                torch.autograd.backward([edge for edge, _ in arrived], [gradient for _, gradient in arrived])
+        finally:
+            self._in_backward = None
+        for name, gradient in segment.partial.items():
+            self.engine.gradients.add(name, gradient, segment.device.index, self.engine.pack_of_weight(name, segment))
+        segment.partial.clear()
+        return segment

@@ -1,0 +1,150 @@
+"""Random streams: one for each microbatch, and a replay for each recomputed layer.
+
+A microbatch's random numbers must not depend on which packs, GPUs or order the plan chose. So each microbatch owns a
+stream that is switched in and out with it:
+
+- a minibatch that is one microbatch goes on with the process's own streams, exactly as without this package;
+- otherwise the step draws one number from torch's global host generator, and microbatch `m` starts from
+  `microbatch_seed(drawn, m)`. The global stream advances by that one draw per step, whatever the plan.
+
+A stream covers torch's host generator, the generator of the device the microbatch is on, Python's `random` and NumPy's
+legacy global generator.
+"""
+
+import random
+from dataclasses import dataclass
+from typing import Any
+
+import numpy
+import torch
+
+from harmony_lightning.hardware.device import Device
+
+_GOLDEN = 0x9E3779B97F4A7C15  # odd constant of the splitmix64 generator (Steele, Lea, Flood 2014)
+_MASK = (1 << 64) - 1
+
+
+def draw_step_seed() -> int:
+    """One draw from torch's global host generator: the root of the streams of one step."""
+    return int(torch.empty((), dtype=torch.int64).random_().item())
+
+
+def microbatch_seed(step_seed: int, microbatch: int) -> int:
+    """The seed of a microbatch's streams: splitmix64 of the step's seed and the microbatch's index."""
+    state = (step_seed + (microbatch + 1) * _GOLDEN) & _MASK
+    state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
+    state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _MASK
+    return (state ^ (state >> 31)) >> 1
+
+
+class _Numpy:
+    """NumPy's global generator. Reading it costs 80 us, so its raw state is compared first, and only user code that
+    really draws from it pays."""
+
+    def __init__(self) -> None:
+        self._address: int = numpy.random.mtrand._rand._bit_generator.ctypes.state_address  # type: ignore[attr-defined]
+
+    def fingerprint(self) -> bytes:
+        import ctypes
+
+        return ctypes.string_at(self._address, 2500)  # 624 words and the position of a Mersenne Twister
+
+
+_numpy = _Numpy()
+
+
+@dataclass(frozen=True, slots=True)
+class HostState:
+    """The host's generators at one moment."""
+
+    torch: torch.Tensor
+    python: Any
+    numpy: Any
+
+    @classmethod
+    def capture(cls) -> "HostState":
+        return cls(torch.get_rng_state(), random.getstate(), numpy.random.get_state())
+
+    def restore(self) -> None:
+        torch.set_rng_state(self.torch)
+        random.setstate(self.python)
+        numpy.random.set_state(self.numpy)
+
+
+class Stream:
+    """The random stream of one microbatch: suspended state while another microbatch runs."""
+
+    def __init__(self, seed: int | None) -> None:
+        """`seed` None: go on with whatever the process's generators hold."""
+        self._seed = seed
+        self._host: HostState | None = None
+        self._device: torch.Tensor | None = None
+
+    def resume(self) -> None:
+        if self._host is not None:
+            self._host.restore()
+        elif self._seed is not None:
+            torch.default_generator.manual_seed(self._seed)
+            random.seed(self._seed)
+            numpy.random.seed(self._seed & 0xFFFFFFFF)
+
+    def suspend(self) -> None:
+        self._host = HostState.capture()
+
+    def enter_device(self, device: Device) -> None:
+        """Bring the stream's device part to `device`, which may be another than before."""
+        if self._device is not None:
+            device.set_random_state(self._device)
+        elif self._seed is not None:
+            device.seed_random(self._seed)
+
+    def leave_device(self, device: Device) -> None:
+        self._device = device.random_state()
+
+
+class Replay:
+    """The random state in front of a layer's forward, kept only if the forward drew from it."""
+
+    __slots__ = ("_device_state", "_numpy", "_python", "_torch")
+
+    def __init__(self, device: Device) -> None:
+        self._torch: torch.Tensor | None = torch.get_rng_state()
+        self._python: Any = random.getstate()
+        self._numpy: Any = _numpy.fingerprint()
+        self._device_state = device.random_state()
+
+    def keep_what_was_drawn(self, device: Device) -> None:
+        """Called after the forward: forget the states of generators that did not move."""
+        if self._torch is not None and torch.equal(self._torch, torch.get_rng_state()):
+            self._torch = None
+        if self._python == random.getstate():
+            self._python = None
+        if self._numpy == _numpy.fingerprint():
+            self._numpy = None
+        else:
+            raw = numpy.frombuffer(self._numpy, dtype=numpy.uint32)
+            self._numpy = ("MT19937", raw[:624].copy(), int(raw[624]), 0, 0.0)
+        if self._device_state is not None:
+            now = device.random_state()
+            if now is not None and torch.equal(self._device_state, now):
+                self._device_state = None
+
+    def begin(self, device: Device) -> "Replay":
+        """Set the kept states; returns the present ones, whose own `begin` undoes it."""
+        present = object.__new__(Replay)
+        present._torch = None if self._torch is None else torch.get_rng_state()
+        present._python = None if self._python is None else random.getstate()
+        present._numpy = None if self._numpy is None else numpy.random.get_state()
+        present._device_state = None if self._device_state is None else device.random_state()
+        self._set(device)
+        return present
+
+    def _set(self, device: Device) -> None:
+        if self._torch is not None:
+            torch.set_rng_state(self._torch)
+        if self._python is not None:
+            random.setstate(self._python)
+        if self._numpy is not None:
+            numpy.random.set_state(self._numpy)
+        if self._device_state is not None:
+            device.set_random_state(self._device_state)

@@ -1,0 +1,176 @@
+"""A call site: one interposed module of the user's, with the places where its weights and buffers hang.
+
+Running a site means: hang device-resident tensors into the module's own places, call the module as it would have been
+called, and hang the user's `Parameter`s and buffers back, whatever happens. The user's objects are never changed.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+Call = Callable[..., Any]
+
+
+class Site:
+    """One interposed module.
+
+    Attributes:
+        name: of the module within the root.
+        layer: name of the layer it belongs to; the same unless user code calls into a layer.
+        pack: index of its pack; None for a module without weights, which runs wherever its microbatch is.
+        weight_names: of its weights, each once.
+    """
+
+    def __init__(
+        self, module: nn.Module, name: str, layer: str, pack: int | None, names: Mapping[int, str], call: Call
+    ) -> None:
+        self.module = module
+        self.name = name
+        self.layer = layer
+        self.pack = pack
+        self._call = call
+        self._weights = [
+            (owner, attribute, names[id(parameter)])
+            for owner in module.modules()
+            for attribute, parameter in owner._parameters.items()
+            if parameter is not None
+        ]
+        self.weight_names = tuple(dict.fromkeys(weight for _, _, weight in self._weights))
+        self.buffer_places = [
+            (owner, attribute)
+            for owner in module.modules()
+            for attribute, buffer in owner._buffers.items()
+            if buffer is not None
+        ]
+        self.written_buffers: dict[tuple[bool, ...], frozenset[int]] = {}
+        """By training flags of the buffers' owners: which places a forward was seen to write."""
+        self.mutated_inputs: frozenset[int] | None = None
+        """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
+
+    def training_flags(self) -> tuple[bool, ...]:
+        return tuple(owner.training for owner, _ in self.buffer_places)
+
+    def run_plain(self, args: Any, kwargs: Any) -> Any:
+        """Call the module as if nothing were interposed."""
+        return self._call(*args, **kwargs)
+
+    def run(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+        """Call the module on other weights and buffers.
+
+        `buffers` follow `buffer_places`; an entry is replaced if the module hangs a new tensor into that place.
+        """
+        with self._hung(weights, buffers):
+            return self._call(*args, **kwargs)
+
+    @contextmanager
+    def _hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
+        own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
+        own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
+        own_flat = [owner._flat_weights for owner in self._recurrent]
+        try:
+            for owner, attribute, name in self._weights:
+                owner._parameters[attribute] = weights[name]  # type: ignore[assignment]
+            for (owner, attribute), buffer in zip(self.buffer_places, buffers, strict=True):
+                owner._buffers[attribute] = buffer
+            for recurrent in self._recurrent:
+                # Recurrent modules keep a second list of their weights, for cuDNN.
+                recurrent._flat_weights = [getattr(recurrent, name) for name in recurrent._flat_weights_names]
+            yield
+            for index, (owner, attribute) in enumerate(self.buffer_places):
+                if (now := owner._buffers[attribute]) is not None:
+                    buffers[index] = now
+        finally:
+            for (owner, attribute, _), parameter in zip(self._weights, own_weights, strict=True):
+                owner._parameters[attribute] = parameter
+            for (owner, attribute), own in zip(self.buffer_places, own_buffers, strict=True):
+                owner._buffers[attribute] = own
+            for recurrent, flat in zip(self._recurrent, own_flat, strict=True):
+                recurrent._flat_weights = flat
+
+
+class Interposition:
+    """All call sites of a root module, in force between `install` and `remove`.
+
+    The seam is `Module._compiled_call_impl`: hooks and parametrisations of the user run inside it, and copies and
+    pickles of the module leave it behind.
+    """
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self._before: list[tuple[nn.Module, Any]] = []
+        self.sites: dict[int, Site] = {}
+
+    def install(
+        self,
+        packs: Mapping[str, int],
+        layers: Mapping[str, tuple[str, ...]],
+        names: Mapping[int, str],
+        dispatch: Callable[[Site, Any, Any], Any],
+    ) -> None:
+        """Send the calls of all layers, and of the modules within them, to `dispatch`.
+
+        Args:
+            packs: pack by layer name.
+            layers: weight names by layer name.
+            names: parameter names by identity.
+            dispatch: receives site, args and kwargs of each call; returns the module's result.
+        """
+        self.remove()
+        for name, module in self._root.named_modules():
+            layer = _enclosing(name, layers)
+            has_state = layer is not None or any(b is not None for b in module._buffers.values())
+            if module is self._root or not has_state or id(module) in self.sites:
+                continue
+            if layer is not None and not any(True for _ in module.parameters()) and not _has_buffers(module):
+                continue
+            if layer is None and next(module.parameters(), None) is not None:
+                continue  # above the layers: its own code is glue
+            before = module._compiled_call_impl
+            site = Site(
+                module,
+                name,
+                layer or name,
+                None if layer is None or not layers[layer] else packs[layer],
+                names,
+                before if before is not None else module._call_impl,
+            )
+            self.sites[id(module)] = site
+            self._before.append((module, before))
+            module._compiled_call_impl = _Seam(site, dispatch)
+
+    def remove(self) -> None:
+        """Give all modules their own calls back."""
+        for module, before in reversed(self._before):
+            module._compiled_call_impl = before
+        self._before.clear()
+        self.sites.clear()
+
+
+class _Seam:
+    """What stands in for a module's call."""
+
+    __slots__ = ("_dispatch", "_site")
+
+    def __init__(self, site: Site, dispatch: Callable[[Site, Any, Any], Any]) -> None:
+        self._site = site
+        self._dispatch = dispatch
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._dispatch(self._site, args, kwargs)
+
+
+def _has_buffers(module: nn.Module) -> bool:
+    return next(module.buffers(), None) is not None
+
+
+def _enclosing(name: str, layers: Mapping[str, tuple[str, ...]]) -> str | None:
+    """The layer that is, or holds, the module of this name."""
+    while name:
+        if name in layers:
+            return name
+        name = name.rpartition(".")[0]
+    return None

@@ -1,0 +1,84 @@
+"""Where tensors wait from forward to backward: on the device, or on the host.
+
+Both the inputs that layers keep and whatever glue saves for its own backward pass through autograd's saved-tensor
+hooks. With the stash on the host, a tensor leaves on the SWAP_OUT lane when it is saved and comes back when its backward
+asks for it. Slot memory is never stashed, and neither is anything of the fused last pack, whose backward is next.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from harmony_lightning.hardware.device import Device, Lane
+from harmony_lightning.hardware.emulated import storage_key
+from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.segment import Segment
+
+
+@dataclass(frozen=True, slots=True)
+class _Stashed:
+    """A tensor that waits on the host."""
+
+    host: torch.Tensor
+    device: Device
+
+
+class HostStash:
+    """The hooks; `current` tells the segment that is saving, None if its tensors stay where they are."""
+
+    def __init__(
+        self,
+        current: Callable[[], Segment | None],
+        stays: Callable[[torch.Tensor], bool],
+        counters: Counters,
+    ) -> None:
+        self._current = current
+        self._stays = stays
+        self._counters = counters
+        self._leaving: list[tuple[Device, torch.Tensor]] = []
+        """Device tensors that a copy may still be reading."""
+
+    @torch.no_grad()
+    def pack(self, tensor: torch.Tensor) -> Any:
+        segment = self._current()
+        if segment is None or tensor.device != segment.device.torch_device or self._stays(tensor):
+            return tensor
+        device = segment.device
+        key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
+        held = segment.stashed.get(key)
+        if held is not None and held[1] == tensor._version:
+            return held[2]
+        with torch.inference_mode(False):
+            host = torch.empty_like(tensor, device="cpu", pin_memory=device.torch_device.type == "cuda")
+        source = tensor.detach()
+        device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
+        with device.lane(Lane.SWAP_OUT):
+            host.copy_(source, non_blocking=True)
+        self._counters.stash_out_bytes += host.nbytes
+        self._leaving.append((device, source))
+        stashed = _Stashed(host, device)
+        segment.stashed[key] = (source, tensor._version, stashed)
+        return stashed
+
+    @torch.no_grad()
+    def unpack(self, held: Any) -> torch.Tensor:
+        if not isinstance(held, _Stashed):
+            return held  # type: ignore[no-any-return]
+        device = held.device
+        self._counters.stash_in_bytes += held.host.nbytes
+        result = torch.empty_like(held.host, device=device.torch_device, pin_memory=False)
+        # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
+        device.wait(Lane.SWAP_IN, device.record(Lane.COMPUTE))
+        device.wait(Lane.SWAP_IN, device.record(Lane.SWAP_OUT))
+        with device.lane(Lane.SWAP_IN):
+            result.copy_(held.host, non_blocking=True)
+        device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
+        return result
+
+    def let_go(self) -> None:
+        """End of a visit: device memory whose copies were enqueued may be used again behind them."""
+        for device in {device.index: device for device, _ in self._leaving}.values():
+            device.wait(Lane.COMPUTE, device.record(Lane.SWAP_OUT))
+        self._leaving.clear()

@@ -1,0 +1,86 @@
+"""Tensors within a layer's arguments and results, and copies of the mutable objects around them."""
+
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+_PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+
+
+def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
+    """A copy of an object graph in which tensors and modules are shared and everything mutable around them is not.
+
+    A layer may write into an object that it is given, as attention layers append to a key-value cache; its recompute
+    must find the object as the forward found it.
+    """
+    copies = {} if copies is None else copies
+    if isinstance(value, _PLAIN) or isinstance(value, torch.Tensor | torch.nn.Module) or callable(value):
+        return value
+    if id(value) in copies:
+        return copies[id(value)]
+    if isinstance(value, tuple | frozenset):
+        items = [copy_structure(item, copies) for item in value]
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    try:
+        result = value.__class__.__new__(value.__class__)
+    except TypeError:
+        return value  # made by an extension: it cannot be seen into
+    copies[id(value)] = result
+    if isinstance(value, list):
+        list.extend(result, [copy_structure(item, copies) for item in list.__iter__(value)])
+    elif isinstance(value, set):
+        set.update(result, [copy_structure(item, copies) for item in value])
+    elif isinstance(value, dict):
+        for key, item in dict.items(value):
+            dict.__setitem__(result, key, copy_structure(item, copies))
+    for name, item in getattr(value, "__dict__", {}).items():
+        object.__setattr__(result, name, copy_structure(item, copies))
+    for name in (slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())):
+        if name not in ("__dict__", "__weakref__") and hasattr(value, name):
+            object.__setattr__(result, name, copy_structure(getattr(value, name), copies))
+    return result
+
+
+def is_opaque(value: Any) -> bool:
+    """Whether a leaf may hold state that a layer can write."""
+    return not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module) and not callable(value)
+
+
+class Arguments:
+    """Flattened arguments of a call: tensors apart from the rest."""
+
+    __slots__ = ("_opaque", "_rest", "_spec", "positions")
+
+    def __init__(self, args: Any, kwargs: Any) -> None:
+        flat, self._spec = pytree.tree_flatten((args, kwargs))
+        self.positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
+        self._rest: list[Any] = flat
+        self._opaque: list[int] = [i for i, leaf in enumerate(flat) if is_opaque(leaf)]
+
+    def take_tensors(self) -> list[torch.Tensor]:
+        """The tensors, which are not held here from now on."""
+        tensors = [self._rest[i] for i in self.positions]
+        for i in self.positions:
+            self._rest[i] = None
+        return tensors
+
+    def build(self, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
+        """The arguments with these tensors in place."""
+        flat = list(self._rest)
+        for i, tensor in zip(self.positions, tensors, strict=True):
+            flat[i] = tensor
+        args, kwargs = pytree.tree_unflatten(flat, self._spec)
+        return args, kwargs
+
+    def snapshot(self) -> "Arguments":
+        """The same with copies of objects that the call may write; `self` if there are none."""
+        if not self._opaque:
+            return self
+        copy = object.__new__(Arguments)
+        copy.positions, copy._spec, copy._opaque = self.positions, self._spec, self._opaque
+        copy._rest = list(self._rest)
+        shared: dict[int, Any] = {}
+        for i in self._opaque:
+            copy._rest[i] = copy_structure(self._rest[i], shared)
+        return copy

@@ -1,0 +1,110 @@
+"""What torch keeps per thread, kept per microbatch instead.
+
+Microbatches are greenlets of one thread. One may be parked inside the user's `with torch.no_grad():`, `autocast`,
+`inference_mode` or any function, dispatch or saved-tensor mode; none of that may leak to the others. So at each switch
+the state *above* the runtime's own base is taken off the thread and put back when the microbatch goes on.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.overrides import _get_current_function_mode_stack
+from torch.overrides import _pop_mode as _pop_function_mode
+from torch.overrides import _push_mode as _push_function_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+
+_hooks = torch._C._autograd
+AUTOCAST_TYPES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, slots=True)
+class Autocast:
+    """Autocast switches of one thread, for every device type that the runtime serves."""
+
+    enabled: tuple[bool, ...]
+    dtypes: tuple[torch.dtype, ...]
+    is_cached: bool
+
+    @classmethod
+    def capture(cls) -> "Autocast":
+        return cls(
+            enabled=tuple(torch.is_autocast_enabled(kind) for kind in AUTOCAST_TYPES),
+            dtypes=tuple(torch.get_autocast_dtype(kind) for kind in AUTOCAST_TYPES),
+            is_cached=torch.is_autocast_cache_enabled(),
+        )
+
+    def apply(self) -> None:
+        for kind, enabled, dtype in zip(AUTOCAST_TYPES, self.enabled, self.dtypes, strict=True):
+            torch.set_autocast_enabled(kind, enabled)
+            torch.set_autocast_dtype(kind, dtype)
+        torch.set_autocast_cache_enabled(self.is_cached)
+
+
+class ThreadState:
+    """The thread as it is at one moment. `park` takes what lies above another state off the thread, `resume` puts it
+    back; both belong to the same microbatch and alternate."""
+
+    def __init__(self) -> None:
+        self._grad = torch.is_grad_enabled()
+        self._inference = torch.is_inference_mode_enabled()
+        self._autocast = Autocast.capture()
+        self._num_function_modes = len(_get_current_function_mode_stack())
+        self._num_dispatch_modes = len(_get_current_dispatch_mode_stack())
+        self._saved_tensor_hooks = _hooks._top_saved_tensors_default_hooks(True)
+
+    def park(self) -> "Parked":
+        """Bring the thread back to this state and return what was taken off."""
+        function_modes = []
+        while len(_get_current_function_mode_stack()) > self._num_function_modes:
+            function_modes.append(_pop_function_mode())
+        dispatch_modes = []
+        while len(_get_current_dispatch_mode_stack()) > self._num_dispatch_modes:
+            dispatch_modes.append(_pop_dispatch_mode())
+        saved_tensor_hooks = []
+        while (top := _hooks._top_saved_tensors_default_hooks(True)) != self._saved_tensor_hooks and top is not None:
+            saved_tensor_hooks.append(top)
+            _hooks._pop_saved_tensors_default_hooks()
+        parked = Parked(
+            grad=torch.is_grad_enabled(),
+            autocast=Autocast.capture(),
+            function_modes=tuple(reversed(function_modes)),
+            dispatch_modes=tuple(reversed(dispatch_modes)),
+            saved_tensor_hooks=tuple(reversed(saved_tensor_hooks)),
+            # The guard remembers the whole thread state of the microbatch and brings it back when it is dropped; so
+            # guards of several microbatches may come and go in any order.
+            inference_guard=torch._C._InferenceMode(self._inference)
+            if torch.is_inference_mode_enabled() != self._inference
+            else None,
+        )
+        if parked.autocast != self._autocast:
+            self._autocast.apply()
+        torch._C._set_grad_enabled(self._grad)
+        return parked
+
+
+@dataclass(slots=True)
+class Parked:
+    """State of a microbatch that is not running."""
+
+    grad: bool
+    autocast: Autocast
+    function_modes: tuple[Any, ...] = ()
+    dispatch_modes: tuple[Any, ...] = ()
+    saved_tensor_hooks: tuple[Any, ...] = ()
+    inference_guard: Any = None
+
+    def resume(self) -> None:
+        """Put the state back onto the thread."""
+        self.inference_guard = None
+        torch._C._set_grad_enabled(self.grad)
+        if Autocast.capture() != self.autocast:
+            self.autocast.apply()
+        for mode in self.dispatch_modes:
+            _push_dispatch_mode(mode)
+        for mode in self.function_modes:
+            _push_function_mode(mode)
+        for pack, unpack in self.saved_tensor_hooks:
+            _hooks._push_saved_tensors_default_hooks(pack, unpack)

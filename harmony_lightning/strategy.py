@@ -1,0 +1,440 @@
+"""`HarmonyStrategy`: each hook of Lightning's Strategy is one call into a room.
+
+The code is free of Lightning imports: `lightning` and `pytorch_lightning` are two packages with separate classes, and
+`harmony_lightning.lightning` and `harmony_lightning.pytorch_lightning` each derive this mixin with their own
+`SingleDeviceStrategy`. That base makes one process with world size 1; all GPUs reach it through `parallel_devices`.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch.optim import Optimizer
+from torch.utils import _pytree as pytree
+from torchmetrics import Metric
+
+from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
+from harmony_lightning.errors import ConfigurationError, UnsupportedError
+from harmony_lightning.hardware.cuda import CudaCluster
+from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.hardware.emulated import EmulatedCluster
+from harmony_lightning.hardware.host import HostCluster
+from harmony_lightning.merged_log import merged_log
+from harmony_lightning.observability.statistics import Statistics
+from harmony_lightning.plan import Plan
+from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.runtime.engine import Engine
+from harmony_lightning.runtime.minibatch import Microbatches, num_samples, split_minibatch
+from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
+from harmony_lightning.runtime.update import JustInTimeUpdate, is_separable
+from harmony_lightning.scheduler import automatic_microbatch_size
+
+log = logging.getLogger(__name__)
+
+_SEES_GRADIENTS_MODULE = (
+    "backward",
+    "on_after_backward",
+    "on_before_optimizer_step",
+    "configure_gradient_clipping",
+    "optimizer_step",
+    "on_before_zero_grad",
+    "optimizer_zero_grad",
+)
+"""Hooks of the user's module between backward and step; overridden, they must find complete gradients."""
+_SEES_GRADIENTS_CALLBACK = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+
+
+class HarmonyMixin:
+    """Trains a module whose weights, gradients, optimizer states and activations exceed the memory of all GPUs.
+
+    Results equal those of one device that accumulates over the same microbatches.
+    """
+
+    _pl: ClassVar[Any]
+    """The Lightning package that the concrete class belongs to."""
+    _update_properties: ClassVar[Callable[..., None]]
+    """That package's way to tell a module its device without moving it."""
+
+    def __init__(
+        self,
+        *,
+        mode: Literal["auto", "pp", "dp"] | None = None,
+        microbatch_size: int | Literal["auto"] | None = None,
+        memory: str | int | None = None,
+        stash: Literal["auto", "device", "host"] | None = None,
+        layers: Sequence[str | type] = (),
+        split_batch: SplitBatch | None = None,
+        plan: Plan | str | Path | None = None,
+        cluster: EmulatedCluster | None = None,
+        **lightning: Any,
+    ) -> None:
+        """Arguments are the fields of `HarmonyConfig`, and:
+
+        Args:
+            plan: a plan, or a file that holds one in JSON; None makes one.
+            cluster: emulated GPUs to train on instead of the Trainer's devices.
+            lightning: for Lightning's own `SingleDeviceStrategy`: accelerator, checkpoint_io, precision_plugin.
+
+        Raises:
+            ConfigurationError: a knob has an impossible value.
+        """
+        super().__init__(**lightning)
+        environment = Environment.read()
+        given = {"mode": mode, "microbatch_size": microbatch_size, "memory": memory, "stash": stash}
+        knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
+        self._config = HarmonyConfig(**knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch)
+        if cluster is None and environment.emulated_gpus is not None:
+            cluster = EmulatedCluster(environment.emulated_gpus, self._config.memory_bytes or "64MiB")
+        if cluster is not None and not isinstance(cluster, EmulatedCluster):
+            raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
+        self._emulated = cluster
+        self._given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
+        self.parallel_devices: list[torch.device] | None = None
+        self._engine: Engine | None = None
+        self._last_plan: Plan | None = None
+        self._has_traced = False
+        self._call_order: CallOrder | None = None
+        self._min_samples = 1
+        self._root_loss: torch.Tensor | None = None
+        self._stepping: Optimizer | None = None
+        self._told: set[str] = set()
+        self._last_statistics = Statistics(**dict.fromkeys(_COUNTS, 0), peak_device_bytes=())
+
+    # What Lightning and users read --------------------------------------------------------------------------------
+
+    @property
+    def root_device(self) -> torch.device:
+        """Where the user's own new tensors go: the first GPU; the host where GPUs are emulated."""
+        if self._emulated is None and self.parallel_devices:
+            return self.parallel_devices[0]
+        return torch.device("cpu")
+
+    @property
+    def num_nodes(self) -> int:
+        return 1
+
+    @num_nodes.setter
+    def num_nodes(self, value: int) -> None:
+        if value != 1:
+            raise ConfigurationError(f"strategy='harmony' trains on one server, got num_nodes={value}")
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan in use; None before set-up."""
+        return self._engine.plan if self._engine is not None and self._engine.is_loaded else self._last_plan
+
+    def statistics(self) -> Statistics:
+        """Exact counts since the last `fit`, `validate`, `test` or `predict` was set up; they stay readable after it."""
+        if self._engine is None:
+            return self._last_statistics
+        counters, plan = self._engine.counters, self.plan
+        self._last_statistics = Statistics(
+            steps=counters.steps,
+            num_microbatches=plan.num_microbatches if plan is not None else 0,
+            num_packs=len(plan.packs) if plan is not None else 0,
+            swap_in_bytes=counters.swap_in_bytes,
+            swap_out_bytes=counters.swap_out_bytes,
+            p2p_bytes=counters.p2p_bytes,
+            stash_in_bytes=counters.stash_in_bytes,
+            stash_out_bytes=counters.stash_out_bytes,
+            input_bytes=counters.input_bytes,
+            peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
+        )
+        return self._last_statistics
+
+    # Set-up and teardown --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Modules are built on the host, where their masters stay."""
+        with self._host_as_root(), super().tensor_init_context(empty_init):  # type: ignore[misc]
+            yield
+
+    @contextmanager
+    def _host_as_root(self) -> Iterator[None]:
+        devices, self.parallel_devices = self.parallel_devices, None
+        try:
+            yield
+        finally:
+            self.parallel_devices = devices
+
+    def setup(self, trainer: Any) -> None:
+        """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
+        self._close_engine()
+        assert self.accelerator is not None and self.model is not None  # type: ignore[has-type]
+        self.accelerator.setup(trainer)
+        self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
+        self.model_to_device()
+        self._engine = Engine(self.model, self._cluster())
+        for device in self._engine.cluster.devices:
+            device.reset_peak()
+        self._last_plan = None
+        self._has_traced = False
+        self._call_order = None
+        if trainer.state.fn == "fit":
+            self.setup_optimizers(trainer)  # type: ignore[attr-defined]
+        self.setup_precision_plugin()  # type: ignore[attr-defined]
+        self._load_plan(Workload(microbatch_size=1, num_microbatches=1))
+
+    def _cluster(self) -> Cluster:
+        if self._emulated is not None:
+            return self._emulated
+        if self.root_device.type == "cuda":
+            assert self.parallel_devices is not None
+            return CudaCluster(self.parallel_devices, self._config.memory_bytes)
+        if self.root_device.type != "cpu":
+            raise ConfigurationError(
+                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}"
+            )
+        return HostCluster()
+
+    def model_to_device(self) -> None:
+        """Masters stay on the host; only what the module says about itself changes, and metrics move."""
+        model = self.model  # type: ignore[has-type]
+        if self.root_device.type != "cpu":
+            self._update_properties(model, device=self.root_device)
+            for module in model.modules():
+                if isinstance(module, Metric):
+                    module.to(self.root_device)
+
+    def _load_plan(self, workload: Workload, call_order: CallOrder | None = None) -> None:
+        engine = self._require_engine()
+        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, call_order)
+        if self._given_plan is not None:
+            plan = self._given_plan
+            known = {layer.name for layer in decomposition.layers}
+            if missing := [name for pack in plan.packs for name in pack.layers if name not in known]:
+                raise ConfigurationError(f"the given plan names layer {missing[0]!r}, which this module does not have")
+        engine.load(plan, decomposition)
+        self._min_samples = 2 if decomposition.has_batch_statistics else 1
+
+    def _require_engine(self) -> Engine:
+        if self._engine is None:
+            raise ConfigurationError("the strategy is not set up; a Trainer does that in fit, validate, test or predict")
+        return self._engine
+
+    def _close_engine(self) -> None:
+        if self._engine is not None:
+            self.statistics()
+            self._last_plan = self.plan
+            self._engine.close()
+            self._engine = None
+        self._root_loss = None
+        self._stepping = None
+
+    def on_exception(self, exception: BaseException) -> None:
+        if self._engine is not None:
+            self._engine.abort()
+        super().on_exception(exception)  # type: ignore[misc]
+
+    def teardown(self) -> None:
+        self._close_engine()
+        super().teardown()  # type: ignore[misc]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        return {**state, "_engine": None, "_root_loss": None}
+
+    # Batches and steps ------------------------------------------------------------------------------------------------
+
+    def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
+        """The minibatch stays on the host, from where each microbatch takes its part to the GPU that needs it, unless
+        the user's own transfer hooks expect to see it on a GPU."""
+        host = torch.device("cpu")
+        module = self.lightning_module  # type: ignore[attr-defined]
+        if any(_is_overridden(module, hook, self._pl.LightningModule) for hook in _TRANSFER_HOOKS) or any(
+            _is_overridden(source, hook, self._pl.LightningDataModule)
+            for hook in _TRANSFER_HOOKS
+            if (source := getattr(getattr(module, "_trainer", None), "datamodule", None)) is not None
+        ):
+            host = device or self.root_device
+        return super().batch_to_device(batch, host, dataloader_idx)  # type: ignore[misc]
+
+    def training_step(self, batch: Any, *args: Any) -> Any:
+        module = self.lightning_module  # type: ignore[attr-defined]
+        step = module.training_step
+        self._root_loss = None
+        if not module.automatic_optimization:
+            self._tell_once("manual optimization: each minibatch runs as one microbatch, packs are swapped as called")
+            return self._run_in_one_piece(module.trainer.fit_loop.epoch_loop, "train_step_context", step, batch, *args)
+        engine = self._require_engine()
+        parts = self._split(batch)
+        self._bring_plan_up_to_date(parts)
+        differentiable = []
+
+        def settle(result: Any) -> tuple[torch.Tensor | None, Any]:
+            loss = loss_of(result)
+            if loss is None or not loss.requires_grad:
+                return None, result
+            differentiable.append(loss)
+            return differentiable.pop(), with_loss(result, loss.detach())
+
+        with (
+            merged_log(
+                module.trainer.fit_loop.epoch_loop,
+                lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
+                self.root_device,
+            ),
+            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
+        ):
+            functions = [functools.partial(step, part, *args) for part in parts.batches]
+            outputs = engine.forward(functions, parts.weights, settle, self._expected_factor())
+        output = merge_outputs([self._to_root(output) for output in outputs], parts.num_samples)
+        loss = loss_of(output)
+        if loss is None or not engine.has_loss:
+            return output
+        # Whatever is done to the result, this leaf's gradient will say how much the minibatch's loss counts.
+        self._root_loss = loss.detach().requires_grad_()
+        return with_loss(output, self._root_loss * 1)
+
+    def validation_step(self, *args: Any) -> Any:
+        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        step = self.lightning_module.validation_step  # type: ignore[attr-defined]
+        return self._run_in_one_piece(trainer._evaluation_loop, "val_step_context", step, *args)
+
+    def test_step(self, *args: Any) -> Any:
+        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        step = self.lightning_module.test_step  # type: ignore[attr-defined]
+        return self._run_in_one_piece(trainer._evaluation_loop, "test_step_context", step, *args)
+
+    def predict_step(self, *args: Any) -> Any:
+        step = self.lightning_module.predict_step  # type: ignore[attr-defined]
+        return self._run_in_one_piece(None, "predict_step_context", step, *args)
+
+    def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
+        engine = self._require_engine()
+        log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
+        with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+            return self._to_root(engine.run(lambda: step(*args)))
+
+    def _split(self, batch: Any) -> Microbatches:
+        size: int | str = self._config.microbatch_size
+        if size == "auto" and self._given_plan is not None:
+            size = self._given_plan.microbatch_size
+        if not isinstance(size, int):
+            cluster = self._require_engine().cluster
+            size = automatic_microbatch_size(
+                num_samples(batch) or 1,
+                len(cluster.devices),
+                min_samples=self._min_samples,
+                host_is_device=cluster.host_is_device,
+            )
+        parts = split_minibatch(batch, size, min_samples=self._min_samples, split=self._config.split_batch)
+        if parts.reason is not None:
+            self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
+        return parts
+
+    def _bring_plan_up_to_date(self, parts: Microbatches) -> None:
+        """Between steps: take up what has changed in the module, and what the first step has shown."""
+        engine = self._require_engine()
+        workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
+        if engine.is_out_of_date():
+            self._load_plan(workload, self._call_order)
+        if engine.trace.is_complete and not self._has_traced:
+            self._has_traced = True
+            order, loops = engine.trace.order(), engine.trace.loops()
+            if self._given_plan is None and not engine.plan.follows(order, loops):
+                log.info("harmony: layers are called in another order than they are registered; planning again")
+                self._call_order = CallOrder(layers=order, loops=loops)
+                self._load_plan(workload, self._call_order)
+        if not engine.trace.is_complete:
+            engine.resize(workload.microbatch_size, workload.num_microbatches)
+
+    def _to_root(self, result: Any) -> Any:
+        """Results leave the step on the root device, wherever the plan has computed them."""
+        is_device = self._require_engine().is_device
+
+        def move(tensor: torch.Tensor) -> torch.Tensor:
+            return tensor.to(self.root_device) if is_device(tensor.device) else tensor
+
+        return pytree.tree_map_only(torch.Tensor, move, result)
+
+    # Backward and update ----------------------------------------------------------------------------------------------
+
+    def _expected_factor(self) -> float:
+        """The gradient that the minibatch's loss will most likely get, so that nothing has to be scaled later."""
+        accumulate = self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
+        scaler = getattr(self.precision_plugin, "scaler", None)  # type: ignore[attr-defined]
+        return float(torch.tensor(1.0) / accumulate) * (scaler.get_scale() if scaler is not None else 1.0)
+
+    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+        module = self.lightning_module  # type: ignore[attr-defined]
+        self.pre_backward(closure_loss)  # type: ignore[attr-defined]
+        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
+        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        engine = self._require_engine()
+        root, self._root_loss = self._root_loss, None
+        if root is None:
+            engine.collect_gradients()
+        elif root.grad is None:
+            engine.abort()
+            raise UnsupportedError(
+                "backward() was called, but no gradient reached the loss that training_step returned; an overridden "
+                "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
+            )
+        else:
+            engine.backward(float(root.grad), self._update())
+            engine.worker.drain()
+        closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
+        self.post_backward(closure_loss)  # type: ignore[attr-defined]
+        return closure_loss
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        engine = self._require_engine()
+        if not self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
+            engine.collect_gradients()  # of a plain loss.backward() in manual optimization
+        self._stepping = optimizer
+        try:
+            # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
+            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
+        finally:
+            self._stepping = None
+
+    def _update(self) -> Callable[[list[str]], None]:
+        """What happens to weights as soon as their gradients are complete: their step, if nothing has to see all
+        gradients first; otherwise nothing, and the optimizer steps the whole model after backward."""
+        module = self.lightning_module  # type: ignore[attr-defined]
+        trainer = module.trainer
+        optimizer = self._stepping
+        if (
+            optimizer is None
+            or len(self.optimizers) != 1  # type: ignore[attr-defined]
+            or not is_separable(optimizer)
+            or trainer.gradient_clip_val
+            or getattr(self.precision_plugin, "scaler", None) is not None  # type: ignore[attr-defined]
+            or any(_is_overridden(module, hook, self._pl.LightningModule) for hook in _SEES_GRADIENTS_MODULE)
+            or any(
+                _is_overridden(callback, hook, self._pl.Callback)
+                for callback in trainer.callbacks
+                for hook in _SEES_GRADIENTS_CALLBACK
+            )
+        ):
+            return lambda names: None
+        return JustInTimeUpdate(optimizer, self._require_engine().parameters)
+
+    def load_optimizer_state_dict(self, checkpoint: Any) -> None:
+        """Optimizer states live on the host, beside the masters."""
+        with self._host_as_root():
+            super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.warning("harmony: %s", text)
+
+
+_COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")
+_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer")
+
+
+def _is_overridden(owner: Any, hook: str, base: type) -> bool:
+    return hook in vars(owner) or getattr(type(owner), hook, None) is not getattr(base, hook, None)
+
+
+def _as_sequence(layers: Any) -> Sequence[Any]:
+    """A single string or class is left for the configuration to refuse with a hint."""
+    return layers if not isinstance(layers, str | type) else (layers,)
