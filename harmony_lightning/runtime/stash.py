@@ -40,8 +40,15 @@ class HostStash:
         self._leaving: list[tuple[Device, torch.Tensor]] = []
         """Device tensors that a copy may still be reading."""
 
-    @torch.no_grad()
     def pack(self, tensor: torch.Tensor) -> Any:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return self._leave(tensor)
+
+    def unpack(self, held: Any) -> torch.Tensor:
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            return self._return(held)
+
+    def _leave(self, tensor: torch.Tensor) -> Any:
         segment = self._current()
         if segment is None or tensor.device != segment.device.torch_device or self._stays(tensor):
             return tensor
@@ -62,8 +69,7 @@ class HostStash:
         segment.stashed[key] = (source, tensor._version, stashed)
         return stashed
 
-    @torch.no_grad()
-    def unpack(self, held: Any) -> torch.Tensor:
+    def _return(self, held: Any) -> torch.Tensor:
         if not isinstance(held, _Stashed):
             return held  # type: ignore[no-any-return]
         device = held.device
