@@ -24,6 +24,10 @@ from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevic
 aten = torch.ops.aten
 _HOST = torch.device("cpu")
 
+_below_functions = torch._C.DisableTorchFunction
+"""Dispatch happens below torch functions: what it calls must not reach function modes again. Autograd's backward comes
+here with them in force."""
+
 
 class EmulatedTensor(torch.Tensor):
     """A tensor on an emulated GPU. Made by torch's own functions (`.to("cpu:0")`, factories), not by hand."""
@@ -62,7 +66,8 @@ class EmulatedTensor(torch.Tensor):
     @classmethod
     @override
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
-        return _run(func, args, kwargs or {}, None)
+        with _below_functions():
+            return _run(func, args, kwargs or {}, None)
 
     def __tensor_flatten__(self) -> tuple[list[str], EmulatedDevice]:
         return ["inner_tensor"], self.home
@@ -171,6 +176,10 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @override
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        with _below_functions():
+            return self._dispatch(func, types, args, kwargs)
+
+    def _dispatch(self, func, types, args, kwargs):  # type: ignore[no-untyped-def]
         if EmulatedTensor in types:
             return _run(func, args, kwargs or {}, self.devices)
         if kwargs:
