@@ -41,7 +41,9 @@ class HarmonyConfig:
         if isinstance(self.layers, str | type):
             raise ConfigurationError(f"layers must be a list, got {self.layers!r}; write layers=[{self.layers!r}]")
         if self.split_batch is not None and not callable(self.split_batch):
-            raise ConfigurationError(f"split_batch must be a function of (batch, num_microbatches), got {self.split_batch!r}")
+            raise ConfigurationError(
+                f"split_batch must be a function of (batch, num_microbatches), got {self.split_batch!r}"
+            )
 
     @property
     def memory_bytes(self) -> int | None:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
@@ -54,9 +54,9 @@ class HarmonyMixin:
     Results equal those of one device that accumulates over the same microbatches.
     """
 
-    _pl: ClassVar[Any]
+    _pl: Any
     """The Lightning package that the concrete class belongs to."""
-    _update_properties: ClassVar[Callable[..., None]]
+    _update_properties: Any
     """That package's way to tell a module its device without moving it."""
 
     def __init__(
@@ -128,7 +128,7 @@ class HarmonyMixin:
         return self._engine.plan if self._engine is not None and self._engine.is_loaded else self._last_plan
 
     def statistics(self) -> Statistics:
-        """Exact counts since the last `fit`, `validate`, `test` or `predict` was set up; they stay readable after it."""
+        """Exact counts since the last `fit`, `validate`, `test` or `predict` was set up; readable after it too."""
         if self._engine is None:
             return self._last_statistics
         counters, plan = self._engine.counters, self.plan
@@ -165,8 +165,7 @@ class HarmonyMixin:
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
         self._close_engine()
-        assert self.accelerator is not None and self.model is not None  # type: ignore[has-type]
-        self.accelerator.setup(trainer)
+        self.accelerator.setup(trainer)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
         self.model_to_device()
         self._engine = Engine(self.model, self._cluster())
@@ -214,7 +213,7 @@ class HarmonyMixin:
 
     def _require_engine(self) -> Engine:
         if self._engine is None:
-            raise ConfigurationError("the strategy is not set up; a Trainer does that in fit, validate, test or predict")
+            raise ConfigurationError("the strategy is not set up; that happens in fit, validate, test or predict")
         return self._engine
 
     def _close_engine(self) -> None:
@@ -236,7 +235,7 @@ class HarmonyMixin:
         super().teardown()  # type: ignore[misc]
 
     def __getstate__(self) -> dict[str, Any]:
-        state: dict[str, Any] = super().__getstate__()  # type: ignore[misc]
+        state: Any = super().__getstate__()
         return {**state, "_engine": None, "_root_loss": None}
 
     # Batches and steps ------------------------------------------------------------------------------------------------
@@ -361,7 +360,9 @@ class HarmonyMixin:
         scaler = getattr(self.precision_plugin, "scaler", None)  # type: ignore[attr-defined]
         return float(torch.tensor(1.0) / accumulate) * (scaler.get_scale() if scaler is not None else 1.0)
 
-    def backward(self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any) -> torch.Tensor:
+    def backward(
+        self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
         module = self.lightning_module  # type: ignore[attr-defined]
         self.pre_backward(closure_loss)  # type: ignore[attr-defined]
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]

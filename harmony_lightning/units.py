@@ -27,7 +27,7 @@ def parse_nbytes(text: str | int | float) -> int:
 
 
 def format_nbytes(nbytes: float) -> str:
-    """"1.5 GiB": three significant digits in the largest binary unit that fits."""
+    """ "1.5 GiB": three significant digits in the largest binary unit that fits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"

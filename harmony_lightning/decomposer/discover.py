@@ -53,9 +53,7 @@ def decompose(root: nn.Module, unit_nbytes: int, choices: Sequence[LayerChoice] 
         for name, parameter in root.named_parameters()
     )
     has_batch_statistics = any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in root.modules())
-    return Decomposition(
-        layers=tuple(layers), weights=weights_of_root, has_batch_statistics=has_batch_statistics
-    )
+    return Decomposition(layers=tuple(layers), weights=weights_of_root, has_batch_statistics=has_batch_statistics)
 
 
 def is_container(module: nn.Module) -> bool:

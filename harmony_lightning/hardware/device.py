@@ -41,7 +41,7 @@ class Device(Protocol):
 
     @property
     def name(self) -> str:
-        """"gpu0", for messages."""
+        """ "gpu0", for messages."""
 
     def lane(self, lane: Lane) -> AbstractContextManager[None]:
         """Work enqueued inside goes to `lane`."""

@@ -177,7 +177,7 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @override
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         with _below_functions():
-            return self._dispatch(func, types, args, kwargs)
+            return self._dispatch(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 
     def _dispatch(self, func, types, args, kwargs):  # type: ignore[no-untyped-def]
         if EmulatedTensor in types:

@@ -1,14 +1,14 @@
 """The runtime room: carries a plan out. Enter at `engine`.
 
-    engine      the order of a step: forward and backward, pack by pack
-    microbatch  the user's training_step on a slice of the minibatch, as a greenlet
-    segment     what a microbatch does in one visit to a pack; how tensors get in
-    site        the seam in the user's modules
-    layer       one layer's forward and backward as one autograd node
-    residency   weights on devices        gradients  their way back
-    buffers     module buffers            stash      what waits from forward to backward
-    arena       flat memory               worker     the host's thread; update  what it does to weights
-    randomness, thread_state, structure   what is kept per microbatch and per call
-    minibatch, outputs                    cutting the batch, merging the results
-    trace, counters                       what a step shows
+engine      the order of a step: forward and backward, pack by pack
+microbatch  the user's training_step on a slice of the minibatch, as a greenlet
+segment     what a microbatch does in one visit to a pack; how tensors get in
+site        the seam in the user's modules
+layer       one layer's forward and backward as one autograd node
+residency   weights on devices        gradients  their way back
+buffers     module buffers            stash      what waits from forward to backward
+arena       flat memory               worker     the host's thread; update  what it does to weights
+randomness, thread_state, structure   what is kept per microbatch and per call
+minibatch, outputs                    cutting the batch, merging the results
+trace, counters                       what a step shows
 """

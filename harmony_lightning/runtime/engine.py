@@ -98,7 +98,9 @@ class Engine:
         self._trained = tuple(parameter.requires_grad for parameter in self.parameters.values())
         packs = {name: index for index, pack in enumerate(plan.packs) for name in pack.layers}
         layers = {layer.name: layer.weights for layer in decomposition.layers}
-        self._pack_of_weight = {name: i for i, pack in reversed(list(enumerate(plan.packs))) for name in pack.parameters}
+        self._pack_of_weight = {
+            name: i for i, pack in reversed(list(enumerate(plan.packs))) for name in pack.parameters
+        }
         self._interposition.install(packs, layers, names, self._dispatch)
 
     @property
@@ -117,9 +119,7 @@ class Engine:
 
     def resize(self, microbatch_size: int, num_microbatches: int) -> None:
         """Note in the plan what a minibatch turned out to be; packs stay as they are."""
-        self._plan = dataclasses.replace(
-            self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches
-        )
+        self._plan = dataclasses.replace(self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches)
 
     def is_out_of_date(self) -> bool:
         """Whether parameters came, went or changed `requires_grad` since `load`."""
@@ -356,7 +356,8 @@ class Engine:
                     microbatch.park(site.pack)
                 else:
                     self._change_pack(microbatch, site.pack)
-            self.trace.record(microbatch.index, site.layer)
+            if microbatch.is_cut and not microbatch.is_in_backward:
+                self.trace.record(microbatch.index, site.layer)
         try:
             return call_layer(site, microbatch.segment, args, kwargs)
         except Exception as error:
@@ -416,6 +417,9 @@ class Engine:
                 microbatch.start(0)
             else:
                 microbatch.resume()
+        except Exception as error:
+            add_place(error, "in the user's code between layers", microbatch.segment)
+            raise
         finally:
             self._current = None
         if not microbatch.is_done:
@@ -434,8 +438,12 @@ class Engine:
     def _backward_segment(self, microbatch: Microbatch) -> None:
         names = tuple(microbatch.segment.uses)
         self._current = microbatch
+        running = microbatch.segment
         try:
             segment = microbatch.backward_segment()
+        except Exception as error:
+            add_place(error, "in backward of the user's code between layers", running)
+            raise
         finally:
             self._current = None
         self._segments_left[segment.pack] -= 1
@@ -481,6 +489,4 @@ class Engine:
     def _rescale(self, ratio: float) -> None:
         self.gradients.scale(ratio)
         for microbatch in self._microbatches:
-            microbatch.pending = {
-                key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()
-            }
+            microbatch.pending = {key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()}

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
+from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
@@ -208,9 +208,7 @@ class GradientStore:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_out(
-        self, device: int, slot: _Slot, is_complete: Callable[[str], bool], on_complete: OnComplete
-    ) -> None:
+    def _swap_out(self, device: int, slot: _Slot, is_complete: Callable[[str], bool], on_complete: OnComplete) -> None:
         assert slot.pack is not None
         layout = self._layouts[slot.pack]
         nbytes = layout_nbytes(layout)
@@ -254,9 +252,7 @@ class GradientStore:
         self._worker.submit(lambda: self._receive(arrived_on_host, complete, on_complete))
 
     @torch.no_grad()
-    def _receive(
-        self, arrived: dict[str, torch.Tensor], complete: frozenset[str], on_complete: OnComplete
-    ) -> None:
+    def _receive(self, arrived: dict[str, torch.Tensor], complete: frozenset[str], on_complete: OnComplete) -> None:
         """On the worker: fold what has arrived into parts or into `Parameter.grad`."""
         for name in list(arrived):
             gradient = arrived.pop(name)
@@ -275,4 +271,3 @@ class GradientStore:
 
     def _in_order(self, names: frozenset[str]) -> list[str]:
         return [name for name in self._parameters if name in names]
-

@@ -85,7 +85,9 @@ def _versions(buffers: list[torch.Tensor]) -> list[int]:
     return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
 
 
-def _report_written(call: LayerCall, held: list[torch.Tensor], versions: list[int], now: list[torch.Tensor]) -> set[int]:
+def _report_written(
+    call: LayerCall, held: list[torch.Tensor], versions: list[int], now: list[torch.Tensor]
+) -> set[int]:
     written = {
         index
         for index, (before, version, after) in enumerate(zip(held, versions, now, strict=True))

@@ -107,7 +107,7 @@ def split_minibatch(
     starts = [sum(counts[:m]) for m in range(len(counts))]
     try:
         batches = tuple(cut(start, count) for start, count in zip(starts, counts, strict=True))
-    except Exception as error:  # noqa: BLE001 - the batch's own types run here, their copying and slicing may raise anything
+    except Exception as error:
         reason = f"a {type(batch).__name__} could not be cut: {type(error).__name__}: {error}"
         return Microbatches(batches=(batch,), num_samples=(size,), reason=reason)
     return Microbatches(batches=batches, num_samples=tuple(counts), reason=None)

@@ -28,7 +28,7 @@ from harmony_lightning.runtime.minibatch import rebuild_sequence, replace_items
 def merge_outputs(outputs: Sequence[Any], num_samples: Sequence[int]) -> Any:
     """One output for the minibatch, on the device of the first microbatch that has one.
 
-    Microbatches that returned None are left out, and the others weigh more. A single output is returned as it is. The merged
+    Microbatches that returned None are left out, and the others weigh more. A single output is returned as is. The merged
     loss is detached: the caller gives it a root of its own; everything else keeps the graph that the user left on it.
 
     Raises:

@@ -16,6 +16,7 @@ average, a metric) is written where it lives; anything else is written as an imp
 in the rest of the microbatch.
 """
 
+import re
 from collections import Counter
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -32,14 +33,15 @@ if TYPE_CHECKING:
 Sink = Callable[[torch.Tensor], None]
 
 _READS = frozenset(
-    """__get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__ item tolist
-    numpy size dim ndimension stride numel nelement element_size data_ptr storage untyped_storage storage_offset detach
-    is_floating_point is_complex is_contiguous is_pinned is_shared is_inference is_set_to is_same_size type_as_string
-    register_hook register_post_accumulate_grad_hook retain_grad requires_grad_ backward get_device has_names
-    __deepcopy__ __reduce_ex__ _set_grad_enabled is_tensor is_nonzero dense_dim sparse_dim""".split()
+    """__get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
+    __deepcopy__ __reduce_ex__ _set_grad_enabled backward data_ptr dense_dim detach dim element_size get_device
+    has_names item ndimension nelement numel numpy register_hook register_post_accumulate_grad_hook requires_grad_
+    retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
 )
 """Functions that take tensors as they are: they leave no trace in the autograd graph and compute nothing on a device."""
 _MOVES = frozenset(("to", "cpu", "cuda"))
+_WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
+"""In-place operators and methods."""
 
 
 class Import(torch.autograd.Function):
@@ -117,7 +119,7 @@ class Segment:
             engine = self.microbatch.engine
             if (name := engine.weight_name(tensor)) is not None:
                 return engine.bring_glue_weight(self, name, tensor)
-            if is_local or tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad:
+            if is_local or (tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad):
                 return tensor
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
@@ -198,13 +200,13 @@ class Glue(TorchFunctionMode):
         segment = self._current()
         if segment is None:
             return func(*args, **kwargs)
-        kind = _KINDS.get(func) if func in _KINDS else _classify(func)
+        kind = _KINDS.get(func) or _classify(func)
         if kind == "read":
             return func(*_originals(segment, args), **kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
                 return func(*_originals(segment, args), **kwargs)
-            if kind == "write" and isinstance(args[0], torch.Tensor):
+            if (kind == "write" or kwargs.get("inplace") is True) and isinstance(args[0], torch.Tensor):
                 return self._write(segment, func, args, kwargs)
             args = _bring_all(segment, args)
             kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
@@ -238,9 +240,7 @@ def _classify(func: Callable[..., Any]) -> str:
         kind = "read"
     elif name in _MOVES:
         kind = "move"
-    elif name == "__setitem__" or name.startswith("__i") and name.endswith("__") and name not in ("__invert__",):
-        kind = "write"
-    elif name.endswith("_") and not name.endswith("__"):
+    elif _WRITES.fullmatch(name):
         kind = "write"
     else:
         kind = "compute"
@@ -286,4 +286,3 @@ def _any_requires_grad(value: Any) -> bool:
     if isinstance(value, dict):
         return any(_any_requires_grad(item) for item in value.values())
     return False
-

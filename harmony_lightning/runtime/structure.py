@@ -15,7 +15,7 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
     must find the object as the forward found it.
     """
     copies = {} if copies is None else copies
-    if isinstance(value, _PLAIN) or isinstance(value, torch.Tensor | torch.nn.Module) or callable(value):
+    if not is_opaque(value):
         return value
     if id(value) in copies:
         return copies[id(value)]
@@ -44,7 +44,9 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
 
 def is_opaque(value: Any) -> bool:
     """Whether a leaf may hold state that a layer can write."""
-    return not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module) and not callable(value)
+    return (
+        not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module) and not callable(value)
+    )
 
 
 class Arguments:

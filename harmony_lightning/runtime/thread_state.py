@@ -51,15 +51,15 @@ class ThreadState:
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = Autocast.capture()
-        self._num_function_modes = len(_get_current_function_mode_stack())
+        self._num_function_modes = len(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
         self._num_dispatch_modes = len(_get_current_dispatch_mode_stack())
         self._saved_tensor_hooks = _hooks._top_saved_tensors_default_hooks(True)
 
     def park(self) -> "Parked":
         """Bring the thread back to this state and return what was taken off."""
         function_modes = []
-        while len(_get_current_function_mode_stack()) > self._num_function_modes:
-            function_modes.append(_pop_function_mode())
+        while len(_get_current_function_mode_stack()) > self._num_function_modes:  # type: ignore[no-untyped-call]
+            function_modes.append(_pop_function_mode())  # type: ignore[no-untyped-call]
         dispatch_modes = []
         while len(_get_current_dispatch_mode_stack()) > self._num_dispatch_modes:
             dispatch_modes.append(_pop_dispatch_mode())
@@ -105,6 +105,6 @@ class Parked:
         for mode in self.dispatch_modes:
             _push_dispatch_mode(mode)
         for mode in self.function_modes:
-            _push_function_mode(mode)
+            _push_function_mode(mode)  # type: ignore[no-untyped-call]
         for pack, unpack in self.saved_tensor_hooks:
             _hooks._push_saved_tensors_default_hooks(pack, unpack)

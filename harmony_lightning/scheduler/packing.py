@@ -71,7 +71,9 @@ def make_plan(
     groups = _groups(decomposition.layers, together)
     prefetch, limit = (0, decomposition.nbytes) if host_is_device else _limit(decomposition, groups, memory_bytes)
     if mode == "pp" and not host_is_device:
-        share = -(-decomposition.nbytes // (PACKS_PER_DEVICE * num_devices)) if num_devices > 1 else decomposition.nbytes
+        share = (
+            -(-decomposition.nbytes // (PACKS_PER_DEVICE * num_devices)) if num_devices > 1 else decomposition.nbytes
+        )
         largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
         limit = max(min(limit, share), largest)
     packs: list[Pack] = []
