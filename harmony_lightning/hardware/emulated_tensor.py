@@ -10,6 +10,7 @@ fails, and every byte that crosses a link is counted.
 All of this happens below autograd, which sees ordinary tensors of device `cpu:i`.
 """
 
+import contextlib
 import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
@@ -46,14 +47,17 @@ class EmulatedTensor(torch.Tensor):
                 "dense tensors only (for embeddings: sparse=False)"
             )
         allocation = home.hold(inner.untyped_storage())
-        wrapper: EmulatedTensor = torch.Tensor._make_wrapper_subclass(
-            cls,
-            inner.size(),
-            strides=inner.stride(),
-            storage_offset=inner.storage_offset(),
-            dtype=inner.dtype,
-            device=home.torch_device,
-        )
+        # A wrapper is never an inference tensor: the view of a normal tensor must not be one, and whether this is a view
+        # is not known here.
+        with torch.inference_mode(False) if torch.is_inference_mode_enabled() else contextlib.nullcontext():
+            wrapper: EmulatedTensor = torch.Tensor._make_wrapper_subclass(
+                cls,
+                inner.size(),
+                strides=inner.stride(),
+                storage_offset=inner.storage_offset(),
+                dtype=inner.dtype,
+                device=home.torch_device,
+            )
         if inner.is_conj():
             torch._C._set_conj(wrapper, True)
         if inner.is_neg():

@@ -5,6 +5,7 @@ pack's arena. There is no second copy. Each parameter gets a storage of its own 
 saving, pickling or sharing one parameter touches that parameter and not the whole arena.
 """
 
+import ctypes
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -57,6 +58,14 @@ def _is_dense(tensor: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def return_freed_memory() -> None:
+    """Give memory that weights have moved out of back to the system. The C library keeps most of it otherwise (measured:
+    52 of 64 MB), and the weights would seem to exist twice."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 class HostArena:

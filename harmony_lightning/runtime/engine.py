@@ -262,7 +262,8 @@ class Engine:
 
     def collect_gradients(self) -> None:
         """Bring all gradients that layers have got since the last time to `Parameter.grad`."""
-        with self.cluster.activate():
+        # User code may be running, and its function mode would take our tensors for its own.
+        with self.cluster.activate(), torch._C.DisableTorchFunction():
             self.gradients.finish(lambda names: None)
         self.worker.drain()
 
@@ -384,6 +385,7 @@ class Engine:
         former = microbatch.segment
         self._weights[former.device.index].release(former.pack)
         self._glue.clear()
+        self._stash.let_go()
         if not torch.is_grad_enabled():
             microbatch.segments.clear()
         microbatch.open(pack)

@@ -48,7 +48,8 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
     """Run a layer in its segment; the result is part of the microbatch's autograd graph."""
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
-    tensors = [segment.bring(tensor) for tensor in originals]
+    with torch._C.DisableTorchFunction():
+        tensors = [segment.bring(tensor) for tensor in originals]
     engine = segment.microbatch.engine
     trained = tuple(name for name in site.weight_names if engine.parameters[name].requires_grad)
     call = LayerCall(site, segment, arguments.snapshot())
@@ -72,10 +73,9 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     engine, site, device = call.segment.microbatch.engine, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    buffers = [engine.buffers.fetch(place, device) for place in site.buffer_places]
-    versions = _versions(buffers)
-    held = list(buffers)
     with engine.inside_layer():
+        buffers = [engine.buffers.fetch(place, device) for place in site.buffer_places]
+        held, versions = list(buffers), _versions(buffers)
         result = site.run(engine.weights_of(site, device, call.trained), buffers, args, kwargs)
     _report_written(call, held, versions, buffers)
     return pytree.tree_map_only(torch.Tensor, engine.off_the_arena, result)

@@ -14,7 +14,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import HostArena, Layout, lay_out
+from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, return_freed_memory
 from harmony_lightning.runtime.counters import Counters
 
 Weights = dict[str, torch.Tensor]
@@ -37,6 +37,7 @@ class WeightStore:
             self.borrowed.append(tuple(name for name in pack.parameters if name not in names))
             # Own weights first, in the arena's order, so that they arrive in one copy.
             self.layouts.append(lay_out(parameters, (*names, *self.borrowed[-1])))
+        return_freed_memory()
 
 
 @dataclass(slots=True, eq=False)

@@ -6,6 +6,7 @@ layer is too large for that, double buffering goes first, then the share grows, 
 its gradients does not fit, an error says so.
 """
 
+import sys
 from collections.abc import Sequence
 from typing import Literal
 
@@ -69,7 +70,7 @@ def make_plan(
         CapacityError: some layer cannot fit, with its name and the bytes.
     """
     groups = _groups(decomposition.layers, together)
-    prefetch, limit = (0, decomposition.nbytes) if host_is_device else _limit(decomposition, groups, memory_bytes)
+    prefetch, limit = (0, sys.maxsize) if host_is_device else _limit(decomposition, groups, memory_bytes)
     if mode == "pp" and not host_is_device:
         share = (
             -(-decomposition.nbytes // (PACKS_PER_DEVICE * num_devices)) if num_devices > 1 else decomposition.nbytes
