@@ -26,6 +26,7 @@ from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.buffers import BufferStore
+from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.gradients import GradientStore, OnComplete
 from harmony_lightning.runtime.layer import call_layer
@@ -368,6 +369,9 @@ class Engine:
     def _current_segment(self) -> Segment | None:
         return None if self._depth or self._current is None else self._current.segment
 
+    def _is_in_cut_glue(self) -> bool:
+        return not self._depth and self._current is not None and self._current.is_cut
+
     def _stashing_segment(self) -> Segment | None:
         """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
         microbatch = self._current
@@ -399,6 +403,7 @@ class Engine:
             stack.enter_context(self.cluster.activate())
             if self.plan.stash == "host":
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
+            stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
             stack.enter_context(Glue(self._current_segment, self.is_device))
             yield
 

@@ -7,6 +7,7 @@ Forward runs with gradients enabled although its graph is thrown away (its saved
 torch itself choose other paths, kernels and results when gradients are off.
 """
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -74,10 +75,9 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
     engine, site, device = call.segment.microbatch.engine, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
     with engine.inside_layer():
-        buffers = [engine.buffers.fetch(place, device) for place in site.buffer_places]
-        held, versions = list(buffers), _versions(buffers)
-        result = site.run(engine.weights_of(site, device, call.trained), buffers, args, kwargs)
-    _report_written(call, held, versions, buffers)
+        buffers = _Buffers(call)
+        result = site.run(engine.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
+        buffers.report_written()
     return pytree.tree_map_only(torch.Tensor, engine.off_the_arena, result)
 
 
@@ -85,18 +85,44 @@ def _versions(buffers: list[torch.Tensor]) -> list[int]:
     return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
 
 
-def _report_written(
-    call: LayerCall, held: list[torch.Tensor], versions: list[int], now: list[torch.Tensor]
-) -> set[int]:
-    written = {
-        index
-        for index, (before, version, after) in enumerate(zip(held, versions, now, strict=True))
-        if after is not before or (0 if after.is_inference() else after._version) != version
-    }
-    for index in written:
-        engine = call.segment.microbatch.engine
-        engine.buffers.written(call.site.buffer_places[index], call.segment.device, now[index].detach())
-    return written
+class _Buffers:
+    """A layer's buffers around one forward: which ones it wrote, and what was in them before.
+
+    Version counters do not tell: torch's own batch normalisation writes its statistics without counting. So the first
+    call in each combination of training flags compares values, and what was written then counts as written always.
+    """
+
+    def __init__(self, call: LayerCall) -> None:
+        self._call = call
+        self._site = call.site
+        self._store = call.segment.microbatch.engine.buffers
+        self._device = call.segment.device
+        self.tensors = [self._store.fetch(place, self._device) for place in self._site.buffer_places]
+        self._held, self._versions = list(self.tensors), _versions(self.tensors)
+        self._flags = self._site.training_flags()
+        self._known = self._site.written_buffers.get(self._flags)
+        self._before = {i: b.clone() for i, b in enumerate(self.tensors) if self._known is None or i in self._known}
+
+    def report_written(self) -> dict[int, torch.Tensor]:
+        """Tell the store what the forward wrote; returns the values in front of it, by place."""
+        written = set(self._known or ())
+        for index, (before, version, after) in enumerate(zip(self._held, self._versions, self.tensors, strict=True)):
+            is_replaced = after is not before or _versions([after]) != [version]
+            if is_replaced or (self._known is None and not torch.equal(self._before[index], after)):
+                written.add(index)
+        for index in written:
+            self._store.written(self._site.buffer_places[index], self._device, self.tensors[index].detach())
+        self._site.written_buffers[self._flags] = frozenset(written)
+        return {index: value for index, value in self._before.items() if index in written}
+
+
+def _follow_kept_results(call: LayerCall, results: list[torch.Tensor], detached: list[torch.Tensor]) -> None:
+    """A hook that ran inside the layer may have kept a result; glue that uses it means the layer's real result."""
+    replaced = call.segment.microbatch.replaced
+    for index, outer in enumerate(detached):
+        # Held by the list of results and by getrefcount itself; by anybody else it was kept.
+        if sys.getrefcount(results[index]) > 2:
+            replaced[id(results[index])] = (results[index], outer)
 
 
 def _drop(tensor: torch.Tensor) -> object:
@@ -127,12 +153,7 @@ class LayerFunction(torch.autograd.Function):
         ctx.call = call
         ctx.needs = [tensor.requires_grad for tensor in tensors]
 
-        buffers = [engine.buffers.fetch(place, device) for place in site.buffer_places]
-        known = site.written_buffers.get(flags := site.training_flags()) if buffers else frozenset[int]()
-        call.buffers_before = {
-            index: buffer.clone() for index, buffer in enumerate(buffers) if known is None or index in known
-        }
-        held, versions = list(buffers), _versions(buffers)
+        buffers = _Buffers(call)
 
         # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
         copied = site.mutated_inputs
@@ -144,19 +165,17 @@ class LayerFunction(torch.autograd.Function):
             inner_versions = _versions(inner)
             args, kwargs = arguments.build(inner)
             replay = Replay(device)
-            result = site.run(engine.weights_of(site, device, call.trained), buffers, args, kwargs)
+            result = site.run(engine.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
             replay.keep_what_was_drawn(device)
             call.replay = replay
 
-        written = _report_written(call, held, versions, buffers)
-        if buffers:
-            site.written_buffers[flags] = (known or frozenset()) | written
-            call.buffers_before = {i: b for i, b in call.buffers_before.items() if i in written}
+        call.buffers_before = buffers.report_written()
         mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if _versions([t]) != [v]]
         site.mutated_inputs = (copied or frozenset()) | frozenset(mutated)
         call.mutated = mutated
 
         leaves, call.result_spec = pytree.tree_flatten(result)
+        del result
         call.tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         results = [leaves[i] for i in call.tensor_positions] + [inner[i] for i in mutated]
         detached = [engine.off_the_arena(result.detach()) for result in results]
@@ -167,6 +186,7 @@ class LayerFunction(torch.autograd.Function):
             leaves[position] = None
         call.result_leaves = leaves
         ctx.save_for_backward(*tensors)
+        _follow_kept_results(call, results, detached)
         return tuple(detached)
 
     @staticmethod

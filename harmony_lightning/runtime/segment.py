@@ -30,6 +30,10 @@ from harmony_lightning.hardware.device import Device
 if TYPE_CHECKING:
     from harmony_lightning.runtime.microbatch import Microbatch
 
+_NUM_MOVED = 16
+"""Copies that a segment keeps of tensors from elsewhere. Few are used again: masks, encoder states. Code that looks at
+every gradient once must not gather them all on the device."""
+
 Sink = Callable[[torch.Tensor], None]
 
 _READS = frozenset(
@@ -39,6 +43,8 @@ _READS = frozenset(
     retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
 )
 """Functions that take tensors as they are: they leave no trace in the autograd graph and compute nothing on a device."""
+_COMPUTED_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
+"""Attributes whose getters make tensors that belong to the autograd graph."""
 _MOVES = frozenset(("to", "cpu", "cuda"))
 _WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
 """In-place operators and methods."""
@@ -166,6 +172,8 @@ class Segment:
         if entry is None or entry[1] != version:
             copy = self._count_peer(tensor.detach().to(self.device.torch_device), tensor)
             entry = self._moved[id(tensor)] = (tensor, version, copy)
+            if len(self._moved) > _NUM_MOVED:
+                del self._moved[next(iter(self._moved))]
         return entry[2]
 
     def _count_peer(self, copy: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -236,7 +244,9 @@ _KINDS: dict[Any, str] = {}
 
 def _classify(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
-    if name in _READS or name.startswith("is_"):
+    if name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
+        kind = "compute"
+    elif name in _READS or name.startswith("is_"):
         kind = "read"
     elif name in _MOVES:
         kind = "move"

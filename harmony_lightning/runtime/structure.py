@@ -50,28 +50,39 @@ def is_opaque(value: Any) -> bool:
 
 
 class Arguments:
-    """Flattened arguments of a call: tensors apart from the rest."""
+    """Flattened arguments of a call: tensors apart from the rest.
 
-    __slots__ = ("_opaque", "_rest", "_spec", "positions")
+    A tensor that stands in several places is one tensor, and stays one: layers ask `query is key`.
+    """
+
+    __slots__ = ("_opaque", "_places", "_rest", "_spec")
 
     def __init__(self, args: Any, kwargs: Any) -> None:
         flat, self._spec = pytree.tree_flatten((args, kwargs))
-        self.positions = [i for i, leaf in enumerate(flat) if isinstance(leaf, torch.Tensor)]
         self._rest: list[Any] = flat
-        self._opaque: list[int] = [i for i, leaf in enumerate(flat) if is_opaque(leaf)]
+        self._places: list[tuple[int, int]] = []
+        """Leaf index, and index among the distinct tensors."""
+        self._opaque = [i for i, leaf in enumerate(flat) if is_opaque(leaf)]
 
     def take_tensors(self) -> list[torch.Tensor]:
-        """The tensors, which are not held here from now on."""
-        tensors = [self._rest[i] for i in self.positions]
-        for i in self.positions:
-            self._rest[i] = None
+        """The distinct tensors, which are not held here from now on."""
+        indices: dict[int, int] = {}
+        tensors: list[torch.Tensor] = []
+        for place, leaf in enumerate(self._rest):
+            if isinstance(leaf, torch.Tensor):
+                if id(leaf) not in indices:
+                    indices[id(leaf)] = len(tensors)
+                    tensors.append(leaf)
+                self._places.append((place, indices[id(leaf)]))
+        for place, _ in self._places:
+            self._rest[place] = None
         return tensors
 
     def build(self, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
-        """The arguments with these tensors in place."""
+        """The arguments with these tensors, in the order of `take_tensors`, in place."""
         flat = list(self._rest)
-        for i, tensor in zip(self.positions, tensors, strict=True):
-            flat[i] = tensor
+        for place, index in self._places:
+            flat[place] = tensors[index]
         args, kwargs = pytree.tree_unflatten(flat, self._spec)
         return args, kwargs
 
@@ -80,7 +91,7 @@ class Arguments:
         if not self._opaque:
             return self
         copy = object.__new__(Arguments)
-        copy.positions, copy._spec, copy._opaque = self.positions, self._spec, self._opaque
+        copy._places, copy._spec, copy._opaque = self._places, self._spec, self._opaque
         copy._rest = list(self._rest)
         shared: dict[int, Any] = {}
         for i in self._opaque:

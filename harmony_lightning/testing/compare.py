@@ -158,7 +158,7 @@ def relative_difference(expected: torch.Tensor | None, actual: torch.Tensor | No
     a, b = expected.to(wide), actual.to(wide)
     if torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0)) and torch.equal(a.isnan(), b.isnan()):
         return 0.0
-    difference = float((a - b).abs().max() / a.abs().max())
+    difference = float((a - b).abs().max() / a.abs().max())  # NaN where a value is not finite
     return difference if difference == difference else math.inf
 
 
