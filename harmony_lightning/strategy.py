@@ -370,7 +370,7 @@ class HarmonyMixin:
         engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
         if root is None:
-            engine.collect_gradients()
+            pass  # manual optimization: that was the whole backward
         elif root.grad is None:
             engine.abort()
             raise UnsupportedError(
@@ -385,9 +385,6 @@ class HarmonyMixin:
         return closure_loss
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        engine = self._require_engine()
-        if not self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
-            engine.collect_gradients()  # of a plain loss.backward() in manual optimization
         self._stepping = optimizer
         try:
             # Weights that were updated just in time have no gradient any more: the optimizer passes them by.

@@ -6,7 +6,7 @@ import resource
 import lightning as L
 import pytest
 import torch
-from conftest import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
 
 from harmony_lightning import CapacityError, ConfigurationError, Plan

@@ -8,12 +8,16 @@ saving, pickling or sharing one parameter touches that parameter and not the who
 import ctypes
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.plan import aligned
+
+Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,6 +33,15 @@ class Region:
     def view(self, arena: torch.Tensor) -> torch.Tensor:
         """The tensor within `arena` (uint8, flat)."""
         return arena[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
+
+
+    def alias(self, memory: Memory) -> torch.Tensor:
+        """The tensor within host memory, with a storage of its own over exactly its bytes. It holds `memory` alive."""
+        count = self.shape.numel()
+        if not count:
+            return torch.empty(self.shape, dtype=self.dtype)
+        own = torch.frombuffer(memory, dtype=self.dtype, count=count, offset=self.start)
+        return own.as_strided(self.shape, self.stride)
 
 
 Layout = dict[str, Region]
@@ -75,13 +88,9 @@ class HostArena:
         """Moves the memory of the named parameters, which must be on the host, into a new arena."""
         self.layout = lay_out(parameters, names)
         self.bytes = cluster.host_buffer(layout_nbytes(self.layout))
-        buffer = self.bytes.numpy()
+        memory = self.bytes.numpy()
         for name, region in self.layout.items():
-            parameter = parameters[name]
-            if parameter.numel() == 0:
-                continue
-            own = torch.frombuffer(buffer, dtype=region.dtype, count=parameter.numel(), offset=region.start)
-            own = own.as_strided(region.shape, region.stride)
+            own = region.alias(memory)
             with torch.no_grad():
-                own.copy_(parameter)
-            parameter.data = own
+                own.copy_(parameters[name])
+            parameters[name].data = own

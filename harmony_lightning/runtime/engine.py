@@ -62,6 +62,7 @@ class Engine:
         self._depth = 0
         """How many layers the running code is inside of."""
         self._is_recomputing = False
+        self._is_collecting = False
         self._is_aborting = False
         self._upcoming: dict[int, int] = {}
         """By device, the pack to swap in behind the running one."""
@@ -148,6 +149,7 @@ class Engine:
         self._current = None
         self._depth = 0
         self._is_recomputing = False
+        self._is_collecting = False
         self._upcoming = {}
         self._segments_left.clear()
         self._uses_left.clear()
@@ -245,7 +247,7 @@ class Engine:
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
-        differentiates by itself. Follow the latter with `collect_gradients`."""
+        differentiates by itself."""
         microbatch = Microbatch(self, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
         with self._active(), self._guarded():
@@ -261,11 +263,21 @@ class Engine:
         self._microbatches = []
         return result
 
-    def collect_gradients(self) -> None:
-        """Bring all gradients that layers have got since the last time to `Parameter.grad`."""
+    def collect_later(self) -> None:
+        """Called within a backward that user code runs by itself: at its end, gradients go to `Parameter.grad`."""
+        if not self._is_collecting:
+            self._is_collecting = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._collect)  # type: ignore[attr-defined]
+
+    def _collect(self) -> None:
+        self._is_collecting = False
         # User code may be running, and its function mode would take our tensors for its own.
         with self.cluster.activate(), torch._C.DisableTorchFunction():
             self.gradients.finish(lambda names: None)
+            # What follows is most likely an update: the copies on the devices will be out of date.
+            for weights in self._weights:
+                weights.release_all()
+            self._glue.clear()
         self.worker.drain()
 
     # What microbatches, segments and layers ask ---------------------------------------------------------------------

@@ -35,33 +35,30 @@ class _Slot:
 
 
 class _HostBuffers:
-    """Host memory that gradients arrive in. A buffer is used again when nobody holds a view of it any more."""
+    """Host memory that gradients arrive in. It is used again when the last tensor over it is gone."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._lent: list[tuple[torch.Tensor, list[weakref.ref[torch.Tensor]]]] = []
         self._free: list[torch.Tensor] = []
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> torch.Tensor:
         with self._lock:
-            still_lent = []
-            for buffer, views in self._lent:
-                if any(view() is not None for view in views):
-                    still_lent.append((buffer, views))
-                else:
-                    self._free.append(buffer)
-            self._lent = still_lent
             fitting = min((b for b in self._free if b.numel() >= nbytes), key=torch.Tensor.numel, default=None)
             if fitting is not None and fitting.numel() <= 2 * nbytes:
                 self._free = [buffer for buffer in self._free if buffer is not fitting]
                 return fitting
         return self._cluster.host_buffer(nbytes)
 
-    def lend(self, buffer: torch.Tensor, views: Iterable[torch.Tensor]) -> None:
-        """The buffer comes back when all these views are gone."""
+    def lend(self, buffer: torch.Tensor, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Tensors over the buffer, which comes back when they are all gone, whoever holds them."""
+        memory = buffer.numpy()
+        weakref.finalize(memory, self._return, buffer).atexit = False
+        return {name: layout[name].alias(memory) for name in names}
+
+    def _return(self, buffer: torch.Tensor) -> None:
         with self._lock:
-            self._lent.append((buffer, [weakref.ref(view) for view in views]))
+            self._free.append(buffer)
 
 
 class GradientStore:
@@ -222,12 +219,11 @@ class GradientStore:
                 for name, view in slot.written.items():
                     layout[name].view(buffer).copy_(view, non_blocking=True)
         arrival = slot.left = lane_owner.record(Lane.SWAP_OUT)
-        arrived = {name: layout[name].view(buffer) for name in slot.written}
+        arrived = self._buffers.lend(buffer, layout, slot.written)
         self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in arrived.values())
         complete = frozenset(name for name in arrived if is_complete(name))
         slot.pack = None
         slot.written.clear()
-        self._buffers.lend(buffer, arrived.values())
 
         def receive() -> None:
             arrival.synchronize()

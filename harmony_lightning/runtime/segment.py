@@ -94,6 +94,8 @@ class Segment:
 
     def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None) -> None:
         """One use of a weight has been differentiated; the last one hands the sum on."""
+        if not self.microbatch.is_cut:
+            self.microbatch.engine.collect_later()
         self.uses[name] -= 1
         held = self.partial.pop(name, None)
         if gradient is None:

@@ -27,6 +27,10 @@ MakeModule = Callable[[], LightningModule]
 """Called once per run, on the same random streams each time."""
 
 
+SMALLEST_SCALE = 1e-3
+"""Smaller tensors differ relative to this: a bias whose gradient is zero but for rounding holds nothing but rounding."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Run:
     """What one training run left behind."""
@@ -52,8 +56,8 @@ class Comparison:
     def differences(self) -> dict[str, float]:
         """Relative difference of each loss, weight and buffer that is not equal to the bit, largest first.
 
-        A tensor's is its largest absolute difference over its largest absolute value; infinite where only one run has
-        the tensor, or where shapes, types or non-finite values differ.
+        A tensor's is its largest absolute difference over its largest absolute value (`SMALLEST_SCALE` at least);
+        infinite where only one run has the tensor, or where shapes, types or non-finite values differ.
         """
         expected, actual = _tensors(self.expected), _tensors(self.actual)
         found = {
@@ -158,7 +162,7 @@ def relative_difference(expected: torch.Tensor | None, actual: torch.Tensor | No
     a, b = expected.to(wide), actual.to(wide)
     if torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0)) and torch.equal(a.isnan(), b.isnan()):
         return 0.0
-    difference = float((a - b).abs().max() / a.abs().max())  # NaN where a value is not finite
+    difference = float((a - b).abs().max() / a.abs().max().clamp(min=SMALLEST_SCALE))  # NaN where a value is not finite
     return difference if difference == difference else math.inf
 
 

@@ -60,9 +60,9 @@ def test_trains_as_on_one_device(name, mode, num_gpus, optimizer):
     # A GPU that has one microbatch has nothing to sum, and GPUs are added up in the order of their microbatches.
     sums = DP_SUMS if mode == "dp" and num_gpus < NUM_MICROBATCHES else ""
     if sums or family.inexact:
-        assert report.max_relative_difference <= ROUNDING[optimizer], report
+        assert report.max_relative_difference <= ROUNDING[optimizer], str(report)
     else:
-        assert report.is_equal, report
+        assert report.is_equal, str(report)
 
 
 @pytest.mark.parametrize("name", ["dropout_everywhere", "vit"])
@@ -85,7 +85,7 @@ def test_a_moving_average_written_in_training_step(num_gpus):
     )
     report = Comparison(expected=expected, actual=run)
     assert len(run.plan.packs) >= 3
-    assert report.is_equal, report
+    assert report.is_equal, str(report)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -108,9 +108,9 @@ def keywords(net, batch):
 # From transformers --------------------------------------------------------------------------------------------------
 
 
-@family("gpt2", batch=words, loss=language, memory="176KiB", inexact=TIED)
+@family("gpt2", batch=words, loss=language, memory="288KiB", inexact=TIED)
 def gpt2():
-    config = transformers.GPT2Config(n_layer=4, n_embd=WIDTH, n_head=2, vocab_size=WORDS, n_positions=16)
+    config = transformers.GPT2Config(n_layer=6, n_embd=WIDTH, n_head=2, vocab_size=WORDS, n_positions=16)
     return transformers.GPT2LMHeadModel(config)
 
 
@@ -124,11 +124,11 @@ def llama():
     )  # fmt: skip
 
 
-@family("t5", batch=words, loss=language, memory="256KiB", inexact=f"{TIED}; {NORM}")
+@family("t5", batch=words, loss=language, memory="432KiB", inexact=f"{TIED}; {NORM}")
 def t5():
     return transformers.T5ForConditionalGeneration(
         transformers.T5Config(
-            d_model=WIDTH, d_kv=8, d_ff=128, num_layers=3, num_heads=4, vocab_size=WORDS,
+            d_model=WIDTH, d_kv=8, d_ff=128, num_layers=4, num_heads=4, vocab_size=WORDS,
             decoder_start_token_id=0,
         )
     )  # fmt: skip
@@ -159,11 +159,11 @@ def vit():
     )  # fmt: skip
 
 
-@family("mixtral", batch=words, loss=language, memory="256KiB", inexact=NORM)
+@family("mixtral", batch=words, loss=language, memory="352KiB", inexact=NORM)
 def mixtral():
     return transformers.MixtralForCausalLM(
         transformers.MixtralConfig(
-            hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+            hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=6, num_attention_heads=2, num_key_value_heads=1,
             vocab_size=WORDS, num_local_experts=4, num_experts_per_tok=2, output_router_logits=True,
         )
     )  # fmt: skip
@@ -208,9 +208,9 @@ def resnet():
     )
 
 
-@family("unet", batch=pictures, loss=regression, memory="72KiB")
+@family("unet", batch=pictures, loss=regression, memory="184KiB")
 class UNet(nn.Module):
-    def __init__(self, c=16):
+    def __init__(self, c=24):
         super().__init__()
 
         def block(a, b):
@@ -238,7 +238,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
-        self.rnns = nn.ModuleList([kind(WIDTH, WIDTH, batch_first=True) for _ in range(3)])
+        self.rnns = nn.ModuleList([kind(WIDTH, WIDTH, batch_first=True) for _ in range(5)])
         self.deep = kind(WIDTH, 8, 2, batch_first=True, bidirectional=True, dropout=0.1)
         self.head = nn.Linear(16, WORDS)
 
@@ -249,12 +249,12 @@ class Recurrent(nn.Module):
         return self.head(self.deep(x)[0])
 
 
-@family("lstm", batch=words, loss=tagging, memory="124KiB")
+@family("lstm", batch=words, loss=tagging, memory="184KiB")
 def lstm():
     return Recurrent(nn.LSTM)
 
 
-@family("gru", batch=words, loss=tagging, memory="96KiB")
+@family("gru", batch=words, loss=tagging, memory="120KiB")
 def gru():
     return Recurrent(nn.GRU)
 
@@ -294,7 +294,7 @@ class Block(nn.Module):
         return x + self.dropout(self.narrow(F.gelu(self.wide(self.norm(x)))))
 
 
-@family("nested_containers", batch=vectors, loss=regression)
+@family("nested_containers", batch=vectors, loss=regression, memory="80KiB")
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
@@ -324,12 +324,12 @@ class Tied(nn.Module):
         return h @ self.words.weight.T if self.head is None else self.head(h)
 
 
-@family("tied_head", batch=words, loss=tagging, inexact=TIED)
+@family("tied_head", batch=words, loss=tagging, memory="88KiB", inexact=TIED)
 def tied_head():
     return Tied(with_head=True)
 
 
-@family("tied_by_hand", batch=words, loss=tagging, inexact=TIED)
+@family("tied_by_hand", batch=words, loss=tagging, memory="88KiB", inexact=TIED)
 def tied_by_hand():
     return Tied(with_head=False)
 
@@ -388,7 +388,7 @@ class Running(nn.Module):
         return self.block((x - self.mean) / (1 + self.calls))
 
 
-@family("written_buffers", batch=vectors, loss=regression)
+@family("written_buffers", batch=vectors, loss=regression, memory="80KiB")
 def written_buffers():
     return nn.Sequential(*(nn.Sequential(Running(), nn.BatchNorm1d(WIDTH)) for _ in range(5)), nn.Linear(WIDTH, WIDTH))
 

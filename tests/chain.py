@@ -1,0 +1,78 @@
+"""What many tests share: a small module, its data, a quiet Trainer."""
+
+import copy
+
+import lightning as L
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
+
+WIDTH = 64
+
+
+class Chain(L.LightningModule):
+    """A chain of equal blocks: 16.6 KB of float32 weights each."""
+
+    def __init__(self, depth=8, optimizer=torch.optim.AdamW, **options):
+        super().__init__()
+        self.net = nn.Sequential(*(nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.ReLU()) for _ in range(depth)))
+        self.head = nn.Linear(WIDTH, 1)
+        self.optimizer = optimizer
+        self.options = {"lr": 1e-2, **options}
+        self.losses = []
+
+    def step(self, batch):
+        inputs, targets = batch
+        return nn.functional.mse_loss(self.head(self.net(inputs)).squeeze(1), targets)
+
+    def training_step(self, batch, batch_idx):
+        loss = self.step(batch)
+        self.losses.append(loss.item())
+        self.log("loss", loss, on_step=True, on_epoch=True)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.step(batch))
+
+    def predict_step(self, batch, batch_idx):
+        return self.head(self.net(batch[0]))
+
+    def configure_optimizers(self):
+        return self.optimizer(self.parameters(), **self.options)
+
+
+def loader(batch_size, num_samples=40):
+    generator = torch.Generator().manual_seed(7)
+    inputs = torch.randn(num_samples, WIDTH, generator=generator)
+    return DataLoader(TensorDataset(inputs, torch.randn(num_samples, generator=generator)), batch_size=batch_size)
+
+
+def trainer(strategy="auto", **options):
+    quiet = {
+        "max_epochs": 1,
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        "accelerator": "cpu",
+    }
+    return L.Trainer(strategy=strategy, **{**quiet, **options})
+
+
+def harmony(num_gpus=2, memory="120KiB", microbatch_size=2, **options):
+    return HarmonyStrategy(microbatch_size=microbatch_size, cluster=EmulatedCluster(num_gpus, memory), **options)
+
+
+def twins(**options):
+    """The same module twice."""
+    torch.manual_seed(0)
+    module = Chain(**options)
+    return module, copy.deepcopy(module)
+
+
+def same_weights(one, other):
+    return all(
+        torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    )
