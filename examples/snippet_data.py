@@ -34,6 +34,7 @@ class PackageSnippets(L.LightningDataModule):
         packages: of the standard library; one class each.
         vocabulary: a word's token is its checksum modulo this number, so that no vocabulary has to be built.
         length: words in a snippet.
+        val_batch_size: of validation, which is not cut into microbatches.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class PackageSnippets(L.LightningDataModule):
         batch_size: int = 32,
         holdout: float = 0.25,
         num_val_snippets: int = 128,
+        val_batch_size: int = 8,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -67,4 +69,4 @@ class PackageSnippets(L.LightningDataModule):
         return DataLoader(self.train, batch_size=self.hparams.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Snippet]:
-        return DataLoader(self.val, batch_size=self.hparams.batch_size)
+        return DataLoader(self.val, batch_size=self.hparams.val_batch_size)

@@ -28,6 +28,7 @@ class PythonSources(L.LightningDataModule):
         length: tokens the model sees at once; a window has one more, the last target.
         megabytes: of text, at most.
         num_val_windows: validation windows, taken evenly from the held-out files.
+        val_batch_size: of validation, which is not cut into microbatches.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class PythonSources(L.LightningDataModule):
         megabytes: float = 4.0,
         holdout: int = 10,
         num_val_windows: int = 128,
+        val_batch_size: int = 4,
     ) -> None:
         super().__init__()
         self.save_hyperparameters()
@@ -60,4 +62,4 @@ class PythonSources(L.LightningDataModule):
         return DataLoader(self.train, batch_size=self.hparams.batch_size, shuffle=True, drop_last=True)
 
     def val_dataloader(self) -> DataLoader[Tensor]:
-        return DataLoader(self.val, batch_size=self.hparams.batch_size)
+        return DataLoader(self.val, batch_size=self.hparams.val_batch_size)

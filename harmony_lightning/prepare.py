@@ -69,14 +69,11 @@ def prepare(
         together=call_order.loops if call_order is not None else (),
     )
     log.info(
-        "harmony plan: %s, %d layers in %d packs (largest %s), %d microbatches of %d samples, %d device(s) of %s, stash "
-        "on the %s",
+        "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s",
         plan.mode,
         len(decomposition.layers),
         len(plan.packs),
         format_nbytes(max(pack.nbytes for pack in plan.packs)),
-        plan.num_microbatches,
-        plan.microbatch_size,
         plan.num_devices,
         format_nbytes(plan.memory_bytes),
         plan.stash,

@@ -57,8 +57,10 @@ def test_swapped_bytes_are_the_plan_s_exactly(mode, num_gpus, memory):
     statistics, plan = fitted.strategy.statistics(), fitted.strategy.plan
     weights = sum(p.nbytes for p in module.parameters())
     copies = num_gpus if mode == "dp" else 1
-    met = sum(plan.packs[-1 - k].nbytes for k in range(min(num_gpus, len(plan.packs)))) if mode == "pp" else (
-        num_gpus * plan.packs[-1].nbytes
+    met = (
+        sum(plan.packs[-1 - k].nbytes for k in range(min(num_gpus, len(plan.packs))))
+        if mode == "pp"
+        else (num_gpus * plan.packs[-1].nbytes)
     )
     assert statistics.steps == 5
     assert statistics.swap_in_bytes == 5 * (2 * copies * weights - met) == 5 * plan.swap_in_bytes_per_step
@@ -212,7 +214,7 @@ def test_a_given_plan_is_carried_out(tmp_path):
 
 def test_what_cannot_fit_is_told_before_the_first_step():
     module = Chain()
-    with pytest.raises(CapacityError, match=r"layer net\.0\.0 needs 32\.5 KiB .* each GPU offers 20 KiB"):
+    with pytest.raises(CapacityError, match=r"layer net\.0\.0 needs 49\.4 KiB .* each GPU offers 20 KiB"):
         trainer(harmony(memory="20KiB")).fit(module, loader(8))
     assert module.losses == []
 

@@ -34,7 +34,6 @@ class Region:
         """The tensor within `arena` (uint8, flat)."""
         return arena[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
 
-
     def alias(self, memory: Memory) -> torch.Tensor:
         """The tensor within host memory, with a storage of its own over exactly its bytes. It holds `memory` alive."""
         count = self.shape.numel()

@@ -364,6 +364,8 @@ class Engine:
             return site.run_plain(args, kwargs)
         if self._is_aborting:
             raise greenlet.GreenletExit
+        if site.has_hooks_inside():
+            return site.run_plain(args, kwargs)  # as glue: the modules within are call sites of their own
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:

@@ -132,8 +132,8 @@ def _drop(tensor: torch.Tensor) -> object:
 def _refuse(site: Site) -> Callable[[object], torch.Tensor]:
     def unpack(_: object) -> torch.Tensor:
         raise UnsupportedError(
-            f"a tensor computed inside layer {site.name} was used outside of it other than through its result (a "
-            f"hook or recorder kept it?); its gradient is not available. Choose smaller layers, so that it becomes "
+            f"a tensor computed inside layer {site.name} was used outside of it other than through its result (was "
+            f"it kept in an attribute?); its gradient is not available. Choose smaller layers, so that it becomes "
             f"the result of one: HarmonyStrategy(layers=[...])"
         )
 

@@ -49,7 +49,12 @@ class Site:
         """By training flags of the buffers' owners: which places a forward was seen to write."""
         self.mutated_inputs: frozenset[int] | None = None
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
+
+    def has_hooks_inside(self) -> bool:
+        """Whether somebody watches results of modules within this one now. They must be results of layers then."""
+        return any(self._hooks_inside)
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)

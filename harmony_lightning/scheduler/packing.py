@@ -126,23 +126,26 @@ def _groups(layers: Sequence[Layer], together: Sequence[frozenset[str]]) -> list
 
 def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int) -> tuple[int, int]:
     """How many packs to prefetch, and the most bytes of weights in a pack."""
-    trainable = {weight.name for weight in decomposition.weights if weight.is_trainable}
     glue = set(decomposition.glue)
     # A glue weight, and its gradient, is on a device while the code around some pack uses it.
     glue_nbytes = sum(w.nbytes * (1 + w.is_trainable) for w in decomposition.weights if w.name in glue)
-    offered = memory_bytes - glue_nbytes
+    layers = [_pack(decomposition, (layer,)) for layer in decomposition.layers]
+    # One layer's gradients are there twice for a moment: as its backward makes them, and in the slot they are added to.
+    passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
+    offered = memory_bytes - glue_nbytes - passing_nbytes
     packs = [_pack(decomposition, group) for group in groups]
     largest = max(packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=None)
     needed = largest.slot_nbytes + largest.gradient_slot_nbytes if largest else 0
-    copies = 2 if trainable else 1
+    copies = 2 if any(weight.is_trainable for weight in decomposition.weights) else 1
     for prefetch, share in ((1, ARENA_SHARE), (0, ARENA_SHARE), (0, LAST_RESORT_SHARE)):
         budget = int(share * offered / (1 + prefetch))
         if needed <= budget:
             return prefetch, budget // copies
     assert largest is not None
     raise CapacityError(
-        f"layer {' + '.join(largest.layers)} needs {format_nbytes(needed)} (weights "
-        f"{format_nbytes(largest.slot_nbytes)}, gradients {format_nbytes(largest.gradient_slot_nbytes)}) and glue weights "
-        f"outside layers {format_nbytes(glue_nbytes)}, but each GPU offers {format_nbytes(memory_bytes)}, of which "
-        f"{1 - LAST_RESORT_SHARE:.0%} is kept for activations; raise memory, or choose smaller layers with layers=[...]"
+        f"layer {' + '.join(largest.layers)} needs {format_nbytes(needed + passing_nbytes)} (weights "
+        f"{format_nbytes(largest.slot_nbytes)}, gradients {format_nbytes(largest.gradient_slot_nbytes)} and "
+        f"{format_nbytes(passing_nbytes)} as they are made) beside {format_nbytes(glue_nbytes)} of weights outside layers, "
+        f"but each GPU offers {format_nbytes(memory_bytes)}, of which {1 - LAST_RESORT_SHARE:.0%} is kept for activations; "
+        f"raise memory, or choose smaller layers with layers=[...]"
     )

@@ -61,7 +61,8 @@ class Comparison:
         """
         expected, actual = _tensors(self.expected), _tensors(self.actual)
         found = {
-            name: relative_difference(expected.get(name), actual.get(name)) for name in dict.fromkeys((*expected, *actual))
+            name: relative_difference(expected.get(name), actual.get(name))
+            for name in dict.fromkeys((*expected, *actual))
         }
         return dict(sorted(((n, d) for n, d in found.items() if d > 0), key=lambda item: (-item[1], item[0])))
 
@@ -127,7 +128,9 @@ def train_plain(make_module: MakeModule, batches: Sequence[Any], microbatch_size
     with plain_streams(module, num_microbatches), _recorded_losses(module) as losses:
         trainer = _trainer(accumulate_grad_batches=num_microbatches)
         trainer.fit(module, _loader([batch for part in parts for batch in part.batches]))
-    return Run(losses=tuple(losses), weights=_copies(module.named_parameters()), buffers=_copies(module.named_buffers()))
+    return Run(
+        losses=tuple(losses), weights=_copies(module.named_parameters()), buffers=_copies(module.named_buffers())
+    )
 
 
 def train_harmony(

@@ -78,7 +78,12 @@ class Drawing(Step):
 
 def test_plain_streams_give_each_microbatch_its_own_numbers_and_take_one_per_minibatch():
     module = Drawing()
-    quiet = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "enable_model_summary": False}
+    quiet = {
+        "logger": False,
+        "enable_checkpointing": False,
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+    }
     batches = [(batch[0][:2], batch[1][:2]) for batch in BATCHES * 2]
     with plain_streams(module, 2):
         trainer = Trainer(max_epochs=1, accelerator="cpu", accumulate_grad_batches=2, **quiet)

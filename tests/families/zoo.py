@@ -298,7 +298,9 @@ class Block(nn.Module):
 class Nested(nn.Module):
     def __init__(self):
         super().__init__()
-        self.groups = nn.ModuleList([nn.ModuleDict({"a": Block(), "b": nn.Sequential(Block(), nn.Tanh())}) for _ in range(2)])
+        self.groups = nn.ModuleList(
+            [nn.ModuleDict({"a": Block(), "b": nn.Sequential(Block(), nn.Tanh())}) for _ in range(2)]
+        )
         self.tail = nn.Sequential(nn.Sequential(nn.Sequential(Block()), nn.Identity()), nn.Linear(WIDTH, WIDTH))
 
     def forward(self, x):
@@ -417,7 +419,11 @@ class AuxiliaryLoss(nn.Module):
         return loss
 
 
-@family("dropout_everywhere", batch=vectors, loss=lambda net, b: F.dropout(regression(net, (F.dropout(b[0], 0.1), b[1])), 0.1))
+@family(
+    "dropout_everywhere",
+    batch=vectors,
+    loss=lambda net, b: F.dropout(regression(net, (F.dropout(b[0], 0.1), b[1])), 0.1),
+)
 def dropout_everywhere():
     return nn.Sequential(*(nn.Sequential(nn.Dropout(0.3), Block(0.5), nn.AlphaDropout(0.1)) for _ in range(6)))
 
@@ -488,7 +494,9 @@ def skipped_by_python():
 def inplace_first():
     """Layers whose first act is to write their input."""
     return nn.Sequential(
-        nn.Linear(WIDTH, WIDTH), *(nn.Sequential(nn.ReLU(inplace=True), Block()) for _ in range(6)), nn.Linear(WIDTH, WIDTH)
+        nn.Linear(WIDTH, WIDTH),
+        *(nn.Sequential(nn.ReLU(inplace=True), Block()) for _ in range(6)),
+        nn.Linear(WIDTH, WIDTH),
     )
 
 
