@@ -211,10 +211,15 @@ class Engine:
             self.buffers.flush()
         if len(functions) > 1:
             own.resume()
+        for microbatch in microbatches:
+            microbatch.replaced.clear()  # no user code will ask any more
         self.counters.steps += 1
         self.counters.num_microbatches += len(functions)
         self.trace.end_step()
-        return [microbatch.result for microbatch in microbatches]
+        results = [microbatch.result for microbatch in microbatches]
+        for microbatch in microbatches:
+            microbatch.result = None
+        return results
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:
         """Run what is left of the backward of the step.
@@ -241,9 +246,7 @@ class Engine:
                     self._send(pack, on_complete)
             self.gradients.finish(on_complete)
             self.buffers.flush()
-        for weights in self._weights:
-            weights.release_all()
-        self._microbatches = []
+        self._end(microbatches)
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
@@ -258,9 +261,7 @@ class Engine:
             finally:
                 self._current = None
             self.buffers.flush()
-        for weights in self._weights:
-            weights.release_all()
-        self._microbatches = []
+        self._end([microbatch])
         return result
 
     def collect_later(self) -> None:
@@ -279,6 +280,15 @@ class Engine:
                 weights.release_all()
             self._glue.clear()
         self.worker.drain()
+
+    def _end(self, microbatches: Sequence[Microbatch]) -> None:
+        for weights in self._weights:
+            weights.release_all()
+        for microbatch in microbatches:
+            microbatch.forget()
+        self._glue.clear()
+        self._stash.let_go()
+        self._microbatches = []
 
     # What microbatches, segments and layers ask ---------------------------------------------------------------------
 

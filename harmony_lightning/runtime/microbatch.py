@@ -119,9 +119,16 @@ class Microbatch:
                 pass
             finally:
                 base.park()
+        self.forget()
+
+    def forget(self) -> None:
+        """The step is over. Tensors held here hold graph nodes, and those hold this: nobody else would end that."""
+        for segment in self.segments:
+            segment.close()
         self.segments.clear()
         self.pending.clear()
         self.replaced.clear()
+        self.result = None
 
     def deposit(self, edge: GradientEdge, gradient: torch.Tensor) -> None:
         """Hand in a gradient for a tensor of an older segment."""

@@ -15,7 +15,7 @@ MakeOptimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
     """AdamW with a large `eps`: with the usual one, a gradient that is zero but for rounding (that of a bias in front of a
     batch norm) would still move its weight by the learning rate, in a direction that rounding decides."""
-    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-4)
+    return torch.optim.AdamW(parameters, lr=1e-2, eps=1e-2)
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:

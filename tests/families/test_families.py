@@ -1,6 +1,7 @@
 """Every family trains under too little memory to the losses, weights and buffers of plain Lightning on one device."""
 
 import functools
+import gc
 
 import pytest
 from zoo import AVERAGE_IN_TRAINING_STEP, DP_SUMS, FAMILIES, SAMPLES
@@ -12,8 +13,8 @@ from harmony_lightning.units import parse_nbytes
 MICROBATCH_SIZE = 2
 NUM_MICROBATCHES = SAMPLES // MICROBATCH_SIZE
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
-ROUNDING = {"sgd": 2e-6, "adamw": 2e-5}
-"""Relative tolerance where additions come in another order; AdamW divides rounding errors by the root of small numbers."""
+ROUNDING = 3e-6
+"""Relative tolerance where additions come in another order, after five steps. A lost gradient shows from 1e-4 up."""
 
 # Each family sees both optimizers, two numbers of GPUs in pp and one in dp.
 CASES = [
@@ -35,13 +36,13 @@ def plain(name, optimizer):
 
 def harmony(name, optimizer, mode, num_gpus, memory=None):
     family = FAMILIES[name]
-    return train_harmony(
-        lambda: family.build(OPTIMIZERS[optimizer]),
-        family.batches(),
-        MICROBATCH_SIZE,
-        cluster=EmulatedCluster(num_gpus, memory or family.memory),
-        mode=mode,
+    cluster = EmulatedCluster(num_gpus, memory or family.memory)
+    run = train_harmony(
+        lambda: family.build(OPTIMIZERS[optimizer]), family.batches(), MICROBATCH_SIZE, cluster=cluster, mode=mode
     )
+    gc.collect()
+    assert [device.allocated_bytes() for device in cluster.devices] == [0] * num_gpus, "a step left something behind"
+    return run
 
 
 @pytest.mark.parametrize(("name", "mode", "num_gpus", "optimizer"), CASES)
@@ -60,7 +61,7 @@ def test_trains_as_on_one_device(name, mode, num_gpus, optimizer):
     # A GPU that has one microbatch has nothing to sum, and GPUs are added up in the order of their microbatches.
     sums = DP_SUMS if mode == "dp" and num_gpus < NUM_MICROBATCHES else ""
     if sums or family.inexact:
-        assert report.max_relative_difference <= ROUNDING[optimizer], str(report)
+        assert report.max_relative_difference <= ROUNDING, str(report)
     else:
         assert report.is_equal, str(report)
 

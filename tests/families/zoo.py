@@ -200,7 +200,7 @@ class Residual(nn.Module):
         return self.relu(h)
 
 
-@family("resnet", batch=images, loss=classification, memory="72KiB")
+@family("resnet", batch=images, loss=classification, memory="80KiB")
 def resnet():
     stem = nn.Sequential(nn.Conv2d(3, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(inplace=True))
     return nn.Sequential(
@@ -208,7 +208,7 @@ def resnet():
     )
 
 
-@family("unet", batch=pictures, loss=regression, memory="184KiB")
+@family("unet", batch=pictures, loss=regression, memory="224KiB")
 class UNet(nn.Module):
     def __init__(self, c=24):
         super().__init__()
@@ -216,9 +216,9 @@ class UNet(nn.Module):
         def block(a, b):
             return nn.Sequential(nn.Conv2d(a, b, 3, padding=1), nn.GroupNorm(2, b), nn.SiLU())
 
-        self.down = nn.ModuleList([block(3, c), block(c, c), block(c, c)])
+        self.down = nn.ModuleList([block(3, c), block(c, c), block(c, c), block(c, c)])
         self.middle = nn.Sequential(block(c, c), nn.Dropout2d(0.2))
-        self.up = nn.ModuleList([block(2 * c, c), block(2 * c, c), block(2 * c, c)])
+        self.up = nn.ModuleList([block(2 * c, c) for _ in range(4)])
         self.head = nn.Conv2d(c, 3, 1)
 
     def forward(self, x):
@@ -238,7 +238,7 @@ class Recurrent(nn.Module):
     def __init__(self, kind):
         super().__init__()
         self.words = nn.Embedding(WORDS, WIDTH)
-        self.rnns = nn.ModuleList([kind(WIDTH, WIDTH, batch_first=True) for _ in range(5)])
+        self.rnns = nn.ModuleList([kind(WIDTH, WIDTH, batch_first=True) for _ in range(6)])
         self.deep = kind(WIDTH, 8, 2, batch_first=True, bidirectional=True, dropout=0.1)
         self.head = nn.Linear(16, WORDS)
 
@@ -249,12 +249,12 @@ class Recurrent(nn.Module):
         return self.head(self.deep(x)[0])
 
 
-@family("lstm", batch=words, loss=tagging, memory="184KiB")
+@family("lstm", batch=words, loss=tagging, memory="224KiB")
 def lstm():
     return Recurrent(nn.LSTM)
 
 
-@family("gru", batch=words, loss=tagging, memory="120KiB")
+@family("gru", batch=words, loss=tagging, memory="152KiB")
 def gru():
     return Recurrent(nn.GRU)
 
@@ -392,7 +392,7 @@ class Running(nn.Module):
 
 @family("written_buffers", batch=vectors, loss=regression, memory="80KiB")
 def written_buffers():
-    return nn.Sequential(*(nn.Sequential(Running(), nn.BatchNorm1d(WIDTH)) for _ in range(5)), nn.Linear(WIDTH, WIDTH))
+    return nn.Sequential(*(Running() for _ in range(5)), nn.Linear(WIDTH, WIDTH))
 
 
 @family("spectral_norm", batch=vectors, loss=regression, memory="64KiB")
@@ -458,7 +458,7 @@ class OrderByBatch(nn.Module):
     def forward(self, x):
         first, *inner, last = self.blocks
         x = first(x)
-        for block in inner if float(x.sum()) > 0 else reversed(inner):
+        for block in inner if x.sum().item() > 0 else reversed(inner):
             x = block(x)
         return last(x)
 
