@@ -414,6 +414,16 @@ class HarmonyMixin:
             return lambda names: None
         return JustInTimeUpdate(optimizer, self._require_engine().parameters)
 
+    def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
+        """In the order of the parameters, though packs were first updated from the last to the first."""
+        state: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
+        if isinstance(state.get("state"), dict):
+            positions = [parameter for group in state.get("param_groups", ()) for parameter in group["params"]]
+            entries = state["state"]
+            ordered = {key: entries[key] for key in positions if key in entries}
+            state["state"] = ordered | entries
+        return state
+
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Optimizer states live on the host, beside the masters."""
         with self._host_as_root():
