@@ -345,7 +345,7 @@ class HarmonyMixin:
 
     def _to_root(self, result: Any) -> Any:
         """Results leave the step on the root device, wherever the plan has computed them."""
-        is_device = self._require_engine().is_device
+        is_device = self._require_engine().state.is_device
 
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self.root_device) if is_device(tensor.device) else tensor
@@ -412,7 +412,7 @@ class HarmonyMixin:
             )
         ):
             return lambda names: None
-        return JustInTimeUpdate(optimizer, self._require_engine().parameters)
+        return JustInTimeUpdate(optimizer, self._require_engine().state.parameters)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In the order of the parameters, though packs were first updated from the last to the first."""

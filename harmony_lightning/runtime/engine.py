@@ -22,20 +22,19 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.decomposer.discover import weight_names
-from harmony_lightning.hardware.device import Cluster, Device
+from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.gradients import GradientStore, OnComplete
+from harmony_lightning.runtime.glue import Glue
+from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.layer import call_layer
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
-from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
-from harmony_lightning.runtime.segment import Glue, Import, Segment, add_place
+from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Interposition, Site
 from harmony_lightning.runtime.stash import HostStash
+from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.worker import HostWorker
 
@@ -55,64 +54,46 @@ class Engine:
         self.counters = Counters()
         self.worker = HostWorker()
         self.trace = Trace()
-        self.parameters: dict[str, nn.Parameter] = {}
-        self.buffers = BufferStore(self.counters)
-        self._interposition = Interposition(root)
-        self._current: Microbatch | None = None
-        self._depth = 0
-        """How many layers the running code is inside of."""
-        self._is_recomputing = False
-        self._is_collecting = False
-        self._is_aborting = False
-        self._upcoming: dict[int, int] = {}
-        """By device, the pack to swap in behind the running one."""
-        self.anchor = torch.zeros((), requires_grad=True)
-        """A leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are."""
-        self._microbatches: list[Microbatch] = []
-        self._segments_left: Counter[int] = Counter()
-        self._uses_left: Counter[str] = Counter()
-        self._expected_factor = 1.0
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
-        self._glue: dict[tuple[str, int], torch.Tensor] = {}
-        """Device copies of glue weights during one visit."""
-        self._plan: Plan | None = None
+        self._interposition = Interposition(root)
+        self._state: RuntimeState | None = None
+        self._stash: HostStash | None = None
+        self._current: Microbatch | None = None
+        self._microbatches: list[Microbatch] = []
+        self._is_aborting = False
+        self._segments_left: Counter[int] = Counter()
+        """By pack: segments whose backward has not run."""
+        self._uses_left: Counter[str] = Counter()
+        """By weight: segments that use it and whose backward has not run."""
+        self._expected_factor = 1.0
 
     # Between steps ------------------------------------------------------------------------------------------------
 
     def load(self, plan: Plan, decomposition: Decomposition) -> None:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
         self.worker.drain()
-        self._plan = plan
-        names = weight_names(self.root)
-        self.parameters = dict(self.root.named_parameters())
-        self._names = names
-        devices = self.cluster.devices
-        self._torch_devices = frozenset(device.torch_device for device in devices)
-        self._weights: list[DeviceWeights] | list[HostWeights]
-        if self.cluster.host_is_device:
-            self._weights = [HostWeights(self.parameters, plan)]
-        else:
-            store = WeightStore(self.parameters, plan, self.cluster)
-            self._weights = [DeviceWeights(device, store, plan, self.counters) for device in devices]
-        self.gradients: GradientStore = GradientStore(self.parameters, plan, self.cluster, self.counters, self.worker)
-        self._stash = HostStash(self._stashing_segment, self._stays_on_device, self.counters)
-        self._trained = tuple(parameter.requires_grad for parameter in self.parameters.values())
-        packs = {name: index for index, pack in enumerate(plan.packs) for name in pack.layers}
-        layers = {layer.name: layer.weights for layer in decomposition.layers}
-        self._pack_of_weight = {
-            name: i for i, pack in reversed(list(enumerate(plan.packs))) for name in pack.parameters
-        }
-        self._interposition.install(packs, layers, names, self._dispatch)
+        self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+        self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
+        self._interposition.install(
+            packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
+            layers={layer.name: layer.weights for layer in decomposition.layers},
+            names=state.names,
+            dispatch=self._dispatch,
+        )
+
+    @property
+    def state(self) -> RuntimeState:
+        assert self._state is not None, "no plan is loaded"
+        return self._state
 
     @property
     def plan(self) -> Plan:
-        assert self._plan is not None, "no plan is loaded"
-        return self._plan
+        return self.state.plan
 
     @property
     def is_loaded(self) -> bool:
-        return self._plan is not None
+        return self._state is not None
 
     @property
     def running_microbatch(self) -> int:
@@ -121,14 +102,16 @@ class Engine:
 
     def resize(self, microbatch_size: int, num_microbatches: int) -> None:
         """Note in the plan what a minibatch turned out to be; packs stay as they are."""
-        self._plan = dataclasses.replace(self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches)
+        self.state.plan = dataclasses.replace(
+            self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches
+        )
 
     def is_out_of_date(self) -> bool:
         """Whether parameters came, went or changed `requires_grad` since `load`."""
-        now = dict(self.root.named_parameters())
-        return list(now) != list(self.parameters) or any(
-            parameter is not self.parameters[name] or parameter.requires_grad != trained
-            for (name, parameter), trained in zip(now.items(), self._trained, strict=True)
+        now, then = dict(self.root.named_parameters()), self.state.parameters
+        return list(now) != list(then) or any(
+            parameter is not then[name] or parameter.requires_grad != trained
+            for (name, parameter), trained in zip(now.items(), self.state.trained, strict=True)
         )
 
     def close(self) -> None:
@@ -136,8 +119,7 @@ class Engine:
         self.abort()
         self._interposition.remove()
         self.worker.close()
-        self._weights = []
-        self._plan = None
+        self._state = self._stash = None
 
     def abort(self) -> None:
         """End all microbatches where they stand and drop what they left behind; weights stay as they are."""
@@ -147,20 +129,12 @@ class Engine:
             microbatch.kill()
         self._is_aborting = False
         self._current = None
-        self._depth = 0
-        self._is_recomputing = False
-        self._is_collecting = False
-        self._upcoming = {}
         self._segments_left.clear()
         self._uses_left.clear()
-        self._glue.clear()
-        self.buffers.discard()
-        if self._plan is not None:
+        if self._state is not None and self._stash is not None:
             self._stash.let_go()
-            for weights in self._weights:
-                weights.release_all()
             try:
-                self.gradients.discard()
+                self._state.discard()
             except Exception:
                 log.exception("the host worker failed while the step was being given up")
 
@@ -194,7 +168,7 @@ class Engine:
         own = Stream(None)
         own.suspend()
         microbatches = [
-            Microbatch(self, m, function, stream, is_cut=True)
+            Microbatch(self.state, m, function, stream, is_cut=True)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
         ]
         self._microbatches = microbatches
@@ -208,7 +182,7 @@ class Engine:
                 with self._visit(pack, visitors, self._next_forward(pack, waiting)):
                     for microbatch in visitors:
                         self._run(microbatch, shares[microbatch.index], settle)
-            self.buffers.flush()
+            self.state.buffers.flush()
         if len(functions) > 1:
             own.resume()
         for microbatch in microbatches:
@@ -244,14 +218,14 @@ class Engine:
                             self._backward_segment(microbatch)
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)
-            self.gradients.finish(on_complete)
-            self.buffers.flush()
+            self.state.gradients.finish(on_complete)
+            self.state.buffers.flush()
         self._end(microbatches)
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
         differentiates by itself."""
-        microbatch = Microbatch(self, 0, function, None, is_cut=False)
+        microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
         with self._active(), self._guarded():
             microbatch.open(0)
@@ -260,117 +234,23 @@ class Engine:
                 result = function()
             finally:
                 self._current = None
-            self.buffers.flush()
+            self.state.buffers.flush()
         self._end([microbatch])
         return result
 
-    def collect_later(self) -> None:
-        """Called within a backward that user code runs by itself: at its end, gradients go to `Parameter.grad`."""
-        if not self._is_collecting:
-            self._is_collecting = True
-            torch.autograd.Variable._execution_engine.queue_callback(self._collect)  # type: ignore[attr-defined]
-
-    def _collect(self) -> None:
-        self._is_collecting = False
-        # User code may be running, and its function mode would take our tensors for its own.
-        with self.cluster.activate(), torch._C.DisableTorchFunction():
-            self.gradients.finish(lambda names: None)
-            # What follows is most likely an update: the copies on the devices will be out of date.
-            for weights in self._weights:
-                weights.release_all()
-            self._glue.clear()
-        self.worker.drain()
-
     def _end(self, microbatches: Sequence[Microbatch]) -> None:
-        for weights in self._weights:
-            weights.release_all()
         for microbatch in microbatches:
             microbatch.forget()
-        self._glue.clear()
-        self._stash.let_go()
+        self.state.release_all()
+        if self._stash is not None:
+            self._stash.let_go()
         self._microbatches = []
-
-    # What microbatches, segments and layers ask ---------------------------------------------------------------------
-
-    def device_of(self, pack: int, microbatch: int) -> Device:
-        return self.cluster.devices[self.plan.device(pack, microbatch)]
-
-    def is_device(self, device: torch.device) -> bool:
-        return device in self._torch_devices
-
-    def weight_name(self, tensor: torch.Tensor) -> str | None:
-        return self._names.get(id(tensor)) if isinstance(tensor, nn.Parameter) else None
-
-    def pack_of_weight(self, name: str, segment: Segment) -> int | None:
-        """The pack in whose gradient slot a weight of this segment is added up."""
-        return segment.pack if name in self.plan.packs[segment.pack].parameters else None
-
-    def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
-        """Device-resident weights of a layer; those in `trained` require a gradient."""
-        if site.pack is None:
-            return {}
-        weights = self._weights[device.index].acquire(site.pack)
-        upcoming = self._upcoming.pop(device.index, None)
-        if upcoming is not None:
-            self._weights[device.index].prefetch(upcoming)
-        for name in site.weight_names:
-            weights[name].requires_grad_(name in trained)
-        return weights
-
-    def bring_glue_weight(self, segment: Segment, name: str, parameter: nn.Parameter | torch.Tensor) -> torch.Tensor:
-        """A weight that user code uses outside of layers, on the segment's device."""
-        key = (name, segment.device.index)
-        copy = self._glue.get(key)
-        if copy is None:
-            with torch.inference_mode(False), torch.no_grad():
-                copy = parameter.detach().to(segment.device.torch_device)
-            if not self.cluster.host_is_device:
-                self.counters.swap_in_bytes += copy.nbytes
-            self._glue[key] = copy
-        if not (parameter.requires_grad and torch.is_grad_enabled()):
-            return copy
-        segment.uses[name] += 1
-        segment.has_graph = True
-
-        def sink(gradient: torch.Tensor) -> None:
-            segment.add_gradient(name, None, gradient)
-
-        return Import.apply(self.anchor, copy.detach(), sink, segment.device, False)  # type: ignore[no-any-return,no-untyped-call]
-
-    def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
-        if any(weights.holds(tensor) for weights in self._weights):
-            return tensor.clone()
-        return tensor
-
-    @contextmanager
-    def recomputing(self) -> Iterator[None]:
-        """The code within runs a layer again: what it saves is used at once and stays where it is."""
-        before, self._is_recomputing = self._is_recomputing, True
-        try:
-            with self.inside_layer():
-                yield
-        finally:
-            self._is_recomputing = before
-
-    @contextmanager
-    def inside_layer(self) -> Iterator[None]:
-        """The code within is a layer's own: calls are not interposed and tensors are not imported."""
-        self._depth += 1
-        is_cached = torch.is_autocast_cache_enabled()
-        # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
-        torch.set_autocast_cache_enabled(False)
-        try:
-            yield
-        finally:
-            torch.set_autocast_cache_enabled(is_cached)
-            self._depth -= 1
 
     # Dispatch of calls ------------------------------------------------------------------------------------------------
 
     def _dispatch(self, site: Site, args: Any, kwargs: Any) -> Any:
         microbatch = self._current
-        if self._depth or microbatch is None:
+        if self.state.depth or microbatch is None:
             return site.run_plain(args, kwargs)
         if self._is_aborting:
             raise greenlet.GreenletExit
@@ -391,29 +271,23 @@ class Engine:
             raise
 
     def _current_segment(self) -> Segment | None:
-        return None if self._depth or self._current is None else self._current.segment
+        return None if self.state.depth or self._current is None else self._current.segment
 
     def _is_in_cut_glue(self) -> bool:
-        return not self._depth and self._current is not None and self._current.is_cut
+        return not self.state.depth and self._current is not None and self._current.is_cut
 
     def _stashing_segment(self) -> Segment | None:
         """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
         microbatch = self._current
-        if microbatch is None or self._is_recomputing or microbatch.is_in_backward:
+        if microbatch is None or self.state.is_recomputing or microbatch.is_in_backward:
             return None
         is_fused = microbatch.is_cut and microbatch.segment.pack == len(self.plan.packs) - 1
         return None if is_fused else microbatch.segment
 
-    def _stays_on_device(self, tensor: torch.Tensor) -> bool:
-        return any(weights.holds(tensor) for weights in self._weights) or any(
-            tensor is copy or tensor._base is copy for copy in self._glue.values()
-        )
-
     def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
         former = microbatch.segment
-        self._weights[former.device.index].release(former.pack)
-        self._glue.clear()
-        self._stash.let_go()
+        self.state.release(former.pack, former.device.index)
+        self._leave()
         if not torch.is_grad_enabled():
             microbatch.segments.clear()
         microbatch.open(pack)
@@ -425,10 +299,10 @@ class Engine:
         """What is in force on the thread while user code runs."""
         with ExitStack() as stack:
             stack.enter_context(self.cluster.activate())
-            if self.plan.stash == "host":
+            if self.plan.stash == "host" and self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
-            stack.enter_context(Glue(self._current_segment, self.is_device))
+            stack.enter_context(Glue(self._current_segment, self.state.is_device))
             yield
 
     @contextmanager
@@ -485,14 +359,18 @@ class Engine:
         """Some microbatches are in `pack`; `upcoming` tells the next pack by device, where it is known."""
         devices = dict.fromkeys(self.plan.device(pack, m.index) for m in visitors)
         leaving = [device for device in devices if upcoming.get(device, pack) != pack]
-        self._upcoming = {device: upcoming[device] for device in leaving}
+        self.state.upcoming = {device: upcoming[device] for device in leaving}
         yield
-        self._upcoming = {}
-        self._glue.clear()
-        self._stash.let_go()
-        self.buffers.drop_clean()
+        self.state.upcoming = {}
+        self._leave()
+        self.state.buffers.drop_clean()
         for device in leaving:
-            self._weights[device].release(pack)
+            self.state.release(pack, device)
+
+    def _leave(self) -> None:
+        self.state.release_glue()
+        if self._stash is not None:
+            self._stash.let_go()
 
     def _next_forward(self, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
         """By device, the pack that follows in the plan."""
@@ -515,9 +393,9 @@ class Engine:
     # Gradients --------------------------------------------------------------------------------------------------------
 
     def _send(self, pack: int, on_complete: OnComplete) -> None:
-        self.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
+        self.state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
 
     def _rescale(self, ratio: float) -> None:
-        self.gradients.scale(ratio)
+        self.state.gradients.scale(ratio)
         for microbatch in self._microbatches:
             microbatch.pending = {key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()}

@@ -51,8 +51,8 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
         tensors = [segment.bring(tensor) for tensor in originals]
-    engine = segment.microbatch.engine
-    trained = tuple(name for name in site.weight_names if engine.parameters[name].requires_grad)
+    state = segment.state
+    trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
     call = LayerCall(site, segment, arguments.snapshot())
     if not torch.is_grad_enabled() or not (trained or any(tensor.requires_grad for tensor in tensors)):
         return _run_without_graph(call, arguments, tensors)
@@ -60,25 +60,25 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
     segment.has_graph = True
     for name in trained:
         segment.uses[name] += 1
-    with engine.inside_layer():
-        results = LayerFunction.apply(engine.anchor, call, arguments, *tensors)  # type: ignore[no-untyped-call]
+    with state.inside_layer():
+        results = LayerFunction.apply(state.anchor, call, arguments, *tensors)  # type: ignore[no-untyped-call]
     leaves = call.result_leaves
     call.result_leaves = []
     for position, result in zip(call.tensor_positions, results, strict=False):
         leaves[position] = result
     for position, value in zip(call.mutated, results[len(call.tensor_positions) :], strict=True):
-        segment.microbatch.replaced[id(originals[position])] = (originals[position], value)
+        segment.replaced[id(originals[position])] = (originals[position], value)
     return pytree.tree_unflatten(leaves, call.result_spec)
 
 
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
-    engine, site, device = call.segment.microbatch.engine, call.site, call.segment.device
+    state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with engine.inside_layer():
+    with state.inside_layer():
         buffers = _Buffers(call)
-        result = site.run(engine.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
+        result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
         buffers.report_written()
-    return pytree.tree_map_only(torch.Tensor, engine.off_the_arena, result)
+    return pytree.tree_map_only(torch.Tensor, state.off_the_arena, result)
 
 
 def _versions(buffers: list[torch.Tensor]) -> list[int]:
@@ -95,7 +95,7 @@ class _Buffers:
     def __init__(self, call: LayerCall) -> None:
         self._call = call
         self._site = call.site
-        self._store = call.segment.microbatch.engine.buffers
+        self._store = call.segment.state.buffers
         self._device = call.segment.device
         self.tensors = [self._store.fetch(place, self._device) for place in self._site.buffer_places]
         self._held, self._versions = list(self.tensors), _versions(self.tensors)
@@ -118,7 +118,7 @@ class _Buffers:
 
 def _follow_kept_results(call: LayerCall, results: list[torch.Tensor], detached: list[torch.Tensor]) -> None:
     """A hook that ran inside the layer may have kept a result; glue that uses it means the layer's real result."""
-    replaced = call.segment.microbatch.replaced
+    replaced = call.segment.replaced
     for index, outer in enumerate(detached):
         # Held by the list of results and by getrefcount itself; by anybody else it was kept.
         if sys.getrefcount(results[index]) > 2:
@@ -148,7 +148,7 @@ class LayerFunction(torch.autograd.Function):
         ctx: Any, anchor: torch.Tensor, call: LayerCall, arguments: Arguments, *tensors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         site, device = call.site, call.segment.device
-        engine = call.segment.microbatch.engine
+        state = call.segment.state
         ctx.set_materialize_grads(False)
         ctx.call = call
         ctx.needs = [tensor.requires_grad for tensor in tensors]
@@ -165,7 +165,7 @@ class LayerFunction(torch.autograd.Function):
             inner_versions = _versions(inner)
             args, kwargs = arguments.build(inner)
             replay = Replay(device)
-            result = site.run(engine.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
+            result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
             replay.keep_what_was_drawn(device)
             call.replay = replay
 
@@ -178,7 +178,7 @@ class LayerFunction(torch.autograd.Function):
         del result
         call.tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         results = [leaves[i] for i in call.tensor_positions] + [inner[i] for i in mutated]
-        detached = [engine.off_the_arena(result.detach()) for result in results]
+        detached = [state.off_the_arena(result.detach()) for result in results]
         ctx.mark_non_differentiable(
             *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
         )
@@ -193,9 +193,9 @@ class LayerFunction(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: LayerCall = ctx.call
         stash = ctx.saved_tensors
-        engine = call.segment.microbatch.engine
+        state = call.segment.state
         try:
-            with engine.recomputing():
+            with state.recomputing():
                 return (None, None, None, *_differentiate(call, stash, ctx.needs, gradients))
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
@@ -214,12 +214,12 @@ def _differentiate(
 ) -> list[torch.Tensor | None]:
     """Gradients of the input tensors; those of the weights go to the segment."""
     site, segment = call.site, call.segment
-    engine, device = segment.microbatch.engine, segment.device
+    state, device = segment.state, segment.device
     stash = tuple(tensor.to(device.torch_device) for tensor in stash)
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(stash, needs, strict=True)]
-    weights = engine.weights_of(site, device, call.trained)
+    weights = state.weights_of(site, device, call.trained)
     buffers = [
-        (call.buffers_before[index] if index in call.buffers_before else engine.buffers.fetch(place, device)).clone()
+        (call.buffers_before[index] if index in call.buffers_before else state.buffers.fetch(place, device)).clone()
         for index, place in enumerate(site.buffer_places)
     ]
     assert call.replay is not None

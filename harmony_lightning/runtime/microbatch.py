@@ -6,18 +6,16 @@ user's code, until the engine has brought the other microbatches to that point a
 
 import contextvars
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import greenlet
 import torch
 from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.runtime.randomness import Stream
-from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.segment import Replaced, Segment
+from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.thread_state import Parked, ThreadState
-
-if TYPE_CHECKING:
-    from harmony_lightning.runtime.engine import Engine
 
 
 class Microbatch:
@@ -33,16 +31,16 @@ class Microbatch:
     """
 
     def __init__(
-        self, engine: "Engine", index: int, function: Callable[[], Any], stream: Stream | None, *, is_cut: bool
+        self, state: RuntimeState, index: int, function: Callable[[], Any], stream: Stream | None, *, is_cut: bool
     ) -> None:
-        self.engine = engine
+        self._state = state
         self.index = index
         self.is_cut = is_cut
         self.segments: list[Segment] = []
         self.waits_for: int | None = None
         self.is_done = False
         self.result: Any = None
-        self.replaced: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.replaced: Replaced = {}
         self.pending: dict[tuple[Any, int], tuple[GradientEdge, torch.Tensor]] = {}
         """Gradients that have arrived for edges of older segments."""
         self._in_backward: Segment | None = None
@@ -62,10 +60,11 @@ class Microbatch:
 
     def open(self, pack: int) -> None:
         """Begin a segment in `pack`."""
-        device = self.engine.device_of(pack, self.index)
         if self.segments:
             self.segment.close()
-        self.segments.append(Segment(self, pack, device))
+        self.segments.append(
+            Segment(self._state, pack, self.index, is_cut=self.is_cut, replaced=self.replaced, deposit=self.deposit)
+        )
 
     def start(self, pack: int) -> None:
         """Run up to the first switch; `pack` is where glue in front of the first layer runs."""
@@ -90,7 +89,7 @@ class Microbatch:
         """Called by the engine: let the greenlet run to its next switch or its end."""
         assert self._greenlet is not None
         pack = self.segment.pack if self.waits_for is None else self.waits_for
-        device = self.engine.device_of(pack, self.index)
+        device = self._state.device_of(pack, self.index)
         base = ThreadState()
         if self._stream is not None:
             self._stream.resume()
@@ -148,7 +147,5 @@ class Microbatch:
                 torch.autograd.backward([edge for edge, _ in arrived], [gradient for _, gradient in arrived])
         finally:
             self._in_backward = None
-        for name, gradient in segment.partial.items():
-            self.engine.gradients.add(name, gradient, segment.device.index, self.engine.pack_of_weight(name, segment))
-        segment.partial.clear()
+        segment.add_partial_gradients()
         return segment

@@ -1,0 +1,134 @@
+"""The function mode over the user's code between layers ("glue").
+
+It looks at every torch function that glue calls and has the running segment bring its tensors. Three kinds of functions
+are not so: those that only read a tensor take it as it is; those that move one to another device do what they say; and
+those that write their first argument write a host tensor that takes part in no graph (a queue, a moving average, a
+metric) where it lives, and anything else as an import, which then stands for the original in the rest of the microbatch.
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from harmony_lightning.runtime.segment import Segment
+
+_READS = frozenset(
+    """__get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
+    __deepcopy__ __reduce_ex__ _set_grad_enabled backward data_ptr dense_dim detach dim element_size get_device
+    has_names item ndimension nelement numel numpy register_hook register_post_accumulate_grad_hook requires_grad_
+    retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
+)
+"""Functions that take tensors as they are: they leave no trace in the autograd graph and compute nothing on a device."""
+_COMPUTED_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
+"""Attributes whose getters make tensors that belong to the autograd graph."""
+_MOVES = frozenset(("to", "cpu", "cuda"))
+_WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
+"""In-place operators and methods."""
+
+
+class Glue(TorchFunctionMode):
+    """In force while user code runs; `current` tells the segment it runs in, None inside a layer."""
+
+    def __init__(self, current: Callable[[], Segment | None], is_device: Callable[[torch.device], bool]) -> None:
+        super().__init__()
+        self._current = current
+        self._is_device = is_device
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        segment = self._current()
+        if segment is None:
+            return func(*args, **kwargs)
+        kind = _KINDS.get(func) or _classify(func)
+        if kind == "read":
+            return func(*_originals(segment, args), **kwargs)
+        with torch._C.DisableTorchFunction():
+            if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
+                return func(*_originals(segment, args), **kwargs)
+            if (kind == "write" or kwargs.get("inplace") is True) and isinstance(args[0], torch.Tensor):
+                return self._write(segment, func, args, kwargs)
+            args = _bring_all(segment, args)
+            kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
+        if "device" in kwargs:
+            kwargs["device"] = self._local_device(segment, kwargs["device"])
+        return func(*args, **kwargs)
+
+    def _write(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        target = args[0]
+        if target.device.type == "cpu" and target.device != segment.device.torch_device and target.grad_fn is None:
+            others = (args[1:], kwargs)
+            if not (torch.is_grad_enabled() and _any_requires_grad((target, others))):
+                rest, named = _to_host(others)
+                return func(target, *rest, **named)
+        written = segment.bring_written(target)
+        return func(written, *_bring_all(segment, args[1:]), **_bring_all(segment, kwargs))
+
+    def _local_device(self, segment: Segment, device: Any) -> Any:
+        """New tensors belong on the segment's device when the user says "on the GPU"."""
+        if device is None or isinstance(device, int):
+            return device if device is None else segment.device.torch_device
+        return segment.device.torch_device if self._is_device(torch.device(device)) else device
+
+
+_KINDS: dict[Any, str] = {}
+
+
+def _classify(func: Callable[..., Any]) -> str:
+    name = getattr(func, "__name__", "")
+    if name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
+        kind = "compute"
+    elif name in _READS or name.startswith("is_"):
+        kind = "read"
+    elif name in _MOVES:
+        kind = "move"
+    elif _WRITES.fullmatch(name):
+        kind = "write"
+    else:
+        kind = "compute"
+    _KINDS[func] = kind
+    return kind
+
+
+def _originals(segment: Segment, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    replaced = segment.replaced
+    if not replaced or not args or not isinstance(args[0], torch.Tensor):
+        return args
+    entry = replaced.get(id(args[0]))
+    return args if entry is None else (entry[1], *args[1:])
+
+
+def _bring_all(segment: Segment, value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return segment.bring(value)
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_bring_all(segment, item) for item in value])
+    if kind is dict:
+        return {key: _bring_all(segment, item) for key, item in value.items()}
+    return value
+
+
+def _to_host(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu")
+    kind = type(value)
+    if kind is tuple or kind is list:
+        return kind([_to_host(item) for item in value])
+    if kind is dict:
+        return {key: _to_host(item) for key, item in value.items()}
+    return value
+
+
+def _any_requires_grad(value: Any) -> bool:
+    if isinstance(value, torch.Tensor):
+        return value.requires_grad
+    if isinstance(value, tuple | list):
+        return any(_any_requires_grad(item) for item in value)
+    if isinstance(value, dict):
+        return any(_any_requires_grad(item) for item in value.values())
+    return False

@@ -1,0 +1,172 @@
+"""What is where: the state that segments and layers share while a step runs.
+
+It sits below everything that runs user code and knows none of it: `segment`, `layer`, `stash` and `microbatch` ask here
+for weights, hand gradients in here, and say when a layer's own code is running; the `engine` above loads it and moves it
+from visit to visit.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from harmony_lightning.decomposer.discover import weight_names
+from harmony_lightning.hardware.device import Cluster, Device
+from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.buffers import BufferStore
+from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.gradients import GradientStore
+from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
+from harmony_lightning.runtime.site import Site
+from harmony_lightning.runtime.worker import HostWorker
+
+
+class RuntimeState:
+    """Weights, gradients and buffers of one root module under one plan.
+
+    Attributes:
+        depth: how many layers the running code is inside of; 0 in glue.
+        is_recomputing: a layer is being run again for its backward.
+        upcoming: by device, the pack to swap in behind the running one.
+        anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
+    """
+
+    def __init__(self, root: nn.Module, cluster: Cluster, plan: Plan, counters: Counters, worker: HostWorker) -> None:
+        self.cluster = cluster
+        self.plan = plan
+        self.counters = counters
+        self.parameters = dict(root.named_parameters())
+        self.names = weight_names(root)
+        self.trained = tuple(parameter.requires_grad for parameter in self.parameters.values())
+        self.buffers = BufferStore(counters)
+        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
+        self.depth = 0
+        self.is_recomputing = False
+        self.upcoming: dict[int, int] = {}
+        with torch.inference_mode(False):
+            self.anchor = torch.zeros((), requires_grad=True)
+        self._worker = worker
+        self._is_collecting = False
+        self._torch_devices = frozenset(device.torch_device for device in cluster.devices)
+        self._glue: dict[tuple[str, int], torch.Tensor] = {}
+        """Device copies of glue weights during one visit."""
+        self._weights: list[DeviceWeights] | list[HostWeights]
+        if cluster.host_is_device:
+            self._weights = [HostWeights(self.parameters, plan)]
+        else:
+            store = WeightStore(self.parameters, plan, cluster)
+            self._weights = [DeviceWeights(device, store, plan, counters) for device in cluster.devices]
+
+    # Where things are -------------------------------------------------------------------------------------------------
+
+    def device_of(self, pack: int, microbatch: int) -> Device:
+        return self.cluster.devices[self.plan.device(pack, microbatch)]
+
+    def is_device(self, device: torch.device) -> bool:
+        return device in self._torch_devices
+
+    def weight_name(self, tensor: torch.Tensor) -> str | None:
+        """The name of a master; None for any other tensor."""
+        return self.names.get(id(tensor)) if isinstance(tensor, nn.Parameter) else None
+
+    def slot_pack(self, name: str, pack: int) -> int | None:
+        """`pack` if the weight has a place in its gradient slot."""
+        return pack if name in self.plan.packs[pack].parameters else None
+
+    def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
+        """Device-resident weights of a layer; those in `trained` require a gradient."""
+        if site.pack is None:
+            return {}
+        weights = self._weights[device.index].acquire(site.pack)
+        upcoming = self.upcoming.pop(device.index, None)
+        if upcoming is not None:
+            self._weights[device.index].prefetch(upcoming)
+        for name in site.weight_names:
+            weights[name].requires_grad_(name in trained)
+        return weights
+
+    def glue_weight(self, name: str, device: Device) -> torch.Tensor:
+        """A weight that user code uses outside of layers: one copy per device and visit, without gradient."""
+        key = (name, device.index)
+        if key not in self._glue:
+            with torch.inference_mode(False), torch.no_grad():
+                copy = self.parameters[name].detach().to(device.torch_device)
+            if not self.cluster.host_is_device:
+                self.counters.swap_in_bytes += copy.nbytes
+            self._glue[key] = copy
+        return self._glue[key].detach()
+
+    def is_weight_memory(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in a device copy of weights, which the plan moves, not the user's code."""
+        return any(weights.holds(tensor) for weights in self._weights) or any(
+            tensor is copy or tensor._base is copy for copy in self._glue.values()
+        )
+
+    def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
+        return tensor.clone() if any(weights.holds(tensor) for weights in self._weights) else tensor
+
+    # What is running --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def inside_layer(self) -> Iterator[None]:
+        """The code within is a layer's own: calls are not interposed and tensors are not imported."""
+        self.depth += 1
+        is_cached = torch.is_autocast_cache_enabled()
+        # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
+        torch.set_autocast_cache_enabled(False)
+        try:
+            yield
+        finally:
+            torch.set_autocast_cache_enabled(is_cached)
+            self.depth -= 1
+
+    @contextmanager
+    def recomputing(self) -> Iterator[None]:
+        """The code within runs a layer again: what it saves is used at once and stays where it is."""
+        before, self.is_recomputing = self.is_recomputing, True
+        try:
+            with self.inside_layer():
+                yield
+        finally:
+            self.is_recomputing = before
+
+    def collect_later(self) -> None:
+        """Called within a backward that user code runs by itself: at its end, gradients go to `Parameter.grad`."""
+        if not self._is_collecting:
+            self._is_collecting = True
+            torch.autograd.Variable._execution_engine.queue_callback(self._collect)  # type: ignore[attr-defined]
+
+    def _collect(self) -> None:
+        self._is_collecting = False
+        # User code may be running, and its function mode would take our tensors for its own.
+        with self.cluster.activate(), torch._C.DisableTorchFunction():
+            self.gradients.finish(lambda names: None)
+            self.release_all()  # most likely an update follows: the copies will be out of date
+        self._worker.drain()
+
+    # From visit to visit ----------------------------------------------------------------------------------------------
+
+    def release(self, pack: int, device: int) -> None:
+        """A pack's weights are not needed on a device any more."""
+        self._weights[device].release(pack)
+
+    def release_glue(self) -> None:
+        self._glue.clear()
+
+    def release_all(self) -> None:
+        """No weights are needed on any device."""
+        self._glue.clear()
+        for weights in self._weights:
+            weights.release_all()
+
+    def discard(self) -> None:
+        """Drop what a step has left behind when it is given up; masters stay as they are."""
+        self.depth = 0
+        self.is_recomputing = False
+        self._is_collecting = False
+        self.upcoming = {}
+        self.buffers.discard()
+        self.release_all()
+        self.gradients.discard()
