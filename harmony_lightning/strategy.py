@@ -25,7 +25,7 @@ from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
 from harmony_lightning.merged_log import merged_log
 from harmony_lightning.observability.statistics import Statistics
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, num_samples, split_minibatch
@@ -205,9 +205,7 @@ class HarmonyMixin:
         decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, call_order)
         if self._given_plan is not None:
             plan = self._given_plan
-            known = {layer.name for layer in decomposition.layers}
-            if missing := [name for pack in plan.packs for name in pack.layers if name not in known]:
-                raise ConfigurationError(f"the given plan names layer {missing[0]!r}, which this module does not have")
+            check_plan(plan, decomposition, len(engine.cluster.devices))
         engine.load(plan, decomposition)
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 

@@ -8,7 +8,7 @@ _FACTORS = {"": 1, "b": 1}
 for _power, _letter in enumerate("kmgt", start=1):
     _FACTORS[f"{_letter}b"] = 1000**_power
     _FACTORS[f"{_letter}ib"] = 1024**_power
-_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e[0-9]+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_PATTERN = re.compile(r"\s*([0-9]*\.?[0-9]+(?:e\+?[0-9]{1,2})?)\s*([a-z]*)\s*", re.IGNORECASE)
 
 
 def parse_nbytes(text: str | int | float) -> int:
@@ -27,9 +27,9 @@ def parse_nbytes(text: str | int | float) -> int:
 
 
 def format_nbytes(nbytes: float) -> str:
-    """ "1.5 GiB": three significant digits in the largest binary unit that fits."""
+    """ "1.5 GiB": four significant digits in the largest binary unit that fits."""
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
-            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.3g} {unit}"
+            return f"{nbytes:.0f} {unit}" if unit == "B" else f"{nbytes:.4g} {unit}"
         nbytes /= 1024
-    return f"{nbytes:.3g} TiB"
+    return f"{nbytes:.4g} TiB"

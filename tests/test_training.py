@@ -214,7 +214,7 @@ def test_a_given_plan_is_carried_out(tmp_path):
 
 def test_what_cannot_fit_is_told_before_the_first_step():
     module = Chain()
-    with pytest.raises(CapacityError, match=r"layer net\.0\.0 needs 48\.8 KiB .* each GPU offers 20 KiB"):
+    with pytest.raises(CapacityError, match=r"layer net\.0\.0 needs 48\.75 KiB .* each GPU offers 20 KiB"):
         trainer(harmony(memory="20KiB")).fit(module, loader(8))
     assert module.losses == []
 

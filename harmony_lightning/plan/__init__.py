@@ -2,5 +2,6 @@
 
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
 from harmony_lightning.plan.record import Record
+from harmony_lightning.plan.validate import check_plan
 
-__all__ = ["ALIGNMENT", "Pack", "Plan", "Record", "aligned"]
+__all__ = ["ALIGNMENT", "Pack", "Plan", "Record", "aligned", "check_plan"]

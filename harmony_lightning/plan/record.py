@@ -22,7 +22,7 @@ class Record:
         """Raises ConfigurationError if the text is no such record."""
         try:
             return typing.cast(Self, _revive(cls, json.loads(text)))
-        except (TypeError, KeyError, ValueError) as error:
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ConfigurationError(f"this is no {cls.__name__} in JSON: {error}") from error
 
 

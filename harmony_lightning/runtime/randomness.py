@@ -11,9 +11,10 @@ A stream covers torch's host generator, the generator of the device the microbat
 legacy global generator.
 """
 
+import ctypes
 import random
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy
 import torch
@@ -38,15 +39,46 @@ def microbatch_seed(step_seed: int, microbatch: int) -> int:
 
 
 class _Numpy:
-    """NumPy's global generator. Reading it costs 80 us, so its raw state is compared first, and only user code that
-    really draws from it pays."""
+    """NumPy's global generator. Reading it costs 80 us, so its raw memory is looked at first, and only programs that
+    really draw from it pay. (The raw memory does not tell of a second normal number that the generator keeps for later.)
+    """
 
     def __init__(self) -> None:
         self._address: int = numpy.random.mtrand._rand._bit_generator.ctypes.state_address  # type: ignore[attr-defined]
+        self._is_used = False
+        self._expected: bytes | None = None
+        """The memory when nobody has drawn since it was last looked at."""
 
-    def fingerprint(self) -> bytes:
-        import ctypes
+    def expect(self) -> None:
+        """The generator has been set; moves from here on are draws."""
+        self._expected = self._memory()
 
+    def before(self) -> Any:
+        """What `drawn` will need."""
+        memory = self._memory()
+        if self._expected is None and self._state()[3]:  # a normal number is kept
+            self._is_used = True
+        self._is_used |= self._expected not in (None, memory)
+        return self._state() if self._is_used else memory
+
+    def drawn(self, before: Any) -> Any:
+        """The state in front, if somebody has drawn since; None otherwise."""
+        self._expected = self._memory()
+        if isinstance(before, bytes):
+            if before == self._expected:
+                return None
+            self._is_used = True
+            raw = numpy.frombuffer(before, dtype=numpy.uint32)
+            return ("MT19937", raw[:624].copy(), int(raw[624]), 0, 0.0)
+        now = self._state()
+        same = now[2:] == before[2:] and numpy.array_equal(now[1], before[1])
+        return None if same else before
+
+    @staticmethod
+    def _state() -> tuple[Any, ...]:
+        return cast(tuple[Any, ...], numpy.random.get_state())
+
+    def _memory(self) -> bytes:
         return ctypes.string_at(self._address, 2500)  # 624 words and the position of a Mersenne Twister
 
 
@@ -87,6 +119,7 @@ class Stream:
             torch.default_generator.manual_seed(self._seed)
             random.seed(self._seed)
             numpy.random.seed(self._seed & 0xFFFFFFFF)
+        _numpy.expect()
 
     def suspend(self) -> None:
         self._host = HostState.capture()
@@ -110,7 +143,7 @@ class Replay:
     def __init__(self, device: Device) -> None:
         self._torch: torch.Tensor | None = torch.get_rng_state()
         self._python: Any = random.getstate()
-        self._numpy: Any = _numpy.fingerprint()
+        self._numpy: Any = _numpy.before()
         self._device_state = device.random_state()
 
     def keep_what_was_drawn(self, device: Device) -> None:
@@ -119,11 +152,7 @@ class Replay:
             self._torch = None
         if self._python == random.getstate():
             self._python = None
-        if self._numpy == _numpy.fingerprint():
-            self._numpy = None
-        else:
-            raw = numpy.frombuffer(self._numpy, dtype=numpy.uint32)
-            self._numpy = ("MT19937", raw[:624].copy(), int(raw[624]), 0, 0.0)
+        self._numpy = _numpy.drawn(self._numpy)
         if self._device_state is not None:
             now = device.random_state()
             if now is not None and torch.equal(self._device_state, now):

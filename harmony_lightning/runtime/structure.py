@@ -1,5 +1,7 @@
 """Tensors within a layer's arguments and results, and copies of the mutable objects around them."""
 
+import copy
+from collections import deque
 from typing import Any
 
 import torch
@@ -22,23 +24,19 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
     if isinstance(value, tuple | frozenset):
         items = [copy_structure(item, copies) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
-    try:
-        result = value.__class__.__new__(value.__class__)
-    except TypeError:
-        return value  # made by an extension: it cannot be seen into
-    copies[id(value)] = result
-    if isinstance(value, list):
-        list.extend(result, [copy_structure(item, copies) for item in list.__iter__(value)])
-    elif isinstance(value, set):
-        set.update(result, [copy_structure(item, copies) for item in value])
-    elif isinstance(value, dict):
-        for key, item in dict.items(value):
-            dict.__setitem__(result, key, copy_structure(item, copies))
-    for name, item in getattr(value, "__dict__", {}).items():
-        object.__setattr__(result, name, copy_structure(item, copies))
-    for name in (slot for kind in type(value).__mro__ for slot in getattr(kind, "__slots__", ())):
-        if name not in ("__dict__", "__weakref__") and hasattr(value, name):
-            object.__setattr__(result, name, copy_structure(getattr(value, name), copies))
+    if isinstance(value, list | dict | set | deque):
+        result = copies[id(value)] = copy.copy(value)
+        if not isinstance(value, set):
+            for key in list(value) if isinstance(value, dict) else range(len(value)):
+                result[key] = copy_structure(value[key], copies)
+        return result
+    if type(value).__new__ is not object.__new__:
+        return value  # numbers, generators and the like: not made of parts that could be copied one by one
+    result = copies[id(value)] = object.__new__(type(value))
+    state = object.__getstate__(value)
+    for part in state if isinstance(state, tuple) else (state,):
+        for name, item in (part or {}).items():
+            object.__setattr__(result, name, copy_structure(item, copies))
     return result
 
 
@@ -90,10 +88,10 @@ class Arguments:
         """The same with copies of objects that the call may write; `self` if there are none."""
         if not self._opaque:
             return self
-        copy = object.__new__(Arguments)
-        copy._places, copy._spec, copy._opaque = self._places, self._spec, self._opaque
-        copy._rest = list(self._rest)
+        twin = object.__new__(Arguments)
+        twin._places, twin._spec, twin._opaque = self._places, self._spec, self._opaque
+        twin._rest = list(self._rest)
         shared: dict[int, Any] = {}
         for i in self._opaque:
-            copy._rest[i] = copy_structure(self._rest[i], shared)
-        return copy
+            twin._rest[i] = copy_structure(self._rest[i], shared)
+        return twin

@@ -8,6 +8,7 @@ its gradients does not fit, an error says so.
 
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from harmony_lightning.decomposer.decomposition import Decomposition, Layer
@@ -70,17 +71,13 @@ def make_plan(
         CapacityError: some layer cannot fit, with its name and the bytes.
     """
     groups = _groups(decomposition.layers, together)
-    prefetch, limit = (0, sys.maxsize) if host_is_device else _limit(decomposition, groups, memory_bytes)
-    if mode == "pp" and not host_is_device:
-        share = (
-            -(-decomposition.nbytes // (PACKS_PER_DEVICE * num_devices)) if num_devices > 1 else decomposition.nbytes
-        )
-        largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
-        limit = max(min(limit, share), largest)
+    limit = Limit(sys.maxsize, sys.maxsize, 0) if host_is_device else _limit(decomposition, groups, memory_bytes)
+    if mode == "pp" and num_devices > 1:
+        limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
     members: Group = ()
     for group in groups:
-        if members and _pack(decomposition, members + group).slot_nbytes > limit:
+        if members and not limit.admits(_pack(decomposition, members + group)):
             packs.append(_pack(decomposition, members))
             members = ()
         members += group
@@ -93,7 +90,7 @@ def make_plan(
         num_microbatches=num_microbatches,
         packs=tuple(packs),
         stash=stash,
-        prefetch=prefetch,
+        prefetch=limit.prefetch,
     )
 
 
@@ -124,8 +121,29 @@ def _groups(layers: Sequence[Layer], together: Sequence[frozenset[str]]) -> list
     return groups
 
 
-def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int) -> tuple[int, int]:
-    """How many packs to prefetch, and the most bytes of weights in a pack."""
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """What a pack may have."""
+
+    slot_nbytes: int
+    gradient_slot_nbytes: int
+    prefetch: int
+
+    def admits(self, pack: Pack) -> bool:
+        return pack.slot_nbytes <= self.slot_nbytes and pack.gradient_slot_nbytes <= self.gradient_slot_nbytes
+
+    def shared(self, decomposition: Decomposition, groups: Sequence[Group], num_packs: int) -> "Limit":
+        """So small that there are about `num_packs` packs, as far as groups allow."""
+        largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
+        share = -(-decomposition.nbytes // num_packs)
+        return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
+
+
+def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int) -> Limit:
+    """The largest packs that fit, with as much prefetch as fits.
+
+    All slots of a device are equal, so the largest weights and the largest gradients count, whichever packs have them.
+    """
     glue = set(decomposition.glue)
     # A glue weight, and its gradient, is on a device while the code around some pack uses it.
     glue_nbytes = sum(w.nbytes * (1 + w.is_trainable) for w in decomposition.weights if w.name in glue)
@@ -134,18 +152,23 @@ def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: 
     passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
     offered = memory_bytes - glue_nbytes - passing_nbytes
     packs = [_pack(decomposition, group) for group in groups]
-    largest = max(packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=None)
-    needed = largest.slot_nbytes + largest.gradient_slot_nbytes if largest else 0
-    copies = 2 if any(weight.is_trainable for weight in decomposition.weights) else 1
+    largest = max(
+        packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=_pack(decomposition, ())
+    )
+    slot_nbytes = max((pack.slot_nbytes for pack in packs), default=0)
+    gradient_slot_nbytes = max((pack.gradient_slot_nbytes for pack in packs), default=0)
     for prefetch, share in ((1, ARENA_SHARE), (0, ARENA_SHARE), (0, LAST_RESORT_SHARE)):
         budget = int(share * offered / (1 + prefetch))
-        if needed <= budget:
-            return prefetch, budget // copies
-    assert largest is not None
+        if 0 <= slot_nbytes + gradient_slot_nbytes <= budget:
+            # Half for each while the largest layers allow; nothing is set aside for gradients if there are none.
+            for_gradients = min(budget // 2, budget - slot_nbytes) if gradient_slot_nbytes else 0
+            for_gradients = max(for_gradients, gradient_slot_nbytes)
+            return Limit(budget - for_gradients, for_gradients, prefetch)
     raise CapacityError(
-        f"layer {' + '.join(largest.layers)} needs {format_nbytes(needed + passing_nbytes)} (weights "
-        f"{format_nbytes(largest.slot_nbytes)}, gradients {format_nbytes(largest.gradient_slot_nbytes)} and "
-        f"{format_nbytes(passing_nbytes)} as they are made) beside {format_nbytes(glue_nbytes)} of weights outside layers, "
-        f"but each GPU offers {format_nbytes(memory_bytes)}, of which {1 - LAST_RESORT_SHARE:.0%} is kept for activations; "
-        f"raise memory, or choose smaller layers with layers=[...]"
+        f"layer {' + '.join(largest.layers) or '(none)'} needs "
+        f"{format_nbytes(slot_nbytes + gradient_slot_nbytes + passing_nbytes)} (weights {format_nbytes(slot_nbytes)}, "
+        f"gradients {format_nbytes(gradient_slot_nbytes)} and {format_nbytes(passing_nbytes)} as they are made) beside "
+        f"{format_nbytes(glue_nbytes)} of weights outside layers, but each GPU offers {format_nbytes(memory_bytes)}, of "
+        f"which {1 - LAST_RESORT_SHARE:.0%} is kept for activations; raise memory, or choose smaller layers with "
+        f"layers=[...]"
     )

@@ -1,0 +1,165 @@
+import dataclasses
+import json
+
+import pytest
+
+from harmony_lightning import ConfigurationError, Pack, Plan
+from harmony_lightning.plan import aligned
+
+
+def pack(name, nbytes, trainable=None):
+    trainable = nbytes if trainable is None else trainable
+    return Pack(
+        layers=(name,),
+        parameters=(f"{name}.weight",),
+        nbytes=nbytes,
+        trainable_nbytes=trainable,
+        slot_nbytes=aligned(nbytes),
+        gradient_slot_nbytes=aligned(trainable),
+    )
+
+
+def plan(*packs, **options):
+    """Packs of 100, 200, 400 bytes on two devices, three microbatches."""
+    knobs = {
+        "mode": "pp",
+        "num_devices": 2,
+        "memory_bytes": 10_000,
+        "microbatch_size": 2,
+        "num_microbatches": 3,
+        "stash": "host",
+        "prefetch": 1,
+    }
+    packs = packs or (pack("a", 100), pack("b", 200), pack("c", 400))
+    return Plan(**{**knobs, "packs": packs, **options})
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_json_is_the_inverse(mode):
+    original = plan(mode=mode, stash="device", prefetch=0)
+    revived = Plan.from_json(original.to_json())
+    assert revived == original
+    assert hash(revived) == hash(original)
+    assert isinstance(revived.packs[0], Pack)
+    assert isinstance(revived.packs[0].layers, tuple)
+    assert Pack.from_json(original.packs[1].to_json()) == original.packs[1]
+
+
+def test_json_can_be_written_by_hand():
+    record = json.loads(plan().to_json())
+    record["packs"].reverse()
+    assert [p.layers for p in Plan.from_json(json.dumps(record)).packs] == [("c",), ("b",), ("a",)]
+
+
+def edited(**changes):
+    return json.dumps({**json.loads(plan().to_json()), **changes})
+
+
+NO_OBJECT = pytest.mark.xfail(raises=AttributeError, strict=True, reason="JSON that is no object is not met")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "{",
+        "{}",
+        edited(color="red"),
+        edited(packs=3),
+        edited(packs=[{}]),
+        edited(packs=[{"layers": ["a"]}]),
+        edited(packs=[]),
+        edited(mode="tp"),
+        edited(num_devices=0),
+        edited(num_devices="2"),
+        *(pytest.param(text, marks=NO_OBJECT) for text in ("[]", "3", "null", edited(packs=["a"]))),
+    ],
+)
+def test_what_is_no_plan_is_refused(text):
+    with pytest.raises(ConfigurationError, match="this is no Plan in JSON"):
+        Plan.from_json(text)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"mode": "auto"}, "mode must be 'pp' or 'dp', got 'auto'"),
+        ({"stash": "auto"}, "stash must be 'device' or 'host', got 'auto'"),
+        ({"prefetch": 2}, "prefetch must be 0 or 1, got 2"),
+        ({"num_devices": 0}, "num_devices must be at least 1, got 0"),
+        ({"memory_bytes": -1}, "memory_bytes must be at least 1, got -1"),
+        ({"microbatch_size": 0}, "microbatch_size must be at least 1"),
+        ({"num_microbatches": 0}, "num_microbatches must be at least 1"),
+        ({"packs": ()}, "a plan needs at least one pack"),
+    ],
+)
+def test_impossible_plans_cannot_be_made(change, message):
+    with pytest.raises(ConfigurationError, match=message):
+        dataclasses.replace(plan(), **change)
+
+
+def test_pp_deals_packs_and_dp_deals_microbatches():
+    pp, dp = plan(), plan(mode="dp")
+    assert [[pp.device(p, m) for m in range(3)] for p in range(3)] == [[0, 0, 0], [1, 1, 1], [0, 0, 0]]
+    assert [[dp.device(p, m) for m in range(3)] for p in range(3)] == [[0, 1, 0]] * 3
+    assert [pp.visitors(p) for p in range(3)] == [(0,), (1,), (0,)]
+    assert [dp.visitors(p) for p in range(3)] == [(0, 1)] * 3
+
+
+def test_some_devices_may_have_nothing_to_do():
+    assert plan(num_devices=8).num_active_devices == 3
+    assert plan(num_devices=8, mode="dp", num_microbatches=5).num_active_devices == 5
+    assert plan(num_devices=2).num_active_devices == 2
+    assert plan(mode="dp", num_devices=8).visitors(0) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    ("options", "swap_in"),
+    [
+        # c is the last pack of gpu0, b that of gpu1: once each; a twice.
+        ({}, 2 * 100 + 200 + 400),
+        ({"num_devices": 1}, 2 * (100 + 200) + 400),
+        ({"num_devices": 3}, 100 + 200 + 400),
+        ({"num_devices": 8}, 100 + 200 + 400),
+        # Both devices run all packs.
+        ({"mode": "dp"}, 2 * (2 * (100 + 200) + 400)),
+        ({"mode": "dp", "num_devices": 1}, 2 * (100 + 200) + 400),
+        # Three microbatches keep three of eight devices busy.
+        ({"mode": "dp", "num_devices": 8}, 3 * (2 * (100 + 200) + 400)),
+    ],
+)
+def test_swapped_bytes_of_a_step(options, swap_in):
+    assert plan(**options).swap_in_bytes_per_step == swap_in
+    assert plan(**options).swap_out_bytes_per_step == 700
+
+
+def test_frozen_weights_come_in_but_have_no_gradients_to_bring_out():
+    partly = plan(pack("a", 100, trainable=0), pack("b", 200, trainable=64))
+    assert partly.swap_in_bytes_per_step == 300
+    assert partly.swap_out_bytes_per_step == 64
+
+
+def test_slots_are_aligned_and_doubled_by_prefetch():
+    assert [aligned(nbytes) for nbytes in (0, 1, 64, 65)] == [0, 64, 64, 128]
+    assert plan(prefetch=0).arena_nbytes() == 448 + 448
+    assert plan(prefetch=1).arena_nbytes() == 2 * (448 + 448)
+    assert plan(pack("a", 400, trainable=0), pack("b", 100), prefetch=0).arena_nbytes() == 448 + 128
+
+
+def test_a_plan_follows_the_order_of_calls():
+    two = Pack.from_json(pack("a", 100).to_json())
+    two = dataclasses.replace(two, layers=("a", "b"))
+    planned = plan(two, pack("c", 400))
+    assert planned.follows(("a", "b", "c"), ())
+    assert planned.follows(("a", "c"), ())  # b was not called
+    assert planned.follows((), ())
+    assert not planned.follows(("b", "a", "c"), ())
+    assert not planned.follows(("a", "b", "c", "d"), ())
+
+
+def test_layers_that_take_turns_share_a_pack():
+    two = dataclasses.replace(pack("a", 100), layers=("a", "b"))
+    planned = plan(two, pack("c", 400))
+    assert planned.follows(("a", "b", "c"), (frozenset("ab"),))
+    assert not planned.follows(("a", "b", "c"), (frozenset("bc"),))
+    assert not planned.follows(("a", "b", "c"), (frozenset("ab"), frozenset("ac")))

@@ -1,0 +1,140 @@
+import pytest
+import torch
+from torch import nn
+
+from harmony_lightning import EmulatedCluster
+from harmony_lightning.hardware.host import HostDevice
+from harmony_lightning.runtime.buffers import BufferStore
+from harmony_lightning.runtime.counters import Counters
+
+
+class Home(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.arange(4.0))
+        self.register_buffer("count", torch.tensor(7))
+
+
+@pytest.fixture
+def cluster():
+    cluster = EmulatedCluster(2, "1MiB")
+    with cluster.activate():
+        yield cluster
+
+
+@pytest.fixture
+def store():
+    return BufferStore(Counters())
+
+
+MEAN_BYTES = 16
+
+
+def test_a_device_gets_one_copy_from_the_host(cluster, store):
+    home, (one, _) = Home(), cluster.devices
+    copy = store.fetch((home, "mean"), one)
+    assert copy.device == one.torch_device
+    assert copy.tolist() == [0, 1, 2, 3]
+    assert store.fetch((home, "mean"), one) is copy
+    assert (store._counters.input_bytes, store._counters.p2p_bytes) == (MEAN_BYTES, 0)
+
+
+def test_another_device_gets_its_copy_from_the_holder(cluster, store):
+    home, (one, two) = Home(), cluster.devices
+    store.fetch((home, "mean"), one)
+    assert store.fetch((home, "mean"), two).tolist() == [0, 1, 2, 3]
+    assert (store._counters.input_bytes, store._counters.p2p_bytes) == (MEAN_BYTES, MEAN_BYTES)
+
+
+def test_writes_are_seen_by_whoever_comes_next_in_order(cluster, store):
+    home, (one, two) = Home(), cluster.devices
+    place = (home, "mean")
+    stale = store.fetch(place, two)
+    for device in (one, two, one):
+        value = store.fetch(place, device)
+        value.add_(1)
+        store.written(place, device, value)
+    assert store.fetch(place, two).tolist() == [3, 4, 5, 6]
+    assert stale.tolist() == [0, 1, 2, 3]
+    assert home.mean.tolist() == [0, 1, 2, 3]
+
+
+def test_written_buffers_go_home_into_the_module_s_own_tensors(cluster, store):
+    home, (one, two) = Home(), cluster.devices
+    mean, count = home.mean, home.count
+    store.fetch((home, "count"), two)
+    value = store.fetch((home, "mean"), one)
+    store.written((home, "mean"), one, value.add_(1))
+    store.flush()
+    assert home.mean is mean
+    assert mean.tolist() == [1, 2, 3, 4]
+    assert home.count is count
+    assert mean.device.index is None
+    del value
+    assert [device.allocated_bytes() for device in cluster.devices] == [0, 0]
+
+
+def test_after_a_flush_the_host_s_value_counts(cluster, store):
+    home, (one, _) = Home(), cluster.devices
+    store.fetch((home, "mean"), one)
+    store.flush()
+    home.mean.zero_()
+    assert store.fetch((home, "mean"), one).tolist() == [0] * 4
+
+
+@pytest.mark.parametrize("value", [torch.zeros(2), torch.zeros(4, dtype=torch.float64)])
+def test_a_buffer_of_another_shape_or_type_replaces_the_module_s(cluster, store, value):
+    home, (one, _) = Home(), cluster.devices
+    store.fetch((home, "mean"), one)
+    store.written((home, "mean"), one, value.to(one.torch_device))
+    store.flush()
+    assert (home.mean.shape, home.mean.dtype) == (value.shape, value.dtype)
+    assert home.mean.device == torch.device("cpu")
+    assert type(home.mean) is torch.Tensor
+
+
+def test_clean_copies_can_be_dropped_written_ones_stay(cluster, store):
+    home, (one, _) = Home(), cluster.devices
+    store.fetch((home, "count"), one)
+    value = store.fetch((home, "mean"), one)
+    store.written((home, "mean"), one, value.add_(1))
+    del value
+    before = one.allocated_bytes()
+    store.drop_clean()
+    assert before - one.allocated_bytes() == 8
+    store.flush()
+    assert home.mean.tolist() == [1, 2, 3, 4]
+
+
+def test_a_failed_pass_leaves_the_module_s_values(cluster, store):
+    home, (one, _) = Home(), cluster.devices
+    value = store.fetch((home, "mean"), one)
+    store.written((home, "mean"), one, value.add_(1))
+    store.discard()
+    store.flush()
+    assert home.mean.tolist() == [0, 1, 2, 3]
+
+
+def test_the_host_as_device_gets_a_copy_too(store):
+    home = Home()
+    value = store.fetch((home, "mean"), HostDevice())
+    value.add_(1)
+    assert home.mean.tolist() == [0, 1, 2, 3]
+    store.written((home, "mean"), HostDevice(), value)
+    store.flush()
+    assert home.mean.tolist() == [1, 2, 3, 4]
+
+
+def test_buffers_of_the_same_name_in_two_modules_are_two(cluster, store):
+    first, second = Home(), Home()
+    second.mean.zero_()
+    (one, _) = cluster.devices
+    assert store.fetch((first, "mean"), one).tolist() == [0, 1, 2, 3]
+    assert store.fetch((second, "mean"), one).tolist() == [0] * 4
+
+
+def test_copies_are_no_inference_tensors(cluster, store):
+    home = Home()
+    with torch.inference_mode():
+        copy = store.fetch((home, "mean"), cluster.devices[0])
+    assert not copy.is_inference()

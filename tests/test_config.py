@@ -1,0 +1,129 @@
+import pytest
+from torch import nn
+
+from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyConfig, HarmonyStrategy
+from harmony_lightning.config import Environment
+
+
+def test_defaults_leave_everything_to_the_plan():
+    config = HarmonyConfig()
+    assert (config.mode, config.microbatch_size, config.memory, config.stash) == ("auto",) * 4
+    assert config.memory_bytes is None
+    assert config.layers == ()
+    assert config.split_batch is None
+
+
+@pytest.mark.parametrize("memory", ["11GiB", 11 << 30])
+def test_memory_is_a_size(memory):
+    assert HarmonyConfig(memory=memory).memory_bytes == 11 << 30
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"mode": "tp"}, r"mode must be 'auto', 'pp' or 'dp', got 'tp'"),
+        ({"stash": "disk"}, r"stash must be 'auto', 'device' or 'host', got 'disk'"),
+        ({"microbatch_size": 0}, r"microbatch_size must be 'auto' or a positive integer, got 0"),
+        ({"microbatch_size": -2}, r"got -2"),
+        ({"microbatch_size": 2.0}, r"got 2\.0"),
+        ({"microbatch_size": "2"}, r"got '2'"),
+        ({"microbatch_size": True}, r"got True"),
+        ({"memory": "lots"}, r"'lots' is not a memory size"),
+        ({"memory": 0}, r"must be positive"),
+        ({"layers": "net.*"}, r"layers must be a list, got 'net\.\*'; write layers=\['net\.\*'\]"),
+        ({"layers": nn.Linear}, r"layers must be a list"),
+        ({"split_batch": 4}, r"split_batch must be a function of \(batch, num_microbatches\), got 4"),
+    ],
+)
+def test_impossible_values_are_refused_with_the_value(knobs, message):
+    with pytest.raises(ConfigurationError, match=message):
+        HarmonyConfig(**knobs)
+
+
+def test_a_configuration_does_not_change():
+    with pytest.raises(AttributeError):
+        HarmonyConfig().mode = "dp"
+
+
+def test_variables_are_read():
+    environment = Environment.read(
+        {
+            "HARMONY_MODE": "dp",
+            "HARMONY_MICROBATCH_SIZE": "3",
+            "HARMONY_MEMORY": "1GiB",
+            "HARMONY_STASH": "device",
+            "HARMONY_EMULATED_GPUS": "4",
+            "MODE": "pp",
+        }
+    )
+    assert environment.emulated_gpus == 4
+    assert environment.knobs() == {"mode": "dp", "microbatch_size": 3, "memory": "1GiB", "stash": "device"}
+
+
+def test_an_empty_environment_sets_nothing():
+    environment = Environment.read({})
+    assert environment.emulated_gpus is None
+    assert environment.knobs() == {}
+
+
+def test_a_variable_may_say_auto():
+    assert HarmonyConfig(**Environment.read({"HARMONY_MICROBATCH_SIZE": "auto"}).knobs()).microbatch_size == "auto"
+
+
+@pytest.mark.parametrize("text", ["two", "-1", "1.5", ""])
+def test_numbers_in_the_environment_are_numbers(text):
+    with pytest.raises(ConfigurationError, match="HARMONY_EMULATED_GPUS must be a number of GPUs"):
+        Environment.read({"HARMONY_EMULATED_GPUS": text})
+    with pytest.raises(ConfigurationError, match="HARMONY_MICROBATCH_SIZE must be a number"):
+        Environment.read({"HARMONY_MICROBATCH_SIZE": text}).knobs()
+
+
+@pytest.fixture
+def variables(monkeypatch):
+    for name, value in {"MODE": "dp", "MICROBATCH_SIZE": "3", "MEMORY": "2MiB", "STASH": "device"}.items():
+        monkeypatch.setenv(f"HARMONY_{name}", value)
+    return monkeypatch
+
+
+def test_variables_reach_the_strategy(variables):
+    config = HarmonyStrategy()._config
+    assert (config.mode, config.microbatch_size, config.memory_bytes, config.stash) == ("dp", 3, 2 << 20, "device")
+
+
+def test_arguments_in_code_count_more_each_for_itself(variables):
+    config = HarmonyStrategy(mode="pp", memory="1MiB")._config
+    assert (config.mode, config.microbatch_size, config.memory_bytes, config.stash) == ("pp", 3, 1 << 20, "device")
+    config = HarmonyStrategy(mode="auto", microbatch_size="auto", memory="auto", stash="auto")._config
+    assert (config.mode, config.microbatch_size, config.memory, config.stash) == ("auto",) * 4
+
+
+def test_emulated_gpus_have_the_memory_of_the_environment(variables):
+    variables.setenv("HARMONY_EMULATED_GPUS", "3")
+    devices = HarmonyStrategy()._cluster().devices
+    assert [(device.name, device.memory_bytes) for device in devices] == [(f"gpu{i}", 2 << 20) for i in range(3)]
+    assert HarmonyStrategy(memory="1MiB")._cluster().devices[0].memory_bytes == 1 << 20
+
+
+def test_a_cluster_in_code_counts_more_than_emulated_gpus(variables):
+    variables.setenv("HARMONY_EMULATED_GPUS", "3")
+    cluster = EmulatedCluster(1, "5MiB")
+    assert HarmonyStrategy(cluster=cluster)._cluster() is cluster
+
+
+def test_bad_variables_are_refused_when_the_strategy_is_made(variables):
+    variables.setenv("HARMONY_MODE", "sideways")
+    with pytest.raises(ConfigurationError, match="mode must be"):
+        HarmonyStrategy()
+    variables.setenv("HARMONY_MODE", "pp")
+    variables.setenv("HARMONY_EMULATED_GPUS", "0")
+    with pytest.raises(ConfigurationError, match="num_gpus must be"):
+        HarmonyStrategy()
+
+
+def test_a_cluster_is_an_emulated_one():
+    with pytest.raises(ConfigurationError, match="cluster must be an EmulatedCluster, got 2"):
+        HarmonyStrategy(cluster=2)
+
+
+def test_layers_may_be_any_sequence_but_no_single_name():
+    assert HarmonyStrategy(layers=["a", nn.Linear])._config.layers == ("a", nn.Linear)
