@@ -327,6 +327,8 @@ class Engine:
             raise
         finally:
             self._current = None
+        if self._stash is not None:
+            self._stash.turn()
         if not microbatch.is_done:
             return
         loss, microbatch.result = settle(microbatch.result)

@@ -39,6 +39,8 @@ class HostStash:
         self._counters = counters
         self._leaving: list[tuple[Device, torch.Tensor]] = []
         """Device tensors that a copy may still be reading."""
+        self._left_before: list[tuple[Device, torch.Tensor]] = []
+        """Those of the turn before; copies of two turns overlap with compute."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -83,8 +85,18 @@ class HostStash:
         device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
         return result
 
+    def turn(self) -> None:
+        """Another microbatch comes: what left in the turn before the last one need not be held any more."""
+        self._free(self._left_before)
+        self._left_before, self._leaving = self._leaving, []
+
     def let_go(self) -> None:
         """End of a visit: device memory whose copies were enqueued may be used again behind them."""
-        for device in {device.index: device for device, _ in self._leaving}.values():
+        self._free([*self._left_before, *self._leaving])
+        self._left_before, self._leaving = [], []
+
+    @staticmethod
+    def _free(left: list[tuple[Device, torch.Tensor]]) -> None:
+        for device in {device.index: device for device, _ in left}.values():
             device.wait(Lane.COMPUTE, device.record(Lane.SWAP_OUT))
-        self._leaving.clear()
+        left.clear()

@@ -25,12 +25,13 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
         items = [copy_structure(item, copies) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, list | dict | set | deque):
-        result = copies[id(value)] = copy.copy(value)
+        result: Any = copy.copy(value)
+        copies[id(value)] = result
         if not isinstance(value, set):
             for key in list(value) if isinstance(value, dict) else range(len(value)):
                 result[key] = copy_structure(value[key], copies)
         return result
-    if type(value).__new__ is not object.__new__:
+    if getattr(type(value), "__new__") is not object.__new__:  # noqa: B009
         return value  # numbers, generators and the like: not made of parts that could be copied one by one
     result = copies[id(value)] = object.__new__(type(value))
     state = object.__getstate__(value)
