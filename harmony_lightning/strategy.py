@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
+from harmony_lightning import overrides
 from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
 from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
@@ -28,24 +29,13 @@ from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.minibatch import Microbatches, num_samples, split_minibatch
+from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
+from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.runtime.update import JustInTimeUpdate, is_separable
 from harmony_lightning.scheduler import automatic_microbatch_size
 
 log = logging.getLogger(__name__)
-
-_SEES_GRADIENTS_MODULE = (
-    "backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-    "configure_gradient_clipping",
-    "optimizer_step",
-    "on_before_zero_grad",
-    "optimizer_zero_grad",
-)
-"""Hooks of the user's module between backward and step; overridden, they must find complete gradients."""
-_SEES_GRADIENTS_CALLBACK = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
 
 
 class HarmonyMixin:
@@ -242,12 +232,7 @@ class HarmonyMixin:
         """The minibatch stays on the host, from where each microbatch takes its part to the GPU that needs it, unless
         the user's own transfer hooks expect to see it on a GPU."""
         host = torch.device("cpu")
-        module = self.lightning_module  # type: ignore[attr-defined]
-        if any(_is_overridden(module, hook, self._pl.LightningModule) for hook in _TRANSFER_HOOKS) or any(
-            _is_overridden(source, hook, self._pl.LightningDataModule)
-            for hook in _TRANSFER_HOOKS
-            if (source := getattr(getattr(module, "_trainer", None), "datamodule", None)) is not None
-        ):
+        if overrides.expects_batch_on_device(self.lightning_module, self._pl):  # type: ignore[attr-defined]
             host = device or self.root_device
         return super().batch_to_device(batch, host, dataloader_idx)  # type: ignore[misc]
 
@@ -393,21 +378,13 @@ class HarmonyMixin:
     def _update(self) -> Callable[[list[str]], None]:
         """What happens to weights as soon as their gradients are complete: their step, if nothing has to see all
         gradients first; otherwise nothing, and the optimizer steps the whole model after backward."""
-        module = self.lightning_module  # type: ignore[attr-defined]
-        trainer = module.trainer
         optimizer = self._stepping
         if (
             optimizer is None
             or len(self.optimizers) != 1  # type: ignore[attr-defined]
             or not is_separable(optimizer)
-            or trainer.gradient_clip_val
             or getattr(self.precision_plugin, "scaler", None) is not None  # type: ignore[attr-defined]
-            or any(_is_overridden(module, hook, self._pl.LightningModule) for hook in _SEES_GRADIENTS_MODULE)
-            or any(
-                _is_overridden(callback, hook, self._pl.Callback)
-                for callback in trainer.callbacks
-                for hook in _SEES_GRADIENTS_CALLBACK
-            )
+            or overrides.sees_gradients(self.lightning_module, self._pl)  # type: ignore[attr-defined]
         ):
             return lambda names: None
         return JustInTimeUpdate(optimizer, self._require_engine().state.parameters)
@@ -434,13 +411,8 @@ class HarmonyMixin:
 
 
 _COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")
-_TRANSFER_HOOKS = ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer")
-
-
-def _is_overridden(owner: Any, hook: str, base: type) -> bool:
-    return hook in vars(owner) or getattr(type(owner), hook, None) is not getattr(base, hook, None)
 
 
 def _as_sequence(layers: Any) -> Sequence[Any]:
-    """A single string or class is left for the configuration to refuse with a hint."""
+    """A single name or class may stand alone."""
     return layers if not isinstance(layers, str | type) else (layers,)

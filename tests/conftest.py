@@ -5,6 +5,7 @@ import torch
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, the more so beside other test processes
 
+
 @pytest.fixture(autouse=True)
 def _leave_nothing_behind():
     yield

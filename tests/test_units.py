@@ -25,7 +25,9 @@ def test_sizes_as_people_write_them(text, nbytes):
     assert parse_nbytes(text) == nbytes
 
 
-@pytest.mark.parametrize("text", ["", "GiB", "much", "1 parsec", "1.", "1,5GB", "-1", "0x10", "nan", "inf", "1GiBs", True])
+@pytest.mark.parametrize(
+    "text", ["", "GiB", "much", "1 parsec", "1.", "1,5GB", "-1", "0x10", "nan", "inf", "1GiBs", True]
+)
 def test_what_is_no_size_is_refused_with_an_example(text):
     with pytest.raises(ConfigurationError, match=r"is not a memory size; write bytes or a unit, such as '64MiB'"):
         parse_nbytes(text)
@@ -37,7 +39,6 @@ def test_a_size_is_positive(text):
         parse_nbytes(text)
 
 
-@pytest.mark.xfail(raises=OverflowError, strict=True, reason="an infinite float is not caught")
 def test_a_size_beyond_floats_is_refused():
     with pytest.raises(ConfigurationError):
         parse_nbytes("1e400")
@@ -62,7 +63,6 @@ def test_sizes_are_told_in_the_largest_unit_that_fits(nbytes, text):
     assert format_nbytes(nbytes) == text
 
 
-@pytest.mark.xfail(strict=True, reason="three significant digits of 1000 to 1023 are written with an exponent")
 @pytest.mark.parametrize("number", [1000, 1023])
 def test_no_size_is_told_with_an_exponent(number):
     assert "e+" not in format_nbytes(number * 1024)

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from harmony_lightning.runtime.minibatch import rebuild_sequence, replace_items
+from harmony_lightning.runtime.rows import rebuild_sequence, replace_items
 
 
 def merge_outputs(outputs: Sequence[Any], num_samples: Sequence[int]) -> Any:

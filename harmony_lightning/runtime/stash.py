@@ -53,7 +53,8 @@ class HostStash:
     def _leave(self, tensor: torch.Tensor) -> Any:
         segment = self._current()
         if segment is None or tensor.device != segment.device.torch_device or self._stays(tensor):
-            return tensor
+            # Not the tensor itself: an operation that saves its own result would then hold itself alive for ever.
+            return tensor.detach()
         device = segment.device
         key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         held = segment.stashed.get(key)

@@ -85,7 +85,9 @@ def test_a_module_that_holds_most_bytes_itself_stays_whole():
 
 def test_parametrised_modules_stay_whole():
     """Their weights exist only while they are called, and not under their own names."""
-    root = nn.Sequential(parametrizations.weight_norm(linear()), nn.Sequential(parametrizations.spectral_norm(linear())))
+    root = nn.Sequential(
+        parametrizations.weight_norm(linear()), nn.Sequential(parametrizations.spectral_norm(linear()))
+    )
     assert names(root, 1) == ["0", "1.0"]
     assert "0.parametrizations.weight.original0" in decompose(root, 1).layers[0].weights
 
@@ -174,7 +176,11 @@ def test_a_choice_by_glob_or_class(choice):
 
 
 def test_what_holds_a_chosen_layer_is_taken_apart_though_it_fits():
-    assert names(Model(1), 1 << 30, ["blocks.0.feed.0"])[1:4] == ["blocks.0.attend", "blocks.0.feed.0", "blocks.0.feed.2"]
+    assert names(Model(1), 1 << 30, ["blocks.0.feed.0"])[1:4] == [
+        "blocks.0.attend",
+        "blocks.0.feed.0",
+        "blocks.0.feed.2",
+    ]
 
 
 def test_of_nested_choices_the_outermost_counts():

@@ -10,7 +10,8 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.runtime.minibatch import num_samples, split_minibatch
+from harmony_lightning.runtime.minibatch import split_minibatch
+from harmony_lightning.runtime.rows import num_samples
 
 Pair = namedtuple("Pair", ["x", "y"])
 

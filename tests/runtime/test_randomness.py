@@ -130,7 +130,6 @@ def test_a_replay_repeats_what_was_drawn_and_then_is_undone(name):
     assert [draw(), draw()] == now
 
 
-@pytest.mark.xfail(strict=True, reason="the second of a pair of normals, which NumPy keeps beside its state, is lost")
 def test_a_replay_repeats_the_second_of_a_pair_of_normals():
     numpy.random.randn()
     replay = Replay(DEVICE)

