@@ -218,18 +218,22 @@ def test_an_error_in_the_answer_to_the_end_does_not_hide_the_first():
     assert_nothing_is_left_behind(module, cluster)
 
 
-def test_calls_of_layers_in_a_finally_block_do_not_start_them_again():
+def test_layers_may_be_called_in_finally_blocks():
+    """By the microbatch that fails, and by those that are ended where they wait."""
+    called = []
+
     class Recovering(Fragile):
         def training_step(self, batch, batch_idx):
             try:
                 return super().training_step(batch, batch_idx)
             finally:
-                if self.microbatch == 3 and batch_idx == 1:
-                    self.passing(batch[0])
-                    self.left = -1
+                if batch_idx == 1:
+                    called.append(len(self.passing(batch[0])))
 
     module = module_that("between", 3, Recovering)
     error, cluster = fit_and_fail(module, Broken)
+    assert error.args == ("between layers",)
+    assert called == [2] * NUM_MICROBATCHES
     del error
     assert_nothing_is_left_behind(module, cluster)
 

@@ -52,7 +52,7 @@ class Engine:
         self.root = root
         self.cluster = cluster
         self.counters = Counters()
-        self.worker = HostWorker()
+        self.worker = HostWorker(is_inline=cluster.host_is_device)
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""

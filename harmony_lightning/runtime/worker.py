@@ -12,14 +12,21 @@ Job = Callable[[], None]
 
 
 class HostWorker:
-    """Starts its thread with the first job; `close` ends it."""
+    """Starts its thread with the first job; `close` ends it.
 
-    def __init__(self) -> None:
+    Where the host is the only device there is nothing to overlap with: `is_inline` runs each job when it is submitted.
+    """
+
+    def __init__(self, *, is_inline: bool = False) -> None:
+        self._is_inline = is_inline
         self._jobs: queue.Queue[Job | None] = queue.Queue()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def submit(self, job: Job) -> None:
+        if self._is_inline:
+            job()
+            return
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="harmony-host-worker", daemon=True)
             self._thread.start()
