@@ -297,3 +297,24 @@ def test_bare_parameters_and_views_of_them_work_in_inference_mode():
     trainer(accumulate_grad_batches=4).fit(reference, loader(2), loader(4))
     trainer(harmony()).fit(ours, loader(8), loader(4))
     assert same_weights(ours, reference)
+
+
+def test_glue_results_that_no_loss_uses_leave_no_memory_behind():
+    """relu saves its own result: were that held by its own node, nothing would ever free it."""
+
+    class Idle(Chain):
+        def step(self, batch):
+            inputs, targets = batch
+            outputs = self.head(self.net(inputs)).squeeze(1)
+            outputs.relu()
+            return nn.functional.mse_loss(outputs, targets)
+
+    sizes = []
+
+    class Sampling(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            gc.collect()
+            sizes.append([d.allocated_bytes() for d in trainer.strategy._require_engine().cluster.devices])
+
+    trainer(harmony(2), callbacks=[Sampling()]).fit(Idle(), loader(8))
+    assert sizes[1] == sizes[-1]

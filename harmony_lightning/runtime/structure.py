@@ -1,9 +1,11 @@
 """Tensors within a layer's arguments and results, and copies of the mutable objects around them."""
 
 import copy
+import random
 from collections import deque
 from typing import Any
 
+import numpy
 import torch
 from torch.utils import _pytree as pytree
 
@@ -30,7 +32,15 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
         if not isinstance(value, set):
             for key in list(value) if isinstance(value, dict) else range(len(value)):
                 result[key] = copy_structure(value[key], copies)
+        for name, item in getattr(value, "__dict__", {}).items():
+            object.__setattr__(result, name, copy_structure(item, copies))
         return result
+    if isinstance(value, torch.Generator):
+        result = torch.Generator(value.device)
+        result.set_state(value.get_state())
+        return result
+    if isinstance(value, numpy.random.Generator | numpy.random.RandomState | random.Random):
+        return copy.deepcopy(value)
     if getattr(type(value), "__new__") is not object.__new__:  # noqa: B009
         return value  # numbers, generators and the like: not made of parts that could be copied one by one
     result = copies[id(value)] = object.__new__(type(value))
