@@ -53,6 +53,8 @@ def prepare(
                 f"masters live: build it on the CPU and materialise meta tensors before training"
             )
     memory_bytes = min(device.memory_bytes for device in cluster.devices)
+    if config.memory_bytes is not None:
+        memory_bytes = min(memory_bytes, config.memory_bytes)
     nbytes = sum(parameter.nbytes for parameter in root.parameters())
     decomposition = decompose(root, unit_nbytes(nbytes, memory_bytes), config.layers)
     if call_order is not None:
