@@ -87,9 +87,21 @@ class HostArena:
         """Moves the memory of the named parameters, which must be on the host, into a new arena."""
         self.layout = lay_out(parameters, names)
         self.bytes = cluster.host_buffer(layout_nbytes(self.layout))
+        self._parameters = [parameters[name] for name in self.layout]
+        self._addresses: list[int] = []
+        self._move_in()
+
+    def refresh(self) -> None:
+        """Take in weights whose memory user code has exchanged (`parameter.data = ...`) since they moved here."""
+        if any(p.data_ptr() != address for p, address in zip(self._parameters, self._addresses, strict=True)):
+            self._move_in()
+
+    @torch.no_grad()
+    def _move_in(self) -> None:
         memory = self.bytes.numpy()
-        for name, region in self.layout.items():
+        for parameter, region in zip(self._parameters, self.layout.values(), strict=True):
             own = region.alias(memory)
-            with torch.no_grad():
-                own.copy_(parameters[name])
-            parameters[name].data = own
+            if own.data_ptr() != parameter.data_ptr():
+                own.copy_(parameter)
+                parameter.data = own
+        self._addresses = [parameter.data_ptr() for parameter in self._parameters]

@@ -107,11 +107,11 @@ class Engine:
         )
 
     def is_out_of_date(self) -> bool:
-        """Whether parameters came, went or changed `requires_grad` since `load`."""
+        """Whether parameters came, went or changed their kind since `load`."""
         now, then = dict(self.root.named_parameters()), self.state.parameters
         return list(now) != list(then) or any(
-            parameter is not then[name] or parameter.requires_grad != trained
-            for (name, parameter), trained in zip(now.items(), self.state.trained, strict=True)
+            parameter is not then[name] or (parameter.requires_grad, parameter.dtype, parameter.shape) != kind
+            for (name, parameter), kind in zip(now.items(), self.state.kinds, strict=True)
         )
 
     def close(self) -> None:

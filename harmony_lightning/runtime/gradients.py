@@ -86,6 +86,8 @@ class GradientStore:
         self._slots: list[list[_Slot]] = [[] for _ in self._devices]
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
         """Gradients outside slots, by name and device: of glue weights, and all where the host is the device."""
+        self._owned: set[tuple[str, int]] = set()
+        """Which of those are ours alone."""
         self._parts: dict[str, torch.Tensor] = {}
         """On the host: what has arrived of gradients that are not complete. Only the worker touches it."""
         self._clock = 0
@@ -94,14 +96,10 @@ class GradientStore:
     def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None) -> None:
         """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue.
 
-        The tensor may be kept; it must not be written afterwards.
+        The tensor may be kept, but is never written: autograd may have handed the same one to several takers.
         """
         if pack is None or self._host_is_device or name not in self._layouts[pack]:
-            held = self._loose.get((name, device))
-            if held is None:
-                self._loose[name, device] = gradient.detach()
-            else:
-                self._loose[name, device] = held.add_(gradient) if held.is_contiguous() else held + gradient
+            self._add_loose((name, device), gradient)
             return
         slot = self._slot(pack, device)
         view = slot.written.get(name)
@@ -110,6 +108,16 @@ class GradientStore:
             view.copy_(gradient)
         else:
             view.add_(gradient)
+
+    def _add_loose(self, key: tuple[str, int], gradient: torch.Tensor) -> None:
+        held = self._loose.get(key)
+        if held is None:
+            self._loose[key] = gradient.detach()
+        elif key in self._owned:
+            held.add_(gradient)
+        else:
+            self._loose[key] = held + gradient
+            self._owned.add(key)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -131,8 +139,9 @@ class GradientStore:
         """
         held: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for (name, device), gradient in sorted(self._loose.items(), key=lambda item: item[0][1]):
-            held.setdefault(name, []).append((device, gradient))
-        self._loose.clear()
+            is_ours = not self._host_is_device or (name, device) in self._owned
+            held.setdefault(name, []).append((device, gradient if is_ours else gradient.clone()))
+        self._forget_loose()
         in_slots = {name for slots in self._slots for slot in slots for name in slot.written}
         for name, gradients in held.items():
             self._send_loose(name, gradients, name not in in_slots and is_complete(name), on_complete)
@@ -153,13 +162,17 @@ class GradientStore:
 
         self._worker.submit(complete_parts)
 
+    def _forget_loose(self) -> None:
+        self._loose.clear()
+        self._owned.clear()
+
     def discard(self) -> None:
         """Forget everything that is not yet in `Parameter.grad`."""
         for slots in self._slots:
             for slot in slots:
                 slot.pack = None
                 slot.written.clear()
-        self._loose.clear()
+        self._forget_loose()
         self._worker.drain()
         self._parts.clear()
 
@@ -221,7 +234,9 @@ class GradientStore:
         arrival = slot.left = lane_owner.record(Lane.SWAP_OUT)
         arrived = self._buffers.lend(buffer, layout, slot.written)
         self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in arrived.values())
-        complete = frozenset(name for name in arrived if is_complete(name))
+        # A tied weight may still have a part in another pack's slot.
+        elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}
+        complete = frozenset(name for name in arrived if name not in elsewhere and is_complete(name))
         slot.pack = None
         slot.written.clear()
 

@@ -12,12 +12,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.randomness import Replay
-from harmony_lightning.runtime.segment import Segment, add_place
+from harmony_lightning.runtime.segment import Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments
 from harmony_lightning.runtime.thread_state import Autocast
@@ -60,7 +61,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
     segment.has_graph = True
     for name in trained:
         segment.uses[name] += 1
-    with state.inside_layer():
+    with state.inside_layer(segment.device):
         results = LayerFunction.apply(state.anchor, call, arguments, *tensors)  # type: ignore[no-untyped-call]
     leaves = call.result_leaves
     call.result_leaves = []
@@ -74,7 +75,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with state.inside_layer():
+    with state.inside_layer(device):
         buffers = _Buffers(call)
         result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
         buffers.report_written()
@@ -190,13 +191,15 @@ class LayerFunction(torch.autograd.Function):
         return tuple(detached)
 
     @staticmethod
+    @once_differentiable  # the recompute is not part of any graph: a second derivative must fail, not be wrong
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: LayerCall = ctx.call
         stash = ctx.saved_tensors
+        trained = call.trained if reaches_weights(ctx) else ()
         state = call.segment.state
         try:
-            with state.recomputing():
-                return (None, None, None, *_differentiate(call, stash, ctx.needs, gradients))
+            with state.recomputing(call.segment.device):
+                return (None, None, None, *_differentiate(call, stash, ctx.needs, gradients, trained))
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
             raise
@@ -210,9 +213,13 @@ def _leaf(tensor: torch.Tensor, needs_gradient: bool, is_copied: bool) -> torch.
 
 
 def _differentiate(
-    call: LayerCall, stash: tuple[torch.Tensor, ...], needs: list[bool], gradients: tuple[torch.Tensor | None, ...]
+    call: LayerCall,
+    stash: tuple[torch.Tensor, ...],
+    needs: list[bool],
+    gradients: tuple[torch.Tensor | None, ...],
+    trained: tuple[str, ...],
 ) -> list[torch.Tensor | None]:
-    """Gradients of the input tensors; those of the weights go to the segment."""
+    """Gradients of the input tensors; those of the `trained` weights go to the segment."""
     site, segment = call.site, call.segment
     state, device = segment.state, segment.device
     stash = tuple(tensor.to(device.torch_device) for tensor in stash)
@@ -225,6 +232,7 @@ def _differentiate(
     assert call.replay is not None
     autocast = Autocast.capture()
     call.autocast.apply()
+    torch.set_autocast_cache_enabled(False)
     present = call.replay.begin(device)
     try:
         with torch.enable_grad():
@@ -240,7 +248,7 @@ def _differentiate(
                 f"recomputed: its forward must do the same when it is called again with the same inputs"
             )
         roots = [(t, g) for t, g in zip(found, gradients, strict=True) if g is not None and t.requires_grad]
-        targets = [leaf for leaf in leaves if leaf.requires_grad] + [weights[name] for name in call.trained]
+        targets = [leaf for leaf in leaves if leaf.requires_grad] + [weights[name] for name in trained]
         values: tuple[torch.Tensor | None, ...] = (
             torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
             if roots and targets
@@ -250,7 +258,7 @@ def _differentiate(
         present.begin(device)
         autocast.apply()
     num_inputs = sum(needs)
-    for name, value in zip(call.trained, values[num_inputs:], strict=True):
+    for name, value in zip(trained, values[num_inputs:], strict=True):
         segment.add_gradient(name, site.pack, value)
     by_input = iter(values[:num_inputs])
     return [next(by_input) if need else None for need in needs]

@@ -12,6 +12,7 @@ import greenlet
 import torch
 from torch.autograd.graph import GradientEdge
 
+from harmony_lightning.hardware.device import Lane
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
@@ -99,7 +100,8 @@ class Microbatch:
             self._parked.resume()
             self._parked = None
         try:
-            self._greenlet.switch()
+            with device.lane(Lane.COMPUTE):
+                self._greenlet.switch()
         finally:
             self._parked = base.park()
             if self._stream is not None:

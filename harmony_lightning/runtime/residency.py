@@ -114,6 +114,7 @@ class DeviceWeights:
             self._device.wait(Lane.SWAP_IN, slot.released)
             slot.released = None
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
+        arena.refresh()
         with self._device.lane(Lane.SWAP_IN):
             slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
             for name in self._store.borrowed[pack]:

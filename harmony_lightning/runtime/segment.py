@@ -21,6 +21,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.runtime.state import RuntimeState
@@ -32,6 +33,12 @@ every gradient once must not gather them all on the device."""
 Sink = Callable[[torch.Tensor], None]
 Deposit = Callable[[GradientEdge, torch.Tensor], None]
 Replaced = dict[int, tuple[torch.Tensor, torch.Tensor]]
+
+
+def reaches_weights(ctx: Any) -> bool:
+    """Whether the running backward is for all leaves. `torch.autograd.grad(loss, inputs)` in user code is not, and must
+    leave the gradients of weights alone. Told by the anchor, the first input of every node of ours."""
+    return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))  # type: ignore[attr-defined]
 
 
 class Import(torch.autograd.Function):
@@ -47,9 +54,11 @@ class Import(torch.autograd.Function):
         return source.clone() if is_written else source.view_as(source)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        with torch._C.DisableTorchFunction():
-            ctx.sink(gradient)
+        if reaches_weights(ctx):
+            with torch._C.DisableTorchFunction():
+                ctx.sink(gradient)
         return (None,) * 4
 
 
@@ -100,7 +109,7 @@ class Segment:
             gradient = held + gradient
         if gradient is None:
             return
-        if self.uses[name] > 0:
+        if self.is_cut and self.uses[name] > 0:
             self.partial[name] = gradient
         else:
             self.state.gradients.add(name, gradient, self.device.index, pack)

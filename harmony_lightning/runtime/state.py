@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from harmony_lightning.decomposer.discover import weight_names
-from harmony_lightning.hardware.device import Cluster, Device
+from harmony_lightning.hardware.device import Cluster, Device, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
@@ -38,7 +38,7 @@ class RuntimeState:
         self.counters = counters
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
-        self.trained = tuple(parameter.requires_grad for parameter in self.parameters.values())
+        self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
         self.buffers = BufferStore(counters)
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
         self.depth = 0
@@ -110,24 +110,25 @@ class RuntimeState:
     # What is running --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def inside_layer(self) -> Iterator[None]:
-        """The code within is a layer's own: calls are not interposed and tensors are not imported."""
+    def inside_layer(self, device: Device) -> Iterator[None]:
+        """The code within is a layer's own, on `device`: calls are not interposed and tensors are not imported."""
         self.depth += 1
         is_cached = torch.is_autocast_cache_enabled()
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
         try:
-            yield
+            with device.lane(Lane.COMPUTE):
+                yield
         finally:
             torch.set_autocast_cache_enabled(is_cached)
             self.depth -= 1
 
     @contextmanager
-    def recomputing(self) -> Iterator[None]:
+    def recomputing(self, device: Device) -> Iterator[None]:
         """The code within runs a layer again: what it saves is used at once and stays where it is."""
         before, self.is_recomputing = self.is_recomputing, True
         try:
-            with self.inside_layer():
+            with self.inside_layer(device):
                 yield
         finally:
             self.is_recomputing = before

@@ -1,0 +1,106 @@
+"""User code that takes gradients, or weights, in unusual ways: equal to plain training, or refused aloud."""
+
+import copy
+
+import lightning as L
+import pytest
+import torch
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
+from torch import nn
+
+from harmony_lightning import HarmonyStrategy
+
+
+def both(kind, strategy, microbatch_size=8, num_batches=2, **options):
+    torch.manual_seed(0)
+    reference = kind(optimizer=torch.optim.SGD)
+    ours = copy.deepcopy(reference)
+    parts = 8 // microbatch_size
+    trainer(limit_train_batches=num_batches * parts, accumulate_grad_batches=parts, **options).fit(
+        reference, loader(microbatch_size)
+    )
+    trainer(strategy, limit_train_batches=num_batches, **options).fit(ours, loader(8))
+    return ours, reference
+
+
+class TwoWeightsOneGradient(Chain):
+    """Autograd hands both shifts the same gradient tensor."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.one, self.other = nn.Parameter(torch.zeros(1, WIDTH)), nn.Parameter(torch.zeros(1, WIDTH))
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = self.net(inputs) + (self.one + self.other)
+        return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
+@pytest.mark.parametrize("strategy", [lambda: harmony(microbatch_size=2), lambda: HarmonyStrategy(microbatch_size=2)])
+def test_weights_that_share_a_gradient_get_it_once_each(strategy):
+    ours, reference = both(TwoWeightsOneGradient, strategy(), microbatch_size=2)
+    assert same_weights(ours, reference)
+
+
+def test_exchanged_memory_of_weights_is_seen():
+    """`parameter.data = ...`, as moving averages and flattening utilities do."""
+
+    class Halving(L.Callback):
+        def on_train_batch_end(self, trainer, module, *args):
+            for parameter in module.parameters():
+                parameter.data = parameter.data * 0.5
+
+    ours, reference = both(Chain, harmony(microbatch_size=8), callbacks=[Halving()])
+    assert same_weights(ours, reference)
+    assert sorted(ours.losses) == sorted(reference.losses)
+
+
+class Adversarial(Chain):
+    """Differentiates with respect to its inputs inside the step, which must leave gradients of weights alone."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        inputs = inputs.clone().requires_grad_()
+        (direction,) = torch.autograd.grad(self.step((inputs, targets)), inputs)
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        inputs = (inputs + 0.01 * direction.sign()).detach()
+        loss = self.step((inputs, targets))
+        self.losses.append(loss.item())
+        self.manual_backward(loss)
+        optimizer.step()
+
+
+def test_gradients_of_inputs_only():
+    ours, reference = both(Adversarial, harmony())
+    assert same_weights(ours, reference)
+
+
+def test_a_second_derivative_is_refused_not_wrong():
+    class Penalised(Adversarial):
+        def training_step(self, batch, batch_idx):
+            inputs, targets = batch
+            inputs = inputs.clone().requires_grad_()
+            loss = self.step((inputs, targets))
+            (slope,) = torch.autograd.grad(loss, inputs, create_graph=True)
+            self.manual_backward(loss + slope.pow(2).sum())
+
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        trainer(harmony(), limit_train_batches=1).fit(Penalised(), loader(8))
+
+
+def test_autocast_of_the_user_s_own_piles_up_no_casts():
+    class Cast(Chain):
+        def step(self, batch):
+            inputs, targets = batch
+            with torch.autocast("cpu", torch.bfloat16):
+                outputs = self.head(self.net(inputs)).squeeze(1)
+            return nn.functional.mse_loss(outputs.float(), targets)
+
+    ours, reference = both(Cast, harmony(2, "170KiB"), microbatch_size=2)
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
