@@ -1,6 +1,7 @@
 """User code that takes gradients, or weights, in unusual ways: equal to plain training, or refused aloud."""
 
 import copy
+import random
 
 import lightning as L
 import pytest
@@ -104,3 +105,49 @@ def test_autocast_of_the_user_s_own_piles_up_no_casts():
     ours, reference = both(Cast, harmony(2, "170KiB"), microbatch_size=2)
     for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
+
+
+@pytest.mark.parametrize("stash", ["host", "device"])
+@pytest.mark.parametrize("memory", ["160KiB", "64MiB"])
+def test_glue_may_write_what_a_layer_has_read(stash, memory):
+    """`h += block(h)`: fine in plain training as the block itself does not keep h, but its recompute needs h as it was."""
+
+    class Shift(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shift = nn.Parameter(torch.full((WIDTH,), 0.1))
+            self.linear = nn.Linear(WIDTH, WIDTH)
+
+        def forward(self, x):
+            return self.linear(torch.tanh(x + self.shift))
+
+    class InPlace(Chain):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.first = nn.Linear(WIDTH, WIDTH)
+            self.net = nn.ModuleList(Shift() for _ in range(4))
+
+        def step(self, batch):
+            inputs, targets = batch
+            hidden = self.first(inputs)
+            for block in self.net:
+                hidden += block(hidden)
+            return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+    strategy = harmony(1, memory, stash=stash, layers=["first", "net.*", "head"])
+    ours, reference = both(InPlace, strategy, microbatch_size=2)
+    assert same_weights(ours, reference)
+
+
+def test_random_streams_of_the_process_survive_an_error():
+    class Failing(Chain):
+        def training_step(self, batch, batch_idx):
+            random.random()
+            raise ValueError("stop")
+
+    random.seed(3)
+    expected = random.random()
+    random.seed(3)
+    with pytest.raises(ValueError, match="stop"):
+        trainer(harmony(), limit_train_batches=1).fit(Failing(), loader(8))
+    assert random.random() == expected

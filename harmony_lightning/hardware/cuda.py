@@ -63,6 +63,10 @@ class CudaDevice:
     def name(self) -> str:
         return f"gpu{self.index}"
 
+    def lift_limit(self) -> None:
+        """Let the process have the whole GPU again."""
+        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+
     @contextlib.contextmanager
     def lane(self, lane: Lane) -> Iterator[None]:
         outer = self._compute_stream
@@ -135,6 +139,10 @@ class CudaCluster:
 
     def activate(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def close(self) -> None:
+        for device in self._devices:
+            device.lift_limit()
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """Page-aligned and pinned in place: torch's own pinned allocator would round up to a power of two."""

@@ -82,5 +82,8 @@ class Cluster(Protocol):
     def activate(self) -> AbstractContextManager[None]:
         """Whatever must be in force on the calling thread while tensors on these devices are worked with."""
 
+    def close(self) -> None:
+        """Lift whatever limits were set on the process. The cluster may be used again."""
+
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """An uninitialised uint8 host tensor that the devices can copy to and from without blocking."""

@@ -56,6 +56,8 @@ class EmulatedCluster:
             with _literals_on_devices(), EmulatedMode(self.devices):
                 yield
 
+    def close(self) -> None: ...
+
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 

@@ -74,6 +74,8 @@ class HostCluster:
     def activate(self) -> AbstractContextManager[None]:
         return nullcontext()
 
+    def close(self) -> None: ...
+
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.hardware.device import Cluster, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
@@ -119,6 +119,7 @@ class Engine:
         self.abort()
         self._interposition.remove()
         self.worker.close()
+        self.cluster.close()
         self._state = self._stash = None
 
     def abort(self) -> None:
@@ -172,19 +173,21 @@ class Engine:
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
         ]
         self._microbatches = microbatches
-        with self._active(), self._guarded():
-            with self._visit(0, microbatches, self._next_forward(0, microbatches)):
-                for microbatch in microbatches:
-                    self._run(microbatch, shares[microbatch.index], settle, first=True)
-            while waiting := [m for m in microbatches if not m.is_done]:
-                pack = min(m.waits_for for m in waiting if m.waits_for is not None)
-                visitors = [m for m in waiting if m.waits_for == pack]
-                with self._visit(pack, visitors, self._next_forward(pack, waiting)):
-                    for microbatch in visitors:
-                        self._run(microbatch, shares[microbatch.index], settle)
-            self.state.buffers.flush()
-        if len(functions) > 1:
-            own.resume()
+        try:
+            with self._active(), self._guarded():
+                with self._visit(0, microbatches, self._next_forward(0, microbatches)):
+                    for microbatch in microbatches:
+                        self._run(microbatch, shares[microbatch.index], settle, first=True)
+                while waiting := [m for m in microbatches if not m.is_done]:
+                    pack = min(m.waits_for for m in waiting if m.waits_for is not None)
+                    visitors = [m for m in waiting if m.waits_for == pack]
+                    with self._visit(pack, visitors, self._next_forward(pack, waiting)):
+                        for microbatch in visitors:
+                            self._run(microbatch, shares[microbatch.index], settle)
+                self.state.buffers.flush()
+        finally:
+            if len(functions) > 1:
+                own.resume()
         for microbatch in microbatches:
             microbatch.replaced.clear()  # no user code will ask any more
         self.counters.steps += 1
@@ -244,6 +247,8 @@ class Engine:
         self.state.release_all()
         if self._stash is not None:
             self._stash.let_go()
+        for device in self.cluster.devices:
+            device.record(Lane.SWAP_IN).synchronize()  # from here on anybody may write the masters
         self._microbatches = []
 
     # Dispatch of calls ------------------------------------------------------------------------------------------------
