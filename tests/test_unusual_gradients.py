@@ -107,9 +107,8 @@ def test_autocast_of_the_user_s_own_piles_up_no_casts():
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
-@pytest.mark.parametrize("stash", ["host", "device"])
 @pytest.mark.parametrize("memory", ["160KiB", "64MiB"])
-def test_glue_may_write_what_a_layer_has_read(stash, memory):
+def test_glue_may_write_what_a_layer_has_read(memory):
     """`h += block(h)`: fine in plain training as the block itself does not keep h, but its recompute needs h as it was."""
 
     class Shift(nn.Module):
@@ -134,7 +133,7 @@ def test_glue_may_write_what_a_layer_has_read(stash, memory):
                 hidden += block(hidden)
             return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
 
-    strategy = harmony(1, memory, stash=stash, layers=["first", "net.*", "head"])
+    strategy = harmony(1, memory, layers=["first", "net.*", "head"])
     ours, reference = both(InPlace, strategy, microbatch_size=2)
     assert same_weights(ours, reference)
 
@@ -151,3 +150,41 @@ def test_random_streams_of_the_process_survive_an_error():
     with pytest.raises(ValueError, match="stop"):
         trainer(harmony(), limit_train_batches=1).fit(Failing(), loader(8))
     assert random.random() == expected
+
+
+@pytest.mark.parametrize("memory", ["120KiB", "8MiB"])
+@pytest.mark.parametrize("write", ["in place", "data"])
+def test_weights_written_inside_the_step_are_used_at_once(memory, write):
+    """A moving average of the first block, which the same step then calls."""
+
+    class Averaging(Chain):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.slow = copy.deepcopy(self.net[0]).requires_grad_(False)
+
+        def step(self, batch):
+            inputs, _ = batch
+            with torch.no_grad():
+                before = self.slow(inputs)
+                for slow, fast in zip(self.slow.parameters(), self.net[0].parameters(), strict=True):
+                    if write == "data":
+                        slow.data = slow.data * 0.5 + fast.data * 0.5
+                    else:
+                        slow.mul_(0.5).add_(fast, alpha=0.5)
+                goal = self.slow(inputs) - before
+            return super().step(batch) + (self.net[0](inputs) - goal).pow(2).mean()
+
+    ours, reference = both(Averaging, harmony(1, memory, microbatch_size=8))
+    assert ours.losses == reference.losses
+    assert same_weights(ours, reference)
+
+
+def test_a_use_of_a_weight_without_gradient_is_no_hindrance():
+    class Logged(Chain):
+        def step(self, batch):
+            inputs, _ = batch
+            self.net[0](inputs).sum()  # looked at, not learned from
+            return super().step(batch)
+
+    ours, reference = both(Logged, harmony(2, "64MiB"), microbatch_size=2)
+    assert same_weights(ours, reference)

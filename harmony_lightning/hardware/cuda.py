@@ -39,6 +39,7 @@ class CudaDevice:
         self.index = index
         self.torch_device = torch_device
         free_bytes, total_bytes = torch.cuda.mem_get_info(torch_device)
+        is_limited = memory_bytes is not None
         if memory_bytes is None:
             # What torch has already reserved in this process is not free to the driver, yet free to us.
             memory_bytes = free_bytes + torch.cuda.memory_reserved(torch_device) - _MARGIN_BYTES
@@ -55,6 +56,7 @@ class CudaDevice:
                 )
             torch.cuda.set_per_process_memory_fraction(memory_bytes / total_bytes, torch_device)
         self.memory_bytes = memory_bytes
+        self._is_limited = is_limited
         self._swap_streams: dict[Lane, torch.cuda.Stream] = {}
         self._compute_stream: torch.cuda.Stream | None = None
         """The stream that was current when a lane was entered; None outside of lanes."""
@@ -65,7 +67,8 @@ class CudaDevice:
 
     def lift_limit(self) -> None:
         """Let the process have the whole GPU again."""
-        torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        if self._is_limited:
+            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
 
     @contextlib.contextmanager
     def lane(self, lane: Lane) -> Iterator[None]:

@@ -201,7 +201,7 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory: the address of the storage that holds the numbers."""
-    return tensor.untyped_storage().data_ptr()
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
 class _Recipe:

@@ -133,7 +133,8 @@ class Engine:
         self._segments_left.clear()
         self._uses_left.clear()
         if self._state is not None and self._stash is not None:
-            self._stash.let_go()
+            self._stash.end()
+            self._come_to_rest()
             try:
                 self._state.discard()
             except Exception:
@@ -168,6 +169,7 @@ class Engine:
             streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
         own = Stream(None)
         own.suspend()
+        own_on_devices = [(device, device.random_state()) for device in self.cluster.devices]
         microbatches = [
             Microbatch(self.state, m, function, stream, is_cut=True)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
@@ -188,6 +190,9 @@ class Engine:
         finally:
             if len(functions) > 1:
                 own.resume()
+                for device, random_state in own_on_devices:
+                    if random_state is not None:
+                        device.set_random_state(random_state)
         for microbatch in microbatches:
             microbatch.replaced.clear()  # no user code will ask any more
         self.counters.steps += 1
@@ -246,10 +251,15 @@ class Engine:
             microbatch.forget()
         self.state.release_all()
         if self._stash is not None:
-            self._stash.let_go()
-        for device in self.cluster.devices:
-            device.record(Lane.SWAP_IN).synchronize()  # from here on anybody may write the masters
+            self._stash.end()
+        self._come_to_rest()
         self._microbatches = []
+
+    def _come_to_rest(self) -> None:
+        """Wait for all copies: from here on anybody may write the masters, and slots may go."""
+        for device in self.cluster.devices:
+            device.record(Lane.SWAP_IN).synchronize()
+            device.record(Lane.SWAP_OUT).synchronize()
 
     # Dispatch of calls ------------------------------------------------------------------------------------------------
 
@@ -278,6 +288,10 @@ class Engine:
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
 
+    def _before_write(self, target: torch.Tensor) -> None:
+        if self._stash is not None:
+            self._stash.before_write(target)
+
     def _is_in_cut_glue(self) -> bool:
         return not self.state.depth and self._current is not None and self._current.is_cut
 
@@ -304,10 +318,12 @@ class Engine:
         """What is in force on the thread while user code runs."""
         with ExitStack() as stack:
             stack.enter_context(self.cluster.activate())
+            # Several of autograd's device threads at once would share one state of ours.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
-            stack.enter_context(Glue(self._current_segment, self.state.is_device))
+            stack.enter_context(Glue(self._current_segment, self.state.is_device, self._before_write))
             yield
 
     @contextmanager

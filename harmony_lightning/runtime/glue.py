@@ -32,8 +32,14 @@ _WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
 class Glue(TorchFunctionMode):
     """In force while user code runs; `current` tells the segment it runs in, None inside a layer."""
 
-    def __init__(self, current: Callable[[], Segment | None], is_device: Callable[[torch.device], bool]) -> None:
+    def __init__(
+        self,
+        current: Callable[[], Segment | None],
+        is_device: Callable[[torch.device], bool],
+        before_write: Callable[[torch.Tensor], None],
+    ) -> None:
         super().__init__()
+        self._before_write = before_write
         self._current = current
         self._is_device = is_device
 
@@ -45,7 +51,12 @@ class Glue(TorchFunctionMode):
         if segment is None:
             return func(*args, **kwargs)
         kind = _KINDS.get(func) or _classify(func)
-        if kind == "read":
+        if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
+            # A master stays on the host, wherever its new value was computed.
+            func(args[0], args[1].detach().to("cpu"))
+            segment.state.notice_write(args[0])
+            return None
+        if kind in ("read", "exchange"):
             return func(*_originals(segment, args), **kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
@@ -59,12 +70,17 @@ class Glue(TorchFunctionMode):
         return func(*args, **kwargs)
 
     def _write(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        target = args[0]
-        if target.device.type == "cpu" and target.device != segment.device.torch_device and target.grad_fn is None:
-            others = (args[1:], kwargs)
-            if not (torch.is_grad_enabled() and _any_requires_grad((target, others))):
-                rest, named = _to_host(others)
-                return func(target, *rest, **named)
+        target, others = args[0], (args[1:], kwargs)
+        self._before_write(target)
+        if (
+            target.device != segment.device.torch_device
+            and target.grad_fn is None
+            and not (torch.is_grad_enabled() and _any_requires_grad((target, others)))
+        ):
+            rest, named = _move(others, target.device)
+            result = func(target, *rest, **named)
+            segment.state.notice_write(target)
+            return result
         written = segment.bring_written(target)
         return func(written, *_bring_all(segment, args[1:]), **_bring_all(segment, kwargs))
 
@@ -72,7 +88,9 @@ class Glue(TorchFunctionMode):
         """New tensors belong on the segment's device when the user says "on the GPU"."""
         if device is None or isinstance(device, int):
             return device if device is None else segment.device.torch_device
-        return segment.device.torch_device if self._is_device(torch.device(device)) else device
+        device = torch.device(device)
+        means_any_gpu = device.index is None and device.type == "cuda"
+        return segment.device.torch_device if means_any_gpu or self._is_device(device) else device
 
 
 _KINDS: dict[Any, str] = {}
@@ -80,7 +98,9 @@ _KINDS: dict[Any, str] = {}
 
 def _classify(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
-    if name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
+    if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
+        kind = "exchange"
+    elif name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
         kind = "compute"
     elif name in _READS or name.startswith("is_"):
         kind = "read"
@@ -113,14 +133,14 @@ def _bring_all(segment: Segment, value: Any) -> Any:
     return value
 
 
-def _to_host(value: Any) -> Any:
+def _move(value: Any, device: torch.device) -> Any:
     if isinstance(value, torch.Tensor):
-        return value.detach().to("cpu")
+        return value.detach().to(device)
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([_to_host(item) for item in value])
+        return kind([_move(item, device) for item in value])
     if kind is dict:
-        return {key: _to_host(item) for key, item in value.items()}
+        return {key: _move(item, device) for key, item in value.items()}
     return value
 
 

@@ -17,7 +17,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
-from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
@@ -60,7 +59,6 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained
     segment.has_graph = True
-    segment.held.update(storage_key(tensor) for tensor in tensors)
     for name in trained:
         segment.uses[name] += 1
     with state.inside_layer(segment.device):

@@ -148,7 +148,8 @@ class Microbatch:
         try:
             if arrived:
                 torch.autograd.backward([edge for edge, _ in arrived], [gradient for _, gradient in arrived])
+            with torch._C.DisableTorchFunction():
+                segment.add_partial_gradients()
         finally:
             self._in_backward = None
-        segment.add_partial_gradients()
         return segment

@@ -24,7 +24,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.state import RuntimeState
 
 _NUM_MOVED = 16
@@ -77,7 +76,6 @@ class Segment:
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
         stashed: what has gone to the host from in here, so that each tensor goes once.
-        held: memory of layer inputs, which backward needs as they are.
     """
 
     def __init__(
@@ -95,7 +93,6 @@ class Segment:
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
         self.stashed: dict[Any, Any] = {}
-        self.held: set[int] = set()
         self._deposit = deposit
         self._moved: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         """Copies on this device, by identity of the source; the source is held so that its identity stays taken."""
@@ -152,8 +149,6 @@ class Segment:
     def bring_written(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as a function may use it that writes it; from now on the result stands for it."""
         result = self.bring(tensor, is_written=True)
-        if result is tensor and storage_key(tensor) in self.held:
-            result = tensor.clone()
         if result is not tensor:
             # Later segments must see what is written, and the name in the user's frame still means `tensor`.
             self.replaced[id(tensor)] = (tensor, result)

@@ -5,6 +5,7 @@ hooks. With the stash on the host, a tensor leaves on the SWAP_OUT lane when it 
 asks for it. Slot memory is never stashed, and neither is anything of the fused last pack, whose backward is next.
 """
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,16 @@ class _Stashed:
     device: Device
 
 
+class _Held:
+    """A tensor that waits where it is. Whoever writes its memory first gives the holder a copy."""
+
+    __slots__ = ("__weakref__", "is_copied", "value")
+
+    def __init__(self, value: torch.Tensor) -> None:
+        self.value = value
+        self.is_copied = False
+
+
 class HostStash:
     """The hooks; `current` tells the segment that is saving, None if its tensors stay where they are."""
 
@@ -41,6 +52,8 @@ class HostStash:
         """Device tensors that a copy may still be reading."""
         self._left_before: list[tuple[Device, torch.Tensor]] = []
         """Those of the turn before; copies of two turns overlap with compute."""
+        self._held: dict[int, weakref.WeakSet[_Held]] = {}
+        """What waits where it is, by its memory."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -54,7 +67,9 @@ class HostStash:
         segment = self._current()
         if segment is None or tensor.device != segment.device.torch_device or self._stays(tensor):
             # Not the tensor itself: an operation that saves its own result would then hold itself alive for ever.
-            return tensor.detach()
+            held_here = _Held(tensor.detach())
+            self._held.setdefault(storage_key(tensor), weakref.WeakSet()).add(held_here)
+            return held_here
         device = segment.device
         key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
         held = segment.stashed.get(key)
@@ -73,8 +88,9 @@ class HostStash:
         return stashed
 
     def _return(self, held: Any) -> torch.Tensor:
-        if not isinstance(held, _Stashed):
-            return held  # type: ignore[no-any-return]
+        if isinstance(held, _Held):
+            return held.value
+        assert isinstance(held, _Stashed)
         device = held.device
         self._counters.stash_in_bytes += held.host.nbytes
         result = torch.empty_like(held.host, device=device.torch_device, pin_memory=False)
@@ -85,6 +101,20 @@ class HostStash:
             result.copy_(held.host, non_blocking=True)
         device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
         return result
+
+    def before_write(self, target: torch.Tensor) -> None:
+        """Glue is about to write a tensor in place: what backward needs of its memory must not change."""
+        if self._leaving or self._left_before:
+            self.let_go()  # copies to the host may still be reading it
+        for held in self._held.get(storage_key(target), ()):
+            if not held.is_copied:
+                held.value = held.value.clone()
+                held.is_copied = True
+
+    def end(self) -> None:
+        """The step is over."""
+        self.let_go()
+        self._held.clear()
 
     def turn(self) -> None:
         """Another microbatch comes: what left in the turn before the last one need not be held any more."""

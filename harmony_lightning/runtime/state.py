@@ -107,6 +107,11 @@ class RuntimeState:
         """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
         return tensor.clone() if any(weights.holds(tensor) for weights in self._weights) else tensor
 
+    def notice_write(self, tensor: torch.Tensor) -> None:
+        """User code has written a tensor off the segment's device: if it is a master, its copies are out of date."""
+        if tensor.device.type == "cpu" and tensor.data_ptr() in {p.data_ptr() for p in self.parameters.values()}:
+            self.release_all()
+
     # What is running --------------------------------------------------------------------------------------------------
 
     @contextmanager
