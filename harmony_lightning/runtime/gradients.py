@@ -93,13 +93,13 @@ class GradientStore:
         self._clock = 0
 
     @torch.no_grad()
-    def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None) -> None:
+    def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
         """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue.
 
-        The tensor may be kept, but is never written: autograd may have handed the same one to several takers.
+        The tensor may be kept, but is written only if it `is_ours`: autograd hands the same one to several takers.
         """
         if pack is None or self._host_is_device or name not in self._layouts[pack]:
-            self._add_loose((name, device), gradient)
+            self._add_loose((name, device), gradient, is_ours)
             return
         slot = self._slot(pack, device)
         view = slot.written.get(name)
@@ -109,10 +109,12 @@ class GradientStore:
         else:
             view.add_(gradient)
 
-    def _add_loose(self, key: tuple[str, int], gradient: torch.Tensor) -> None:
+    def _add_loose(self, key: tuple[str, int], gradient: torch.Tensor, is_ours: bool) -> None:
         held = self._loose.get(key)
         if held is None:
             self._loose[key] = gradient.detach()
+            if is_ours:
+                self._owned.add(key)
         elif key in self._owned:
             held.add_(gradient)
         else:

@@ -8,7 +8,8 @@ torch itself choose other paths, kernels and results when gradients are off.
 """
 
 import sys
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
@@ -258,7 +260,15 @@ def _differentiate(
         present.begin(device)
         autocast.apply()
     num_inputs = sum(needs)
-    for name, value in zip(trained, values[num_inputs:], strict=True):
-        segment.add_gradient(name, site.pack, value)
+    ours = _unshared(values, gradients) if state.cluster.host_is_device else [False] * len(values)
+    for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=True):
+        segment.add_gradient(name, site.pack, value, is_ours)
     by_input = iter(values[:num_inputs])
     return [next(by_input) if need else None for need in needs]
+
+
+def _unshared(values: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[bool]:
+    """Which gradients nobody else holds and so may be added to in place. Autograd hands one tensor on to several takers
+    where an operation's gradient is that of its result, as an addition's is."""
+    memory = Counter(storage_key(tensor) for tensor in (*values, *gradients) if tensor is not None)
+    return [value is not None and memory[storage_key(value)] == 1 and value.is_contiguous() for value in values]

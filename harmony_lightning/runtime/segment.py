@@ -97,8 +97,8 @@ class Segment:
         self._moved: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         """Copies on this device, by identity of the source; the source is held so that its identity stays taken."""
 
-    def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None) -> None:
-        """One use of a weight has been differentiated; the last one hands the sum on."""
+    def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None, is_ours: bool = False) -> None:
+        """One use of a weight has been differentiated; the last one hands the sum on. `is_ours`: nobody else holds it."""
         if not self.is_cut:
             self.state.collect_later()
         self.uses[name] -= 1
@@ -106,13 +106,13 @@ class Segment:
         if gradient is None:
             gradient = held
         elif held is not None:
-            gradient = held + gradient
+            gradient, is_ours = held + gradient, True
         if gradient is None:
             return
         if self.is_cut and self.uses[name] > 0:
             self.partial[name] = gradient
         else:
-            self.state.gradients.add(name, gradient, self.device.index, pack)
+            self.state.gradients.add(name, gradient, self.device.index, pack, is_ours)
 
     def add_partial_gradients(self) -> None:
         """The segment's backward is over: uses that have got no gradient until now never will."""
