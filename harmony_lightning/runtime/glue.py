@@ -123,24 +123,22 @@ def _originals(segment: Segment, args: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def _bring_all(segment: Segment, value: Any) -> Any:
-    if isinstance(value, torch.Tensor):
-        return segment.bring(value)
-    kind = type(value)
-    if kind is tuple or kind is list:
-        return kind([_bring_all(segment, item) for item in value])
-    if kind is dict:
-        return {key: _bring_all(segment, item) for key, item in value.items()}
-    return value
+    return _map_tensors(segment.bring, value)
 
 
 def _move(value: Any, device: torch.device) -> Any:
+    return _map_tensors(lambda tensor: tensor.detach().to(device), value)
+
+
+def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+    """Arguments of torch functions are tensors, and lists, tuples and dicts of them."""
     if isinstance(value, torch.Tensor):
-        return value.detach().to(device)
+        return function(value)
     kind = type(value)
     if kind is tuple or kind is list:
-        return kind([_move(item, device) for item in value])
+        return kind([_map_tensors(function, item) for item in value])
     if kind is dict:
-        return {key: _move(item, device) for key, item in value.items()}
+        return {key: _map_tensors(function, item) for key, item in value.items()}
     return value
 
 
