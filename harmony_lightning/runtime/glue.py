@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from harmony_lightning.runtime.derivatives import DERIVATIVES, Uncuttable, crosses_cuts
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
     """__get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
-    __deepcopy__ __reduce_ex__ _set_grad_enabled backward grad data_ptr dense_dim detach dim element_size get_device
+    __deepcopy__ __reduce_ex__ _set_grad_enabled data_ptr dense_dim detach dim element_size get_device
     has_names item ndimension nelement numel numpy register_hook register_post_accumulate_grad_hook requires_grad_
     retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
 )
@@ -51,12 +52,16 @@ class Glue(TorchFunctionMode):
         if segment is None:
             return func(*args, **kwargs)
         kind = _KINDS.get(func) or _classify(func)
+        if kind == "derivative" and segment.is_cut:
+            with torch._C.DisableTorchFunction():
+                if crosses_cuts(args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))):
+                    raise Uncuttable
         if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
             # A master stays on the host, wherever its new value was computed.
             func(args[0], args[1].detach().to("cpu"))
             segment.state.notice_write(args[0])
             return None
-        if kind in ("read", "exchange"):
+        if kind in ("read", "exchange", "derivative"):
             return func(*_originals(segment, args), **kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
@@ -100,6 +105,8 @@ def _classify(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
         kind = "exchange"
+    elif func in DERIVATIVES:
+        kind = "derivative"
     elif name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
         kind = "compute"
     elif name in _READS or name.startswith("is_"):
