@@ -23,8 +23,16 @@ from torch.optim import optimizer as torch_optimizer
 from harmony_lightning.runtime.randomness import HostState
 from harmony_lightning.runtime.update import Group, part_of_group, step_part
 
-_SCALES = (1.0, 1e-3, 1e2, 1.0, 1e-1)
-"""Of the gradients, step by step: what compares a norm with a threshold shows itself at one of them."""
+_ROUNDS = (
+    (1.0, False, False),
+    (1e-3, True, False),
+    (1e2, False, True),
+    (1.0, True, True),
+    (1e2, True, False),
+    (1e-1, False, False),
+)
+"""Step by step: the scale of gradients (what compares a norm with a threshold shows itself at one of them), whether some
+are missing, and whether all are there from the beginning, as when minibatches are accumulated."""
 _MAX_SIZE = 3
 _PER_KIND = 2
 _MAX_KINDS = 4
@@ -70,16 +78,16 @@ def _try(optimizer: Optimizer) -> str | None:
     together, apart = _clone(optimizer), _clone(optimizer)
     ours, theirs = _parameters(together), _parameters(apart)
     generator = torch.Generator().manual_seed(0)
-    for round_, scale in enumerate(_SCALES):
+    for round_, (scale, has_missing, has_leftovers) in enumerate(_ROUNDS):
         gradients = [
-            None if (index + round_) % 3 == 2 else _random(parameter, generator) * scale
+            None if has_missing and (index + round_) % 3 == 2 else _random(parameter, generator) * scale
             for index, parameter in enumerate(ours)
         ]
         for parameter, gradient in zip(ours, gradients, strict=True):
             parameter.grad = None if gradient is None else gradient.clone()
         _seed(round_)
         type(together).step(together)
-        _step_one_by_one(apart, theirs, gradients, seed=round_, with_leftovers=bool(round_ % 2))
+        _step_one_by_one(apart, theirs, gradients, seed=round_, with_leftovers=has_leftovers)
         for parameter in ours:
             parameter.grad = None
         if not all(_is_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
@@ -97,8 +105,7 @@ def _step_one_by_one(
     seed: int,
     with_leftovers: bool,
 ) -> None:
-    """As packs are: from last to first, then the whole step, which finds no gradient any more. `with_leftovers`: all have
-    a gradient from the beginning, as when minibatches are accumulated."""
+    """As packs are: from last to first, then the whole step, which finds no gradient any more."""
     _seed(seed)
     if with_leftovers:
         for parameter, gradient in zip(parameters, gradients, strict=True):
