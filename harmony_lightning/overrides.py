@@ -32,7 +32,7 @@ def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | 
     """What may look at, or change, gradients between backward and step, and so must find all of them; None if nothing
     does. Clipping by value is no such thing: each gradient is clipped by itself."""
     trainer = module.trainer
-    if trainer.gradient_clip_val and str(trainer.gradient_clip_algorithm or "norm") != "value":
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
         return "gradients are clipped by their common norm"
     if getattr(precision_plugin, "scaler", None) is not None:
         return "the gradient scaler looks for infinities in all gradients"

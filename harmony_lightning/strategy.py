@@ -411,11 +411,20 @@ class HarmonyMixin:
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         engine = self._require_engine()
+        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        clip_value = trainer.gradient_clip_val
         self._stepping, self._just_in_time = optimizer, None
         try:
-            # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
             with stepping_on_host(optimizer), engine.beside(closure) as user_code:
-                result = super().optimizer_step(optimizer, user_code, model, **kwargs)  # type: ignore[misc]
+
+                def closure_with_updates() -> Any:
+                    result = user_code()
+                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients():
+                        trainer.gradient_clip_val = None  # done; torch cannot clip nothing
+                    return result
+
+                # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
+                result = super().optimizer_step(optimizer, closure_with_updates, model, **kwargs)  # type: ignore[misc]
             if self._just_in_time is None:
                 engine.counters.updates_whole += 1
             else:
@@ -423,6 +432,7 @@ class HarmonyMixin:
                 self._just_in_time.give_back()
             return result
         finally:
+            trainer.gradient_clip_val = clip_value
             self._stepping = self._just_in_time = None
 
     def _update(self) -> Callable[[list[str]], None]:

@@ -8,9 +8,10 @@ every other attribute must be equal to the bit. Gradients are small and large, m
 """
 
 import copy
+import functools
 import random
 from collections import OrderedDict, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -83,13 +84,13 @@ def _try(optimizer: Optimizer) -> str | None:
             None if has_missing and (index + round_) % 3 == 2 else _random(parameter, generator) * scale
             for index, parameter in enumerate(ours)
         ]
-        for parameter, gradient in zip(ours, gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
         _seed(round_)
-        type(together).step(together)
-        _step_one_by_one(apart, theirs, gradients, seed=round_, with_leftovers=has_leftovers)
-        for parameter in ours:
-            parameter.grad = None
+        if not _step_once(together, ours, functools.partial(_give, ours, gradients)):
+            return "it evaluates the closure not once, or on weights that it has moved"
+        _seed(round_)
+        if has_leftovers:
+            _give(theirs, gradients)
+        _step_once(apart, theirs, functools.partial(_step_one_by_one, apart, theirs, gradients))
         if not all(_is_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             return "its update of one parameter depends on the others"
         if not _is_equal(_remembered(together, ours), _remembered(apart, theirs)):
@@ -97,27 +98,39 @@ def _try(optimizer: Optimizer) -> str | None:
     return None
 
 
-def _step_one_by_one(
-    optimizer: Optimizer,
-    parameters: list[nn.Parameter],
-    gradients: list[torch.Tensor | None],
-    *,
-    seed: int,
-    with_leftovers: bool,
-) -> None:
-    """As packs are: from last to first, then the whole step, which finds no gradient any more."""
-    _seed(seed)
-    if with_leftovers:
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.grad = None if gradient is None else gradient.clone()
-    for parameter, gradient in reversed(list(zip(parameters, gradients, strict=True))):
-        if gradient is None:
-            continue
-        parameter.grad = gradient.clone()
-        groups = [part_of_group(g, [parameter]) for g in optimizer.param_groups if _holds(g, parameter)]
-        step_part(optimizer, groups)
+def _step_once(optimizer: Optimizer, parameters: list[nn.Parameter], backward: Callable[[], None]) -> bool:
+    """One step with a closure that only has a backward, as Lightning takes it. Returns whether the closure was called once,
+    with the weights as they were."""
+    before = [parameter.detach().clone() for parameter in parameters]
+    calls = []
+
+    def closure() -> Any:
+        calls.append(all(torch.equal(a, b) for a, b in zip(before, parameters, strict=True)))
+        backward()
+        return torch.ones(())
+
+    type(optimizer).step(optimizer, closure=closure)
+    for parameter in parameters:
         parameter.grad = None
-    type(optimizer).step(optimizer)
+    return calls == [True]
+
+
+def _give(parameters: list[nn.Parameter], gradients: list[torch.Tensor | None]) -> None:
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.grad = None if gradient is None else gradient.clone()
+
+
+def _step_one_by_one(
+    optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[torch.Tensor | None]
+) -> None:
+    """As packs are, from last to first. The whole step finds no gradient any more then."""
+    for parameter, gradient in reversed(list(zip(parameters, gradients, strict=True))):
+        if gradient is not None:
+            parameter.grad = gradient.clone()
+            step_part(
+                optimizer, [part_of_group(g, [parameter]) for g in optimizer.param_groups if _holds(g, parameter)]
+            )
+            parameter.grad = None
 
 
 def _observer(optimizer: Optimizer) -> str | None:
@@ -192,14 +205,18 @@ def _copy_state(state: Mapping[Any, Any], sample: list[nn.Parameter], memo: dict
         entries = state.get(parameter)
         if not isinstance(entries, Mapping):
             continue
-        tensors = [value for value in entries.values() if isinstance(value, torch.Tensor)]
-        if all(value.dim() == 0 or value.shape == parameter.shape for value in tensors):
+        if all(
+            value.dim() == 0 or value.shape == parameter.shape
+            if isinstance(value, torch.Tensor)
+            else isinstance(value, int | float | str | None)
+            for value in entries.values()
+        ):
             stand_in = memo[id(parameter)]
             corner = tuple(slice(size) for size in stand_in.shape)
             copied[stand_in] = {
                 key: (value[corner] if value.dim() else value).detach().clone()
                 if isinstance(value, torch.Tensor)
-                else copy.deepcopy(value, memo)
+                else value
                 for key, value in entries.items()
             }
     return copied

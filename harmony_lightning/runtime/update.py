@@ -55,6 +55,10 @@ class JustInTimeUpdate:
                 self._kept.append((weight, weight.grad))
             weight.grad = None
 
+    def leaves_gradients(self) -> bool:
+        """Whether the optimizer has weights with a gradient that were not stepped."""
+        return any(weight.grad is not None for group in self._optimizer.param_groups for weight in group["params"])
+
     def give_back(self) -> None:
         """After the whole step: let weights have the gradients again that they were stepped with, as in plain training."""
         for weight, gradient in self._kept or ():

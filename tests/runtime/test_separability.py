@@ -46,8 +46,10 @@ class Scaled(torch.optim.SGD):
     """Base of small optimizers: changes gradients, then does what SGD does."""
 
     def step(self, closure=None):
+        loss = closure() if closure is not None else None
         self.change([p for group in self.param_groups for p in group["params"] if p.grad is not None])
-        return super().step(closure)
+        super().step()
+        return loss
 
 
 class GlobalClip(Scaled):
@@ -138,8 +140,10 @@ class Slow(torch.optim.Adam):
 
     @torch.no_grad()
     def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
         stepped = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        result = super().step(closure)
+        super().step()
         for parameter in stepped:
             state = self.state[parameter]
             if "slow" not in state:
@@ -147,7 +151,7 @@ class Slow(torch.optim.Adam):
             if state["step"] % 2 == 0:
                 parameter.lerp_(state["slow"], 0.5)
                 state["slow"].copy_(parameter)
-        return result
+        return loss
 
 
 @pytest.mark.parametrize("kind", [GlobalClip, CountingInState, AveragedRate, Noisy, NoisyByPython, First])
@@ -161,6 +165,20 @@ def test_what_depends_on_all_parameters_is_found(kind):
 @pytest.mark.parametrize("kind", [GroupStep, Slow, Counting])
 def test_what_depends_on_one_parameter_is_separable(kind):
     assert probe(kind(make_net().parameters(), lr=0.1)) is None
+
+
+@pytest.mark.parametrize("how", ["twice", "moved"])
+def test_an_optimizer_that_does_more_with_its_closure_is_not_separable(how):
+    class Eager(torch.optim.SGD):
+        def step(self, closure=None):
+            if closure is not None and how == "twice":
+                closure()
+            if closure is not None and how == "moved":
+                with torch.no_grad():
+                    self.param_groups[0]["params"][0].add_(1)
+            return super().step(closure)
+
+    assert "closure" in probe(Eager(make_net().parameters(), lr=0.1))
 
 
 def test_a_failing_trial_means_no_and_says_why():
