@@ -328,7 +328,7 @@ class HarmonyMixin:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
         with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
-            return self._to_root(engine.run(lambda: step(*args)))
+            return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
     def _split(self, batch: Any) -> Microbatches:
         size: int | str = self._config.microbatch_size

@@ -201,7 +201,7 @@ class Adversaries(Manual):
         inputs, _ = batch
         maker, critic = self.optimizers()
         if self.toggles == "context":
-            with maker.toggle_model(), self.toggled_optimizer(maker):
+            with self.toggled_optimizer(maker):
                 self.make(maker, inputs)
         else:
             if self.toggles == "methods":
@@ -238,13 +238,5 @@ def test_networks_that_train_against_each_other(toggles):
         pass
 
     Module.toggles = toggles
-    if toggles == "context":
-        Module.toggled_optimizer = lambda self, optimizer: optimizer.toggle_model()
-        if not hasattr(torch.optim.Optimizer, "toggle_model"):
-            Module.toggled_optimizer = toggled
     ours, *_ = train_both(Module, max_epochs=2)
     assert all(parameter.requires_grad for parameter in ours.parameters())
-
-
-def toggled(self, optimizer):
-    return type(self).__mro__[-1]

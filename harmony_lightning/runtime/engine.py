@@ -29,6 +29,7 @@ from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.gradients import OnComplete
+from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer import SavedInForward, call_layer
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
@@ -58,6 +59,7 @@ class Engine:
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
         self._interposition = Interposition(root)
+        self._host_arithmetic = HostArithmetic()
         self._state: RuntimeState | None = None
         self._stash: HostStash | None = None
         self._current: Microbatch | None = None
@@ -253,12 +255,12 @@ class Engine:
             self.state.buffers.flush()
         self._end(microbatches)
 
-    def run(self, function: Callable[[], Any]) -> Any:
+    def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
-        differentiates by itself."""
+        differentiates and updates by itself (`trains`)."""
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
-        with self._active(), self._guarded():
+        with self._active(self._host_arithmetic if trains else None), self._guarded():
             microbatch.open(0)
             self._current = microbatch
             try:
@@ -361,7 +363,7 @@ class Engine:
     # Visits -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
+    def _active(self, host_arithmetic: HostArithmetic | None = None) -> Iterator[None]:
         """What is in force on the thread while user code runs."""
         with ExitStack() as stack:
             stack.enter_context(self.cluster.activate())
@@ -371,7 +373,9 @@ class Engine:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(yielding_hooks(_is_own_hook))
             stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
-            stack.enter_context(Glue(self._current_segment, self.state.is_device, self._before_write))
+            glue = Glue(self._current_segment, self.state.is_device, self._before_write)
+            glue.host_arithmetic = host_arithmetic
+            stack.enter_context(glue)
             yield
 
     @contextmanager

@@ -14,6 +14,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from harmony_lightning.runtime.derivatives import DERIVATIVES, Uncuttable, crosses_cuts
+from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
@@ -41,6 +42,8 @@ class Glue(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._before_write = before_write
+        self.host_arithmetic: HostArithmetic | None = None
+        """While user code may work on gradients and masters by itself."""
         self._current = current
         self._is_device = is_device
 
@@ -62,7 +65,13 @@ class Glue(TorchFunctionMode):
             segment.state.notice_write(args[0])
             return None
         if kind in ("read", "exchange", "derivative"):
-            return func(*_originals(segment, args), **kwargs)
+            return self._read(segment, func, _originals(segment, args), kwargs)
+        if (host := self.host_arithmetic) is not None:
+            with torch._C.DisableTorchFunction():
+                if host.concerns(segment.state, args, kwargs, is_write=kind == "write"):
+                    if kind == "write":
+                        _map_tensors(self._before_write, args[0])
+                    return host.run(segment.state, func, args, kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
                 return func(*_originals(segment, args), **kwargs)
@@ -73,6 +82,14 @@ class Glue(TorchFunctionMode):
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
         return func(*args, **kwargs)
+
+    def _read(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if self.host_arithmetic is not None and isinstance(result, torch.Tensor):
+            with torch._C.DisableTorchFunction():
+                if not result.requires_grad and self.host_arithmetic.descends(segment.state, args[0]):
+                    self.host_arithmetic.note(result)
+        return result
 
     def _write(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         target, others = args[0], (args[1:], kwargs)
@@ -137,7 +154,7 @@ def _move(value: Any, device: torch.device) -> Any:
     return _map_tensors(lambda tensor: tensor.detach().to(device), value)
 
 
-def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def _map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Arguments of torch functions are tensors, and lists, tuples and dicts of them."""
     if isinstance(value, torch.Tensor):
         return function(value)
