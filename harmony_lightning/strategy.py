@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
-from harmony_lightning import overrides
+from harmony_lightning import overrides, precision
 from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
 from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
@@ -163,6 +163,7 @@ class HarmonyMixin:
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
         self._close_engine()
+        precision.check_plugin(self.precision_plugin)  # type: ignore[attr-defined]
         self.accelerator.setup(trainer)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
         self.model_to_device()
@@ -177,6 +178,7 @@ class HarmonyMixin:
             self.setup_optimizers(trainer)  # type: ignore[attr-defined]
             self._probe_optimizers()
         self.setup_precision_plugin()  # type: ignore[attr-defined]
+        precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._load_plan(Workload(microbatch_size=1, num_microbatches=1))
 
     def _probe_optimizers(self) -> None:

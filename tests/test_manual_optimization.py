@@ -83,8 +83,7 @@ def test_several_backwards_in_one_step():
             self.optimizers().zero_grad()
             self.manual_backward(loss)
             self.manual_backward(self.step(batch) * 0.5)
-            inputs, targets = batch
-            hidden = self.net(inputs)
+            hidden = self.net(batch[0])
             first, second = hidden.pow(2).mean(), self.head(hidden).mean()
             self.manual_backward(first, retain_graph=True)
             self.manual_backward(second)

@@ -1,8 +1,8 @@
 """Arithmetic on masters that user code does by itself stays on the host.
 
 In manual optimization users clip, scale and average gradients, or take both half-steps of an optimizer by hand, between
-the layers' calls. Glue would compute all that on the segment's device, and what such code keeps (old weights, moments) is as
-large as the model. So what is made of masters, of their gradients, and of what was made of these before, and of nothing
+the layers' calls. Glue would compute all that on the segment's device, and what such code keeps (old weights, moments) is
+as large as the model. So what is made of masters, of their gradients, and of what was made of these before, and of nothing
 else, is computed where they are. Whatever takes part in an autograd graph is glue as ever.
 """
 
