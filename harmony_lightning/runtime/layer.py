@@ -9,16 +9,16 @@ torch itself choose other paths, kernels and results when gradients are off.
 
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
+from harmony_lightning.runtime.derivatives import first_derivative_only
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
@@ -106,6 +106,12 @@ class _Buffers:
         self._known = self._site.written_buffers.get(self._flags)
         self._before = {i: b.clone() for i, b in enumerate(self.tensors) if self._known is None or i in self._known}
 
+    def take_back(self) -> None:
+        """The forward will run again: let buffers have their values in front of it."""
+        with torch.no_grad():
+            for index, value in self._before.items():
+                self._held[index].copy_(value)
+
     def report_written(self) -> dict[int, torch.Tensor]:
         """Tell the store what the forward wrote; returns the values in front of it, by place."""
         written = set(self._known or ())
@@ -128,19 +134,44 @@ def _follow_kept_results(call: LayerCall, results: list[torch.Tensor], detached:
             replaced[id(results[index])] = (results[index], outer)
 
 
-def _drop(tensor: torch.Tensor) -> object:
-    return _DROPPED
+class _TakesDerivative(BaseException):
+    """A layer's forward needs what it has saved. No `Exception`: user code must not catch it."""
 
 
-def _refuse(site: Site) -> Callable[[object], torch.Tensor]:
-    def unpack(_: object) -> torch.Tensor:
-        raise UnsupportedError(
-            f"a tensor computed inside layer {site.name} was used outside of it other than through its result (was "
-            f"it kept in an attribute?); its gradient is not available. Choose smaller layers, so that it becomes "
-            f"the result of one: HarmonyStrategy(layers=[...])"
-        )
+class SavedInForward:
+    """Saved-tensor hooks for a layer's forward. Its graph is thrown away, so nothing is kept; only for layers that take
+    derivatives by themselves everything is, until the forward is over."""
 
-    return unpack
+    def __init__(self, site: Site) -> None:
+        self._site = site
+        self._is_over = False
+        self._kept: list[torch.Tensor] = []
+
+    def pack(self, tensor: torch.Tensor) -> int:
+        if self._site.differentiates:
+            self._kept.append(tensor.detach())
+        return len(self._kept) - 1
+
+    def unpack(self, index: int) -> torch.Tensor:
+        if self._is_over:
+            raise UnsupportedError(
+                f"a tensor computed inside layer {self._site.name} was used outside of it other than through its "
+                f"result (was it kept in an attribute?); its gradient is not available. Choose smaller layers, so "
+                f"that it becomes the result of one: HarmonyStrategy(layers=[...])"
+            )
+        if not self._site.differentiates:
+            raise _TakesDerivative
+        return self._kept[index]
+
+    def __enter__(self) -> "SavedInForward":
+        self._context = saved_tensors_hooks(self.pack, self.unpack)
+        self._context.__enter__()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._context.__exit__()
+        self._is_over = True
+        self._kept.clear()
 
 
 class LayerFunction(torch.autograd.Function):
@@ -156,21 +187,30 @@ class LayerFunction(torch.autograd.Function):
         ctx.call = call
         ctx.needs = [tensor.requires_grad for tensor in tensors]
 
-        buffers = _Buffers(call)
-
         # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
         copied = site.mutated_inputs
-        with torch.enable_grad(), saved_tensors_hooks(_drop, _refuse(site)):
-            inner = [
-                _leaf(tensor, needs, copied is None or index in copied)
-                for index, (tensor, needs) in enumerate(zip(tensors, ctx.needs, strict=True))
-            ]
-            inner_versions = _versions(inner)
-            args, kwargs = arguments.build(inner)
+        while True:
+            buffers = _Buffers(call)
             replay = Replay(device)
-            result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
-            replay.keep_what_was_drawn(device)
-            call.replay = replay
+            try:
+                with torch.enable_grad(), SavedInForward(site):
+                    inner = [
+                        _leaf(tensor, needs, copied is None or index in copied)
+                        for index, (tensor, needs) in enumerate(zip(tensors, ctx.needs, strict=True))
+                    ]
+                    inner_versions = _versions(inner)
+                    args, kwargs = arguments.build(inner)
+                    weights = state.weights_of(site, device, call.trained)
+                    result = site.run(weights, buffers.tensors, args, kwargs)
+                break
+            except _TakesDerivative:
+                site.differentiates = True
+                buffers.take_back()
+                replay.keep_what_was_drawn(device)
+                replay.begin(device)
+                arguments = call.arguments.snapshot()
+        replay.keep_what_was_drawn(device)
+        call.replay = replay
 
         call.buffers_before = buffers.report_written()
         mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if _versions([t]) != [v]]
@@ -193,7 +233,7 @@ class LayerFunction(torch.autograd.Function):
         return tuple(detached)
 
     @staticmethod
-    @once_differentiable  # the recompute is not part of any graph: a second derivative must fail, not be wrong
+    @first_derivative_only  # the recompute is not part of any graph: a second derivative must fail, not be wrong
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: LayerCall = ctx.call
         stash = ctx.saved_tensors

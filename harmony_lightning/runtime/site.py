@@ -49,12 +49,19 @@ class Site:
         """By training flags of the buffers' owners: which places a forward was seen to write."""
         self.mutated_inputs: frozenset[int] | None = None
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self.differentiates = False
+        """Whether a forward was seen to take derivatives by itself."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
     def has_hooks_inside(self) -> bool:
         """Whether somebody watches results of modules within this one now. They must be results of layers then."""
         return any(self._hooks_inside)
+
+    def has_own_weights(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the masters hang in their places. `torch.func.functional_call` hangs others there for one call, and the
+        module must be run with those."""
+        return all(owner._parameters.get(attribute) is parameters[name] for owner, attribute, name in self._weights)
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)

@@ -28,6 +28,7 @@ class RuntimeState:
     Attributes:
         depth: how many layers the running code is inside of; 0 in glue.
         is_recomputing: a layer is being run again for its backward.
+        is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         upcoming: by device, the pack to swap in behind the running one.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
@@ -43,6 +44,7 @@ class RuntimeState:
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
         self.depth = 0
         self.is_recomputing = False
+        self.is_holding = False
         self.upcoming: dict[int, int] = {}
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
@@ -148,7 +150,10 @@ class RuntimeState:
         self._is_collecting = False
         # User code may be running, and its function mode would take our tensors for its own.
         with self.cluster.activate(), torch._C.DisableTorchFunction():
-            self.gradients.finish(lambda names: None)
+            if self.is_holding:
+                self.gradients.hold()
+            else:
+                self.gradients.finish(lambda names: None)
             self.release_all()  # most likely an update follows: the copies will be out of date
         self._worker.drain()
 
@@ -171,6 +176,7 @@ class RuntimeState:
         """Drop what a step has left behind when it is given up; masters stay as they are."""
         self.depth = 0
         self.is_recomputing = False
+        self.is_holding = False
         self._is_collecting = False
         self.upcoming = {}
         self.buffers.discard()

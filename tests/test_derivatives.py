@@ -1,0 +1,227 @@
+"""User code that takes derivatives by itself, in automatic and in manual optimization: equal, or refused before damage."""
+
+import pytest
+import torch
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
+from torch import nn
+
+from harmony_lightning import UnsupportedError
+
+STASHES = pytest.mark.parametrize("stash", ["host", "device"])
+
+
+def both(kind, strategy, microbatch_size=8, num_batches=2, **options):
+    """Returns (ours, reference, fitted trainer)."""
+    torch.manual_seed(0)
+    ours = kind(**options)
+    torch.manual_seed(0)
+    reference = kind(**options)
+    parts = 8 // microbatch_size
+    torch.manual_seed(1)
+    plain = trainer(limit_train_batches=num_batches * parts, accumulate_grad_batches=parts)
+    plain.fit(reference, loader(microbatch_size))
+    torch.manual_seed(1)
+    fitted = trainer(strategy, limit_train_batches=num_batches)
+    fitted.fit(ours, loader(8))
+    return ours, reference, fitted
+
+
+class Adversarial(Chain):
+    """Steps on inputs moved along their own gradient, which goes through all layers."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        inputs = inputs.clone().requires_grad_()
+        (direction,) = torch.autograd.grad(super().step((inputs, targets)), inputs)
+        return super().step(((inputs + 0.1 * direction.sign()).detach(), targets))
+
+
+class AdversarialByBackward(Chain):
+    """The same with `backward`: gradients of weights that it leaves behind are gone at `zero_grad`."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        inputs = inputs.clone().requires_grad_()
+        super().step((inputs, targets)).backward()
+        return super().step(((inputs + 0.1 * inputs.grad.sign()).detach(), targets))
+
+
+@STASHES
+@pytest.mark.parametrize("microbatch_size", [2, 8])
+def test_a_gradient_across_packs_in_automatic_optimization(stash, microbatch_size, caplog):
+    strategy = harmony(2, "160KiB", microbatch_size=microbatch_size, stash=stash)
+    ours, reference, fitted = both(Adversarial, strategy, microbatch_size)
+    assert same_weights(ours, reference)
+    assert len(fitted.strategy.plan.packs) > 2
+    assert sum("runs in one piece" in record.message for record in caplog.records) == 1
+    assert fitted.strategy.statistics().updates_just_in_time == 2
+
+
+def test_a_backward_of_the_user_s_own_in_automatic_optimization():
+    ours, reference, _ = both(AdversarialByBackward, harmony(2, "160KiB", microbatch_size=8))
+    assert same_weights(ours, reference)
+
+
+def test_the_second_attempt_draws_the_same_random_numbers():
+    class Noisy(Adversarial):
+        def step(self, batch):
+            inputs, targets = batch
+            return super().step((inputs + torch.randn(inputs.shape), targets))
+
+    ours, reference, _ = both(Noisy, harmony(2, "160KiB", microbatch_size=8))
+    assert same_weights(ours, reference)
+
+
+def test_one_piece_and_cut_agree_and_the_random_streams_too():
+    """A regulariser that needs a gradient only in the second minibatch."""
+
+    class Sometimes(Chain):
+        differentiates = False
+
+        def training_step(self, batch, batch_idx):
+            inputs, targets = batch
+            inputs = (inputs + torch.randn(inputs.shape)).requires_grad_()
+            loss = self.step((inputs, targets))
+            if self.differentiates and batch_idx == 1:
+                torch.autograd.grad(loss, inputs, retain_graph=True)
+            return loss
+
+    torch.manual_seed(0)
+    one = Sometimes()
+    torch.manual_seed(0)
+    other = Sometimes()
+    other.differentiates = True
+    torch.manual_seed(1)
+    trainer(harmony(2), limit_train_batches=4).fit(one, loader(8))
+    torch.manual_seed(1)
+    trainer(harmony(2, "160KiB"), limit_train_batches=4).fit(other, loader(8))
+    assert same_weights(one, other)
+
+
+def test_a_gradient_within_one_segment_needs_no_second_attempt(caplog):
+    class Local(Chain):
+        def step(self, batch):
+            point = torch.ones(3, requires_grad=True)
+            (slope,) = torch.autograd.grad(point.pow(2).sum(), point)
+            return super().step(batch) * slope.mean()
+
+    ours, reference, _ = both(Local, harmony(2), microbatch_size=2)
+    assert same_weights(ours, reference)
+    assert not any("one piece" in record.message for record in caplog.records)
+
+
+class Penalised(Chain):
+    """A gradient penalty whose inner gradient comes in as a constant."""
+
+    def step(self, batch):
+        inputs, _ = batch
+        inputs = inputs.clone().requires_grad_()
+        score = self.head(self.net(inputs))
+        (slope,) = torch.autograd.grad(score, inputs, torch.ones_like(score), create_graph=True)
+        return score.mean() + slope.pow(2).sum()
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_a_gradient_penalty_is_refused_before_any_weight_has_changed(manual):
+    class Module(Penalised):
+        def training_step(self, batch, batch_idx):
+            loss = self.step(batch)
+            if manual:
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    torch.manual_seed(0)
+    module = Module()
+    module.automatic_optimization = not manual
+    before = [parameter.clone() for parameter in module.parameters()]
+    with pytest.raises(UnsupportedError, match=r"second derivative through layer net.*layers=\[ThatModule\]"):
+        trainer(harmony(2, "160KiB"), limit_train_batches=1).fit(module, loader(8))
+    assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+class Energy(nn.Module):
+    """Minus the gradient of a scalar that two linear maps make: a force."""
+
+    def __init__(self, how="autograd"):
+        super().__init__()
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+        self.how = how
+        self.register_buffer("num_calls", torch.zeros(()))
+
+    def energy(self, x):
+        return self.second(torch.tanh(self.first(x))).pow(2).sum()
+
+    def forward(self, x):
+        self.num_calls += 1
+        x = nn.functional.dropout(x, 0.1)
+        if self.how == "func":
+            return -torch.func.grad(self.energy)(x)
+        x = x.detach().requires_grad_() if not x.requires_grad else x
+        return -torch.autograd.grad(self.energy(x), x, create_graph=True)[0]
+
+
+@STASHES
+@pytest.mark.parametrize("how", ["autograd", "func"])
+def test_a_second_derivative_within_one_layer(how, stash):
+    """What the refusal recommends."""
+
+    class Forces(Chain):
+        def __init__(self):
+            super().__init__(depth=4)
+            self.force = Energy(how)
+
+        def step(self, batch):
+            inputs, targets = batch
+            return nn.functional.mse_loss(self.head(self.force(self.net(inputs))).squeeze(1), targets)
+
+    strategy = harmony(2, "400KiB", microbatch_size=8, stash=stash, layers=["net.*", "head", Energy])
+    ours, reference, _ = both(Forces, strategy)
+    assert same_weights(ours, reference)
+    assert ours.force.num_calls == 2
+
+
+@STASHES
+@pytest.mark.parametrize("manual", [False, True])
+def test_functional_transforms_between_layers(manual, stash):
+    class Transforming(Chain):
+        def training_step(self, batch, batch_idx):
+            inputs, targets = batch
+            hidden = self.net(inputs)
+            slope = torch.func.grad(lambda x: x.pow(3).sum())(hidden)
+            squares = torch.func.vmap(lambda row: row.pow(2).sum())(hidden)
+            loss = nn.functional.mse_loss(self.head(hidden + slope).squeeze(1) + squares, targets)
+            if manual:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    def make():
+        module = Transforming(depth=4)
+        module.automatic_optimization = not manual
+        return module
+
+    ours, reference, _ = both(make, harmony(2, "160KiB", microbatch_size=8, stash=stash))
+    assert same_weights(ours, reference)
+
+
+def test_functional_call_uses_the_weights_that_it_is_given():
+    class Fast(Chain):
+        def step(self, batch):
+            inputs, targets = batch
+            fast = {name: weight * 0.5 for name, weight in self.net.named_parameters()}
+            hidden = torch.func.functional_call(self.net, fast, (inputs,))
+            return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+    ours, reference, _ = both(Fast, harmony(2, "1MiB", microbatch_size=8))
+    assert same_weights(ours, reference)
+    assert ours.losses == reference.losses
+
+
+def test_patched_functions_are_given_back():
+    before = torch.autograd.graph.disable_saved_tensors_hooks
+    module, _ = twins()
+    trainer(harmony(2), limit_train_batches=1).fit(module, loader(8))
+    assert torch.autograd.graph.disable_saved_tensors_hooks is before
