@@ -18,19 +18,21 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from harmony_lightning import overrides, precision
-from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
-from harmony_lightning.errors import ConfigurationError, UnsupportedError
+from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
+from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
-from harmony_lightning.merged_log import merged_log
+from harmony_lightning.merged_log import Losses, merged_log, unlogged
+from harmony_lightning.merged_metrics import Twins, merged_metrics
+from harmony_lightning.microbatch_check import compare_losses, untouched
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
+from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without, split_minibatch
 from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
 from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.runtime.separability import Separability
@@ -60,6 +62,8 @@ class HarmonyMixin:
         stash: Literal["auto", "device", "host"] | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
+        loss_weight: LossWeight = "mean",
+        check_microbatches: bool | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -76,9 +80,17 @@ class HarmonyMixin:
         """
         super().__init__(**lightning)
         environment = Environment.read()
-        given = {"mode": mode, "microbatch_size": microbatch_size, "memory": memory, "stash": stash}
+        given = {
+            "mode": mode,
+            "microbatch_size": microbatch_size,
+            "memory": memory,
+            "stash": stash,
+            "check_microbatches": check_microbatches,
+        }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
-        self._config = HarmonyConfig(**knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch)
+        self._config = HarmonyConfig(
+            **knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch, loss_weight=loss_weight
+        )
         if cluster is None and environment.emulated_gpus is not None:
             cluster = EmulatedCluster(environment.emulated_gpus, self._config.memory_bytes or "64MiB")
         if cluster is not None and not isinstance(cluster, EmulatedCluster):
@@ -93,6 +105,12 @@ class HarmonyMixin:
         """Whether user code was seen to take derivatives across layers."""
         self._call_order: CallOrder | None = None
         self._min_samples = 1
+        self._metrics: list[Metric] = []
+        self._twins = Twins()
+        self._is_checked = False
+        """Whether the losses of a minibatch and of its microbatches were compared."""
+        self._loss_scale = 1.0
+        """What the loss counts more because microbatches returned none."""
         self._root_loss: torch.Tensor | None = None
         self._stepping: Optimizer | None = None
         self._separability = Separability()
@@ -215,6 +233,7 @@ class HarmonyMixin:
             plan = self._given_plan
             check_plan(plan, decomposition, len(engine.cluster.devices))
         engine.load(plan, decomposition)
+        self._metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
     def _require_engine(self) -> Engine:
@@ -246,6 +265,8 @@ class HarmonyMixin:
             **state,
             "_engine": None,
             "_root_loss": None,
+            "_metrics": [],
+            "_twins": Twins(),
             "_separability": Separability(),
             "_just_in_time": None,
             "_stepping": None,
@@ -271,17 +292,19 @@ class HarmonyMixin:
         engine = self._require_engine()
         parts = self._split(batch)
         self._bring_plan_up_to_date(parts)
+        shares = loss_shares(self._config.loss_weight, parts)
+        if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
+            self._check(batch, args, parts, shares)
         functions = [functools.partial(step, part, *args) for part in parts.batches]
         try:
-            outputs = self._run_microbatches(functions, parts)
+            output = self._run_microbatches(functions, parts, shares)
         except Uncuttable:
             self._is_uncuttable = True
             self._tell_once(
                 "training_step takes derivatives across layers itself (torch.autograd.grad, backward): each microbatch "
                 "runs in one piece, and packs are swapped for every microbatch; this minibatch began once before"
             )
-            outputs = self._run_microbatches(functions, parts)
-        output = merge_outputs([self._to_root(output) for output in outputs], parts.num_samples)
+            output = self._run_microbatches(functions, parts, shares)
         loss = loss_of(output)
         if loss is None or not engine.has_loss:
             return output
@@ -289,7 +312,10 @@ class HarmonyMixin:
         self._root_loss = loss.detach().requires_grad_()
         return with_loss(output, self._root_loss * 1)
 
-    def _run_microbatches(self, functions: Sequence[Callable[[], Any]], parts: Microbatches) -> list[Any]:
+    def _run_microbatches(
+        self, functions: Sequence[Callable[[], Any]], parts: Microbatches, shares: Sequence[float]
+    ) -> Any:
+        """The output for the minibatch, its loss detached."""
         engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
         differentiable = []
 
@@ -301,16 +327,49 @@ class HarmonyMixin:
             return differentiable.pop(), with_loss(result, loss.detach())
 
         with (
-            merged_log(
+            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
+            merged_log(  # replays on leaving, within the context in which the user logged
                 module.trainer.fit_loop.epoch_loop,
                 lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
                 self.root_device,
-            ),
-            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
+            ) as merged,
+            merged_metrics(self._metrics, engine.aside, self._twins if len(functions) > 1 else None),
         ):
-            return engine.forward(
-                functions, parts.weights, settle, self._expected_factor(), is_cut=not self._is_uncuttable
-            )
+            outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=not self._is_uncuttable)
+            outputs = [self._to_root(output) for output in outputs]
+            self._loss_scale = scale_without(shares, [loss_of(output) is None for output in outputs])
+            shares = [share * self._loss_scale for share in shares]
+            output = merge_outputs(outputs, parts.num_samples, shares)
+            if self._config.loss_weight != "mean" and (total := loss_of(output)) is not None:
+                losses = {m: loss for m, output in enumerate(outputs) if (loss := loss_of(output)) is not None}
+                merged.know_losses(Losses(parts=losses, total=total))
+            return output
+
+    def _check(self, batch: Any, args: tuple[Any, ...], parts: Microbatches, shares: Sequence[float]) -> None:
+        """Compare the loss of the minibatch in one piece with that of its microbatches, once."""
+        self._is_checked = True
+        engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
+        loop = module.trainer.fit_loop.epoch_loop
+        losses: list[float] = []
+        with (
+            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
+            untouched(module, engine.cluster.devices),
+            unlogged(loop),
+            merged_metrics(self._metrics, engine.aside, None),
+        ):
+            for piece in (batch, *parts.batches):
+                try:
+                    loss = loss_of(engine.run(functools.partial(module.training_step, piece, *args)))
+                except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
+                    self._tell_once(f"check of microbatches left out: a minibatch in one piece does not fit ({error})")
+                    return
+                if loss is None or loss.numel() != 1:
+                    self._tell_once("check of microbatches left out: training_step returned no loss")
+                    return
+                losses.append(float(loss))
+        is_exact = self.precision_plugin.precision in ("32-true", "64-true")  # type: ignore[attr-defined]
+        compare_losses(losses[0], losses[1:], shares, parts.num_samples, 1e-3 if is_exact else 2e-2)
+        log.info("harmony: check of microbatches passed: loss %.6g", losses[0])
 
     def validation_step(self, *args: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
@@ -329,7 +388,11 @@ class HarmonyMixin:
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
-        with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+        with (
+            getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
+            log_context,
+            merged_metrics(self._metrics, engine.aside, None),
+        ):
             return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
     def _split(self, batch: Any) -> Microbatches:
@@ -400,7 +463,7 @@ class HarmonyMixin:
                 "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
             )
         else:
-            engine.backward(self._factor(root.grad), self._update())
+            engine.backward(self._factor(root.grad) * self._loss_scale, self._update())
             engine.worker.drain()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
         self.post_backward(closure_loss)  # type: ignore[attr-defined]

@@ -290,6 +290,15 @@ class Engine:
         finally:
             self._put_current(current)
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The code within is not between layers, though it may be called from there: it computes where its tensors are."""
+        current, self._current = self._current, None
+        try:
+            yield
+        finally:
+            self._current = current
+
     def _put_current(self, microbatch: Microbatch | None) -> None:
         self._current = microbatch
         if microbatch is not None:

@@ -140,7 +140,11 @@ def make_module(pl, case, events):
                 case "dict":
                     return {"loss": loss, "twice": loss.detach() * 2, "count": 3, "text": "x"}
                 case "rows":
-                    return {"loss": loss, "predictions": predictions.detach(), "nested": {"rows": [predictions.detach()]}}
+                    return {
+                        "loss": loss,
+                        "predictions": predictions.detach(),
+                        "nested": {"rows": [predictions.detach()]},
+                    }
                 case "none":
                     return None if batch_idx == 1 else loss
 
