@@ -31,7 +31,7 @@ class HarmonyConfig:
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
-    of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`."""
+    of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`. One that counts 0 has no backward."""
     check_microbatches: bool = False
     """Run the first minibatch in one piece and in microbatches, in evaluation mode and without gradients, and raise a
     ConfigurationError if the losses differ by more than rounding. `training_step` is called for both, once."""

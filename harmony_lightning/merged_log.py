@@ -203,7 +203,9 @@ def _merge(calls: list[_Call], losses: Losses | None) -> list[_Call]:
     is_explicit = len(known) == len(sizes)
     value = _reduce(reduction, [call.value for call in calls], known if is_explicit else [c.num_samples for c in calls])
     if losses is not None and reduction == _MEAN and {call.microbatch for call in calls} == set(losses.parts):
-        is_loss = torch.stack([(losses.parts[call.microbatch].to(value.device) == call.value) for call in calls]).all()
+        logged = torch.stack([call.value.to(value) for call in calls])
+        found = torch.stack([losses.parts[call.microbatch].to(value) for call in calls])
+        is_loss = ((logged == found) | (logged.isnan() & found.isnan())).all()
         value = torch.where(is_loss, losses.total.to(value), value)
     batch_size = sum(known) if is_explicit else None
     return [dataclasses.replace(first, value=value, kwargs={**first.kwargs, "batch_size": batch_size})]

@@ -31,12 +31,27 @@ class Twins:
 
     def of(self, metric: Metric) -> Metric:
         if id(metric) not in self._twins:
-            twin = copy.deepcopy(metric)
-            for method in ("forward", "reset"):  # what the step has put before them
-                vars(twin).pop(method, None)
-            twin.reset()
+            with _emptied(metric):
+                twin = copy.deepcopy(metric)
+            for inner in twin.modules():
+                for method in ("forward", "reset"):  # what the step has put before them
+                    vars(inner).pop(method, None)
             self._twins[id(metric)] = metric, twin
         return self._twins[id(metric)][1]
+
+
+@contextmanager
+def _emptied(metric: Metric) -> Iterator[None]:
+    """Within, the metric has gathered nothing: what it has may be large, or part of a graph, which cannot be copied."""
+    inner = [module for module in metric.modules() if isinstance(module, Metric)]
+    before = [{name: vars(m)[name] for name in (*m._defaults, "_forward_cache", "_computed")} for m in inner]
+    try:
+        for module in inner:
+            vars(module).update({**module._defaults, "_forward_cache": None, "_computed": None})
+        yield
+    finally:
+        for module, values in zip(inner, before, strict=True):
+            vars(module).update(values)
 
 
 @contextmanager

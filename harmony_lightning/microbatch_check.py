@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +29,7 @@ def untouched(module: nn.Module, devices: Sequence[Device]) -> Iterator[None]:
     modes = {inner: inner.training for inner in module.modules()}
     buffers = [(owner, name, b, b.clone()) for owner in modes for name, b in owner._buffers.items() if b is not None]
     metrics = [
-        (metric, copy.deepcopy({name: getattr(metric, name) for name in (*metric._defaults, *_METRIC_STATE)}))
+        (metric, {name: _copy(getattr(metric, name)) for name in (*metric._defaults, *_METRIC_STATE)})
         for metric in modes
         if isinstance(metric, Metric)
     ]
@@ -52,6 +53,11 @@ def untouched(module: nn.Module, devices: Sequence[Device]) -> Iterator[None]:
                 device.set_random_state(state)
 
 
+def _copy(state: Any) -> Any:
+    """Of a metric's state, which updates write in place or replace."""
+    return state.detach().clone() if isinstance(state, torch.Tensor) else copy.copy(state)
+
+
 def compare_losses(
     whole: float, parts: Sequence[float], shares: Sequence[float], num_samples: Sequence[int], tolerance: float
 ) -> None:
@@ -64,7 +70,7 @@ def compare_losses(
         num_samples: samples of each microbatch.
         tolerance: largest relative difference that rounding may make.
     """
-    total = math.fsum(share * part for share, part in zip(shares, parts, strict=True))
+    total = math.fsum(share * part for share, part in zip(shares, parts, strict=True) if share)
     if _is_close(whole, total, tolerance):
         return
     size = sum(num_samples)

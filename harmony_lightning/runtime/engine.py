@@ -414,6 +414,8 @@ class Engine:
         if not microbatch.is_done:
             return
         loss, microbatch.result = settle(microbatch.result)
+        if share == 0:
+            loss = None  # it counts nothing, and may be 0 / 0
         if loss is not None and loss.grad_fn is not None:
             seed = torch.full_like(loss.detach(), share * self._expected_factor)
             microbatch.deposit(get_gradient_edge(loss), seed)

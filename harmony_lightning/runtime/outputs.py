@@ -146,7 +146,7 @@ def _weighted_sum(values: list[Tensor], weights: list[float]) -> Tensor:
     """In float32 at least: half precision would round every partial sum."""
     dtype = values[0].dtype
     wide = torch.promote_types(dtype, torch.float32)
-    total = sum(weight * value.to(wide) for weight, value in zip(weights, values, strict=True))
+    total = sum(weight * value.to(wide) for weight, value in zip(weights, values, strict=True) if weight)
     return torch.as_tensor(total).to(dtype)
 
 
