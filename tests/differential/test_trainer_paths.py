@@ -128,8 +128,9 @@ class Stateful:
 
     def __iter__(self):
         start, self.start = self.start, 0
-        for self.position in range(start + 1, len(self) + 1):
-            yield self.batches[self.position - 1]
+        for position in range(start, len(self)):
+            self.position = position + 1
+            yield self.batches[position]
 
     def state_dict(self):
         return {"position": self.position}
