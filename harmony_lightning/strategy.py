@@ -14,7 +14,6 @@ from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from harmony_lightning import overrides, precision
@@ -33,7 +32,7 @@ from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without, split_minibatch
-from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
+from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.runtime.separability import Separability
 from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
@@ -435,7 +434,7 @@ class HarmonyMixin:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self.root_device) if is_device(tensor.device) else tensor
 
-        return pytree.tree_map_only(torch.Tensor, move, result)
+        return map_tensors(move, result)
 
     # Backward and update ----------------------------------------------------------------------------------------------
 

@@ -6,7 +6,7 @@ strung together again. What has no such rule is taken from the last microbatch, 
     loss, scalar float tensors, differing floats        weighted mean
     tensors and arrays with one row per sample          one after the other
     lists with one item per sample, or of any length    one after the other
-    dicts, tuples, other lists                          item by item
+    dicts, tuples, dataclasses, other lists             item by item
     ints, bools, equal floats                           the first
     anything else                                       the last
 
@@ -16,12 +16,15 @@ two apart. Losses with `reduction="sum"` cannot be told from means either: the c
 No device is waited for: values are never compared on an accelerator.
 """
 
-from collections.abc import Mapping, Sequence
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from harmony_lightning.runtime.rows import rebuild_sequence, replace_items
 
@@ -58,6 +61,42 @@ def merge_outputs(outputs: Sequence[Any], num_samples: Sequence[int], shares: Se
     return _merge(values, counts)
 
 
+def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """The value with each tensor in mappings, lists, tuples and dataclasses replaced; itself where none changes."""
+    if isinstance(value, Tensor):
+        return function(value)
+    if isinstance(value, Mapping):
+        items = {key: map_tensors(function, item) for key, item in value.items()}
+        changed = {key: item for key, item in items.items() if item is not value[key]}
+        return replace_items(value, changed) if changed else value
+    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+        parts = [map_tensors(function, item) for item in value]
+        is_same = all(part is item for part, item in zip(parts, value, strict=True))
+        return value if is_same else rebuild_sequence(value, parts)
+    if _is_dataclass(value):
+        fields = {name: map_tensors(function, item) for name, item in _fields(value).items()}
+        return _replace_fields(value, {n: item for n, item in fields.items() if item is not getattr(value, n)})
+    return pytree.tree_map_only(Tensor, function, value)  # types that somebody has registered
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if hasattr(value, field.name)}
+
+
+def _replace_fields(value: Any, fields: Mapping[str, Any]) -> Any:
+    """Copied, not constructed: `__post_init__` has done its work on it."""
+    if not fields:
+        return value
+    result = copy.copy(value)
+    for name, item in fields.items():
+        object.__setattr__(result, name, item)
+    return result
+
+
 def loss_of(output: Any) -> Tensor | None:
     """The loss in what `training_step` returned: the tensor itself, or the mapping's "loss"."""
     if isinstance(output, Mapping):
@@ -91,6 +130,10 @@ def _merge(values: list[Any], counts: list[int]) -> Any:
         return [item for value in values for item in value]
     if is_alike:
         return rebuild_sequence(values[0], [_merge_given(items, counts) for items in zip(*values, strict=True)])
+    if all(_is_dataclass(value) and type(value) is type(last) for value in values):
+        found = [_fields(value) for value in values]
+        fields = {name: _merge_given([each.get(name) for each in found], counts) for name in found[0]}
+        return _replace_fields(values[0], fields)
     if all(isinstance(value, float) for value in values) and any(value != values[0] for value in values):
         return sum(weight * value for weight, value in zip(_weights(counts), values, strict=True))
     if all(isinstance(value, int | float) for value in values):
