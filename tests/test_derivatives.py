@@ -207,6 +207,36 @@ def test_functional_transforms_between_layers(manual, stash):
     assert same_weights(ours, reference)
 
 
+def test_a_transform_over_layers_is_refused_with_the_way_out():
+    class Transforming(Chain):
+        def step(self, batch):
+            inputs, _ = batch
+            return torch.func.grad(lambda x: self.net(x).sum())(inputs).sum() + super().step(batch)
+
+    with pytest.raises(UnsupportedError, match=r"layer net\.0.* inside a transform of torch\.func"):
+        trainer(harmony(2), limit_train_batches=1).fit(Transforming(), loader(8))
+
+
+def test_weights_that_changed_behind_the_forward_are_noticed():
+    """torch refuses it as well."""
+
+    class Stale(Chain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = self.step(batch)
+            self.manual_backward(loss, retain_graph=True)
+            self.optimizers().step()
+            self.manual_backward(loss)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trainer(limit_train_batches=1).fit(Stale(), loader(8))
+    with pytest.raises(UnsupportedError, match="weights of layer head were changed between"):
+        trainer(harmony(2), limit_train_batches=1).fit(Stale(), loader(8))
+
+
 def test_functional_call_uses_the_weights_that_it_is_given():
     class Fast(Chain):
         def step(self, batch):

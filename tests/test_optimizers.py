@@ -334,6 +334,18 @@ def test_weights_without_gradient_in_some_steps():
     assert tier(statistics) == JUST_IN_TIME
 
 
+def test_no_optimizer_at_all():
+    class Untrained(Chain):
+        def configure_optimizers(self):
+            return None
+
+    module = Untrained()
+    before = module.head.weight.clone()
+    trainer(harmony(2), limit_train_batches=2).fit(module, loader(8))
+    assert torch.equal(module.head.weight, before)
+    assert module.head.weight.grad is not None
+
+
 def test_a_step_without_loss_steps_nothing():
     class Skipping(Chain):
         def training_step(self, batch, batch_idx):

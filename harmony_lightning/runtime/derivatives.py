@@ -27,6 +27,20 @@ class Uncuttable(BaseException):
     it. The engine has given the step up; the same minibatch can run in one piece."""
 
 
+def refuse_transforms(layer: str) -> None:
+    """Called where a layer is.
+
+    Raises:
+        UnsupportedError: a transform of `torch.func` is being applied.
+    """
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            f"layer {layer} was called inside a transform of torch.func (grad, vmap, jvp, ...), which cannot look into a "
+            f"swapped layer. Put the transform and all layers that it goes through into the forward of one module, and "
+            f"make that one layer: HarmonyStrategy(layers=[ThatModule]); for gradients, torch.autograd.grad works too"
+        )
+
+
 def crosses_cuts(outputs: Any) -> bool:
     """Whether a derivative of `outputs` may go through an end of a cut graph."""
     tensors = [outputs] if isinstance(outputs, torch.Tensor) else list(outputs)

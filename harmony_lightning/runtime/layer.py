@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.runtime.derivatives import first_derivative_only
+from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
@@ -39,6 +39,7 @@ class LayerCall:
         self.replay: Replay | None = None
         self.buffers_before: dict[int, torch.Tensor] = {}
         """Values of written buffers in front of the forward, by place."""
+        self.weight_versions = self._read_weight_versions()
         self.trained: tuple[str, ...] = ()
         """Weights that get a gradient from this call."""
         self.result_spec: Any = None
@@ -47,9 +48,28 @@ class LayerCall:
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
 
+    def _read_weight_versions(self) -> tuple[int, ...]:
+        parameters = self.segment.state.parameters
+        # While a microbatch is cut its weights cannot change: updates follow backward.
+        return () if self.segment.is_cut else tuple(parameters[name]._version for name in self.site.weight_names)
+
+    def check_weights(self) -> None:
+        """In front of the recompute.
+
+        Raises:
+            UnsupportedError: weights are not those of the forward any more.
+        """
+        if self._read_weight_versions() != self.weight_versions:
+            raise UnsupportedError(
+                f"weights of layer {self.site.name} were changed between its forward and its backward (by an optimizer's "
+                f"step?), so its gradient cannot be computed; torch refuses that, too. Call backward before the step, or "
+                f"the layer again behind it"
+            )
+
 
 def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
     """Run a layer in its segment; the result is part of the microbatch's autograd graph."""
+    refuse_transforms(site.name)
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
@@ -264,6 +284,7 @@ def _differentiate(
     """Gradients of the input tensors; those of the `trained` weights go to the segment."""
     site, segment = call.site, call.segment
     state, device = segment.state, segment.device
+    call.check_weights()
     stash = tuple(tensor.to(device.torch_device) for tensor in stash)
     leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(stash, needs, strict=True)]
     weights = state.weights_of(site, device, call.trained)
