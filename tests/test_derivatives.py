@@ -57,6 +57,37 @@ def test_a_gradient_across_packs_in_automatic_optimization(stash, microbatch_siz
     assert fitted.strategy.statistics().updates_just_in_time == 2
 
 
+@pytest.mark.parametrize(("num_gpus", "mode"), [(1, "pp"), (3, "pp"), (2, "dp")])
+def test_one_piece_does_not_depend_on_gpus_and_mode(num_gpus, mode):
+    strategy = harmony(num_gpus, "160KiB", microbatch_size=2, mode=mode)
+    ours, reference, fitted = both(Adversarial, strategy, 2)
+    if mode == "pp":
+        assert same_weights(ours, reference)
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert max(fitted.strategy.statistics().peak_device_bytes) <= 160 << 10
+    assert fitted.strategy.plan.num_microbatches == 4
+
+
+def test_one_piece_trains_with_accumulation_clipping_and_parameter_hooks():
+    seen = []
+
+    class Hooked(Adversarial):
+        def __init__(self):
+            super().__init__()
+            self.head.weight.register_hook(lambda gradient: seen.append(gradient.norm().item()))
+
+    torch.manual_seed(0)
+    ours = Hooked()
+    torch.manual_seed(0)
+    reference = Hooked()
+    options = {"limit_train_batches": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
+    trainer(**options).fit(reference, loader(8))
+    trainer(harmony(2, "160KiB", microbatch_size=8), **options).fit(ours, loader(8))
+    assert same_weights(ours, reference)
+    assert seen[:4] == seen[4:]
+
+
 def test_a_backward_of_the_user_s_own_in_automatic_optimization():
     ours, reference, _ = both(AdversarialByBackward, harmony(2, "160KiB", microbatch_size=8))
     assert same_weights(ours, reference)

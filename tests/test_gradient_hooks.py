@@ -101,6 +101,27 @@ def test_parameter_hooks_get_the_whole_minibatch_s_gradient_from_microbatches():
     assert_same_notes(ours, reference, rtol=1e-5, atol=1e-7)
 
 
+class Tied(Watched):
+    """The first and the third block share a weight, which hooks on it see whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2][0].weight = self.net[0][0].weight
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+@pytest.mark.parametrize("kind", [Watched, Tied])
+def test_parameter_hooks_get_sums_over_gpus_and_uses(mode, kind):
+    torch.manual_seed(0)
+    ours = kind()
+    torch.manual_seed(0)
+    reference = kind()
+    trainer(limit_train_batches=1).fit(reference, loader(8))
+    trainer(harmony(3, "160KiB", 2, mode=mode), limit_train_batches=1).fit(ours, loader(8))
+    assert_same_notes(ours, reference, rtol=1e-4, atol=1e-6)
+    assert len(ours.seen["net.0.0.weight"]) == 1
+
+
 @STRATEGIES
 def test_parameter_hooks_in_manual_optimization(strategy):
     class Manual(Watched):

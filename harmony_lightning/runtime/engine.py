@@ -211,6 +211,8 @@ class Engine:
                 self.state.buffers.flush()
         except Uncuttable:
             self._interrupted_seed = step_seed
+            if not self.trace.is_complete:
+                self.trace = Trace()
             own.resume()
             _restore(own_on_devices)
             raise
