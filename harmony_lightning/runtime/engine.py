@@ -331,10 +331,11 @@ class Engine:
             if microbatch.is_cut and not microbatch.is_in_backward:
                 self.trace.record(microbatch.index, site.layer)
         try:
-            return call_layer(site, microbatch.segment, args, kwargs)
+            result = call_layer(site, microbatch.segment, args, kwargs)
         except Exception as error:
             add_place(error, f"in layer {site.name}", microbatch.segment)
             raise
+        return site.run_forward_hooks(args, kwargs, result)
 
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
