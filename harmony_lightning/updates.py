@@ -77,7 +77,8 @@ class Updates:
             optimizer,
             engine.state.parameters,
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
-            keeps_gradients=overrides.looks_back(module, pl),
+            # A training_step that works with gradients may find those of the step before.
+            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
         )
         return self._just_in_time
 

@@ -141,6 +141,89 @@ def test_a_gradient_within_one_segment_needs_no_second_attempt(caplog):
     assert not any("one piece" in record.message for record in caplog.records)
 
 
+def total(gradients):
+    return torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
+
+
+class Balanced(Chain):
+    """Weighs two losses by the gradients of shared weights, one of them used in glue, one not at all."""
+
+    def __init__(self, manual=False, how="grad"):
+        super().__init__(depth=6)
+        self.shift = nn.Parameter(torch.zeros(WIDTH))
+        self.idle = nn.Parameter(torch.zeros(3))
+        self.automatic_optimization = not manual
+        self.how = how
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        hidden = self.net(inputs + self.shift)
+        one, other = hidden.pow(2).mean(), nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+        shared = [self.shift, *self.net[0].parameters(), self.idle, hidden, self.net[4][0].weight]
+        if self.how == "grad":
+            first = torch.autograd.grad(one, shared, retain_graph=True, allow_unused=True)
+            second = torch.autograd.grad((other,), shared, torch.ones(()), retain_graph=True, allow_unused=True)
+            assert first[3] is None
+            assert [g.shape for g in first if g is not None] == [t.shape for t in shared if t is not self.idle]
+            ratio = (total(first[:4]) / total(second[:4])).detach()
+        else:
+            one.backward(inputs=shared[:3], retain_graph=True)
+            torch.autograd.backward(other, inputs=shared[:3], retain_graph=True)
+            ratio = total([parameter.grad for parameter in shared[:3]])
+            assert self.head.weight.grad is None or self.automatic_optimization or batch_idx
+        self.losses.append(ratio.item())
+        loss = one + ratio.to(other.device) * other
+        if not self.automatic_optimization:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+        return loss
+
+
+@pytest.mark.parametrize("how", ["grad", "backward"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_gradients_of_chosen_weights(manual, how):
+    strategy = harmony(2, "160KiB", microbatch_size=8)
+    ours, reference, fitted = both(Balanced, strategy, manual=manual, how=how)
+    assert ours.losses == reference.losses
+    assert same_weights(ours, reference)
+    assert len(fitted.strategy.plan.packs) > 2
+
+
+def test_gradients_of_weights_that_are_not_used_are_refused_as_by_torch():
+    class Unused(Chain):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Parameter(torch.zeros(3))
+
+        def step(self, batch):
+            loss = super().step(batch)
+            (gradient,) = torch.autograd.grad(
+                loss, self.idle, retain_graph=True, materialize_grads=self.materializes or None
+            )
+            assert torch.equal(gradient, torch.zeros(3))
+            return loss
+
+    Unused.materializes = True
+    trainer(harmony(2), limit_train_batches=1).fit(Unused(), loader(8))
+    Unused.materializes = False
+    with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
+        trainer(harmony(2), limit_train_batches=1).fit(Unused(), loader(8))
+
+
+def test_a_second_derivative_through_weights_is_refused():
+    """As of the inner loop of a meta-learner."""
+
+    class Meta(Chain):
+        def step(self, batch):
+            weight = self.net[0][0].weight
+            (gradient,) = torch.autograd.grad(super().step(batch), weight, create_graph=True)
+            return super().step(batch) + gradient.pow(2).sum()
+
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        trainer(harmony(2), limit_train_batches=1).fit(Meta(), loader(8))
+
+
 class Penalised(Chain):
     """A gradient penalty whose inner gradient comes in as a constant."""
 

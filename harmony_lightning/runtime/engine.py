@@ -58,6 +58,8 @@ class Engine:
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
+        self.is_cut = True
+        """Whether the microbatches of the step are cut at pack borders."""
         self._interposition = Interposition(root)
         self._host_arithmetic = HostArithmetic()
         self._state: RuntimeState | None = None
@@ -177,6 +179,7 @@ class Engine:
         self.abort()
         self._expected_factor = factor
         self.has_loss = False
+        self.is_cut = is_cut
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
