@@ -373,7 +373,15 @@ class HarmonyMixin:
         module = self.lightning_module  # type: ignore[attr-defined]
         self.pre_backward(closure_loss)  # type: ignore[attr-defined]
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        try:
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            if self._root_loss is not None:
+                error.add_note(
+                    "harmony: the loss that backward is given stands for those of all microbatches and has no graph of "
+                    "its own; call loss.backward(), or use torch.autograd.grad inside training_step"
+                )
+            raise
         engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
         if root is None:

@@ -364,6 +364,16 @@ def test_functional_call_uses_the_weights_that_it_is_given():
     assert ours.losses == reference.losses
 
 
+def test_an_overridden_backward_that_differentiates_otherwise_is_told_what_to_do():
+    class Own(Chain):
+        def backward(self, loss):
+            torch.autograd.grad(loss, list(self.parameters()))
+
+    with pytest.raises(RuntimeError) as caught:
+        trainer(harmony(2), limit_train_batches=1).fit(Own(), loader(8))
+    assert any("torch.autograd.grad inside training_step" in note for note in caught.value.__notes__)
+
+
 def test_patched_functions_are_given_back():
     before = torch.autograd.graph.disable_saved_tensors_hooks
     module, _ = twins()
