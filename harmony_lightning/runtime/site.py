@@ -52,6 +52,8 @@ class Site:
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
         self.differentiates = False
         """Whether a forward was seen to take derivatives by itself."""
+        self.has_functions: bool | None = None
+        """Whether Python autograd functions of the user's were seen in a forward's graph."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
