@@ -34,9 +34,8 @@ from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without, split_minibatch
 from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.runtime.rows import num_samples
-from harmony_lightning.runtime.separability import Separability
-from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
 from harmony_lightning.scheduler import automatic_microbatch_size
+from harmony_lightning.updates import Updates
 
 log = logging.getLogger(__name__)
 
@@ -111,9 +110,7 @@ class HarmonyMixin:
         self._loss_scale = 1.0
         """What the loss counts more because microbatches returned none."""
         self._root_loss: torch.Tensor | None = None
-        self._stepping: Optimizer | None = None
-        self._separability = Separability()
-        self._just_in_time: JustInTimeUpdate | None = None
+        self._updates = Updates()
         self._told: set[str] = set()
         self._last_statistics = Statistics(**dict.fromkeys(_COUNTS, 0), peak_device_bytes=())
 
@@ -193,16 +190,12 @@ class HarmonyMixin:
         self._call_order = None
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)  # type: ignore[attr-defined]
-            self._probe_optimizers()
+            if self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
+                for optimizer in self.optimizers:  # type: ignore[attr-defined]
+                    self._updates.probe(optimizer)
         self.setup_precision_plugin()  # type: ignore[attr-defined]
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._load_plan(Workload(microbatch_size=1, num_microbatches=1))
-
-    def _probe_optimizers(self) -> None:
-        """Find out now which optimizers are separable: the first step need not wait for it."""
-        if self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
-            for optimizer in self.optimizers:  # type: ignore[attr-defined]
-                self._separability.reason_against(optimizer)
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:
@@ -247,7 +240,6 @@ class HarmonyMixin:
             self._engine.close()
             self._engine = None
         self._root_loss = None
-        self._stepping = None
 
     def on_exception(self, exception: BaseException) -> None:
         if self._engine is not None:
@@ -266,9 +258,7 @@ class HarmonyMixin:
             "_root_loss": None,
             "_metrics": [],
             "_twins": Twins(),
-            "_separability": Separability(),
-            "_just_in_time": None,
-            "_stepping": None,
+            "_updates": Updates(),
         }
 
     # Batches and steps ------------------------------------------------------------------------------------------------
@@ -450,7 +440,15 @@ class HarmonyMixin:
         module = self.lightning_module  # type: ignore[attr-defined]
         self.pre_backward(closure_loss)  # type: ignore[attr-defined]
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        try:
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            if self._root_loss is not None:
+                error.add_note(
+                    "harmony: the loss that backward is given stands for those of all microbatches and has no graph of "
+                    "its own; call loss.backward(), or use torch.autograd.grad inside training_step"
+                )
+            raise
         engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
         if root is None:
@@ -462,7 +460,8 @@ class HarmonyMixin:
                 "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
             )
         else:
-            engine.backward(self._factor(root.grad) * self._loss_scale, self._update())
+            on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
+            engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
             engine.worker.drain()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
         self.post_backward(closure_loss)  # type: ignore[attr-defined]
@@ -474,59 +473,9 @@ class HarmonyMixin:
         return expected if bool(gradient == gradient.new_tensor(expected)) else float(gradient)
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        engine = self._require_engine()
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        clip_value = trainer.gradient_clip_val
-        self._stepping, self._just_in_time = optimizer, None
-        try:
-            with stepping_on_host(optimizer), engine.beside(closure) as user_code:
-
-                def closure_with_updates() -> Any:
-                    result = user_code()
-                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients():
-                        trainer.gradient_clip_val = None  # done; torch cannot clip nothing
-                    return result
-
-                # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
-                result = super().optimizer_step(optimizer, closure_with_updates, model, **kwargs)  # type: ignore[misc]
-            if self._just_in_time is None:
-                engine.counters.updates_whole += 1
-            else:
-                engine.counters.updates_just_in_time += 1
-                self._just_in_time.give_back()
-            return result
-        finally:
-            trainer.gradient_clip_val = clip_value
-            self._stepping = self._just_in_time = None
-
-    def _update(self) -> Callable[[list[str]], None]:
-        """What happens to weights as soon as their gradients are complete: their step, if nothing has to see all
-        gradients first; otherwise nothing, and the optimizer steps the whole model after backward."""
-        optimizer, module = self._stepping, self.lightning_module  # type: ignore[attr-defined]
-        if optimizer is None:
-            return lambda names: None
-        if (reason := self._reason_for_whole_update(optimizer)) is not None:
-            self._tell_once(
-                f"{type(optimizer).__name__} updates all weights in one go after backward, on the host: {reason}",
-                logging.INFO,
-            )
-            return lambda names: None
-        clip_value = module.trainer.gradient_clip_val
-        self._just_in_time = JustInTimeUpdate(
-            optimizer,
-            self._require_engine().state.parameters,
-            prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
-            keeps_gradients=overrides.looks_back(module, self._pl),
-        )
-        return self._just_in_time
-
-    def _reason_for_whole_update(self, optimizer: Optimizer) -> str | None:
-        if len(self.optimizers) != 1:  # type: ignore[attr-defined]
-            return "there are several optimizers"
-        if torch.is_anomaly_enabled():
-            return "an anomaly must be found before any weight has changed"
-        module, plugin = self.lightning_module, self.precision_plugin  # type: ignore[attr-defined]
-        return overrides.observer_of_gradients(module, plugin, self._pl) or self._separability.reason_against(optimizer)
+        with self._updates.stepping(optimizer, closure, self._require_engine(), trainer) as closure:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In the order of the parameters, though packs were first updated from the last to the first."""
@@ -543,10 +492,10 @@ class HarmonyMixin:
         with self._host_as_root():
             super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
 
-    def _tell_once(self, text: str, level: int = logging.WARNING) -> None:
+    def _tell_once(self, text: str) -> None:
         if text not in self._told:
             self._told.add(text)
-            log.log(level, "harmony: %s", text)
+            log.warning("harmony: %s", text)
 
 
 _COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")

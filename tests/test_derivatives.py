@@ -57,6 +57,37 @@ def test_a_gradient_across_packs_in_automatic_optimization(stash, microbatch_siz
     assert fitted.strategy.statistics().updates_just_in_time == 2
 
 
+@pytest.mark.parametrize(("num_gpus", "mode"), [(1, "pp"), (3, "pp"), (2, "dp")])
+def test_one_piece_does_not_depend_on_gpus_and_mode(num_gpus, mode):
+    strategy = harmony(num_gpus, "160KiB", microbatch_size=2, mode=mode)
+    ours, reference, fitted = both(Adversarial, strategy, 2)
+    if mode == "pp":
+        assert same_weights(ours, reference)
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+    assert max(fitted.strategy.statistics().peak_device_bytes) <= 160 << 10
+    assert fitted.strategy.plan.num_microbatches == 4
+
+
+def test_one_piece_trains_with_accumulation_clipping_and_parameter_hooks():
+    seen = []
+
+    class Hooked(Adversarial):
+        def __init__(self):
+            super().__init__()
+            self.head.weight.register_hook(lambda gradient: seen.append(gradient.norm().item()))
+
+    torch.manual_seed(0)
+    ours = Hooked()
+    torch.manual_seed(0)
+    reference = Hooked()
+    options = {"limit_train_batches": 4, "accumulate_grad_batches": 2, "gradient_clip_val": 0.01}
+    trainer(**options).fit(reference, loader(8))
+    trainer(harmony(2, "160KiB", microbatch_size=8), **options).fit(ours, loader(8))
+    assert same_weights(ours, reference)
+    assert seen[:4] == seen[4:]
+
+
 def test_a_backward_of_the_user_s_own_in_automatic_optimization():
     ours, reference, _ = both(AdversarialByBackward, harmony(2, "160KiB", microbatch_size=8))
     assert same_weights(ours, reference)
@@ -108,6 +139,89 @@ def test_a_gradient_within_one_segment_needs_no_second_attempt(caplog):
     ours, reference, _ = both(Local, harmony(2), microbatch_size=2)
     assert same_weights(ours, reference)
     assert not any("one piece" in record.message for record in caplog.records)
+
+
+def total(gradients):
+    return torch.stack([gradient.norm() for gradient in gradients if gradient is not None]).norm()
+
+
+class Balanced(Chain):
+    """Weighs two losses by the gradients of shared weights, one of them used in glue, one not at all."""
+
+    def __init__(self, manual=False, how="grad"):
+        super().__init__(depth=6)
+        self.shift = nn.Parameter(torch.zeros(WIDTH))
+        self.idle = nn.Parameter(torch.zeros(3))
+        self.automatic_optimization = not manual
+        self.how = how
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        hidden = self.net(inputs + self.shift)
+        one, other = hidden.pow(2).mean(), nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+        shared = [self.shift, *self.net[0].parameters(), self.idle, hidden, self.net[4][0].weight]
+        if self.how == "grad":
+            first = torch.autograd.grad(one, shared, retain_graph=True, allow_unused=True)
+            second = torch.autograd.grad((other,), shared, torch.ones(()), retain_graph=True, allow_unused=True)
+            assert first[3] is None
+            assert [g.shape for g in first if g is not None] == [t.shape for t in shared if t is not self.idle]
+            ratio = (total(first[:4]) / total(second[:4])).detach()
+        else:
+            one.backward(inputs=shared[:3], retain_graph=True)
+            torch.autograd.backward(other, inputs=shared[:3], retain_graph=True)
+            ratio = total([parameter.grad for parameter in shared[:3]])
+            assert self.head.weight.grad is None or self.automatic_optimization or batch_idx
+        self.losses.append(ratio.item())
+        loss = one + ratio.to(other.device) * other
+        if not self.automatic_optimization:
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+        return loss
+
+
+@pytest.mark.parametrize("how", ["grad", "backward"])
+@pytest.mark.parametrize("manual", [False, True])
+def test_gradients_of_chosen_weights(manual, how):
+    strategy = harmony(2, "160KiB", microbatch_size=8)
+    ours, reference, fitted = both(Balanced, strategy, manual=manual, how=how)
+    assert ours.losses == reference.losses
+    assert same_weights(ours, reference)
+    assert len(fitted.strategy.plan.packs) > 2
+
+
+def test_gradients_of_weights_that_are_not_used_are_refused_as_by_torch():
+    class Unused(Chain):
+        def __init__(self):
+            super().__init__()
+            self.idle = nn.Parameter(torch.zeros(3))
+
+        def step(self, batch):
+            loss = super().step(batch)
+            (gradient,) = torch.autograd.grad(
+                loss, self.idle, retain_graph=True, materialize_grads=self.materializes or None
+            )
+            assert torch.equal(gradient, torch.zeros(3))
+            return loss
+
+    Unused.materializes = True
+    trainer(harmony(2), limit_train_batches=1).fit(Unused(), loader(8))
+    Unused.materializes = False
+    with pytest.raises(RuntimeError, match="appears to not have been used in the graph"):
+        trainer(harmony(2), limit_train_batches=1).fit(Unused(), loader(8))
+
+
+def test_a_second_derivative_through_weights_is_refused():
+    """As of the inner loop of a meta-learner."""
+
+    class Meta(Chain):
+        def step(self, batch):
+            weight = self.net[0][0].weight
+            (gradient,) = torch.autograd.grad(super().step(batch), weight, create_graph=True)
+            return super().step(batch) + gradient.pow(2).sum()
+
+    with pytest.raises(UnsupportedError, match="second derivative"):
+        trainer(harmony(2), limit_train_batches=1).fit(Meta(), loader(8))
 
 
 class Penalised(Chain):
@@ -207,6 +321,36 @@ def test_functional_transforms_between_layers(manual, stash):
     assert same_weights(ours, reference)
 
 
+def test_a_transform_over_layers_is_refused_with_the_way_out():
+    class Transforming(Chain):
+        def step(self, batch):
+            inputs, _ = batch
+            return torch.func.grad(lambda x: self.net(x).sum())(inputs).sum() + super().step(batch)
+
+    with pytest.raises(UnsupportedError, match=r"layer net\.0.* inside a transform of torch\.func"):
+        trainer(harmony(2), limit_train_batches=1).fit(Transforming(), loader(8))
+
+
+def test_weights_that_changed_behind_the_forward_are_noticed():
+    """torch refuses it as well."""
+
+    class Stale(Chain):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            loss = self.step(batch)
+            self.manual_backward(loss, retain_graph=True)
+            self.optimizers().step()
+            self.manual_backward(loss)
+
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        trainer(limit_train_batches=1).fit(Stale(), loader(8))
+    with pytest.raises(UnsupportedError, match="weights of layer head were changed between"):
+        trainer(harmony(2), limit_train_batches=1).fit(Stale(), loader(8))
+
+
 def test_functional_call_uses_the_weights_that_it_is_given():
     class Fast(Chain):
         def step(self, batch):
@@ -218,6 +362,16 @@ def test_functional_call_uses_the_weights_that_it_is_given():
     ours, reference, _ = both(Fast, harmony(2, "1MiB", microbatch_size=8))
     assert same_weights(ours, reference)
     assert ours.losses == reference.losses
+
+
+def test_an_overridden_backward_that_differentiates_otherwise_is_told_what_to_do():
+    class Own(Chain):
+        def backward(self, loss):
+            torch.autograd.grad(loss, list(self.parameters()))
+
+    with pytest.raises(RuntimeError) as caught:
+        trainer(harmony(2), limit_train_batches=1).fit(Own(), loader(8))
+    assert any("torch.autograd.grad inside training_step" in note for note in caught.value.__notes__)
 
 
 def test_patched_functions_are_given_back():

@@ -101,6 +101,27 @@ def test_parameter_hooks_get_the_whole_minibatch_s_gradient_from_microbatches():
     assert_same_notes(ours, reference, rtol=1e-5, atol=1e-7)
 
 
+class Tied(Watched):
+    """The first and the third block share a weight, which hooks on it see whole."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[2][0].weight = self.net[0][0].weight
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+@pytest.mark.parametrize("kind", [Watched, Tied])
+def test_parameter_hooks_get_sums_over_gpus_and_uses(mode, kind):
+    torch.manual_seed(0)
+    ours = kind()
+    torch.manual_seed(0)
+    reference = kind()
+    trainer(limit_train_batches=1).fit(reference, loader(8))
+    trainer(harmony(3, "160KiB", 2, mode=mode), limit_train_batches=1).fit(ours, loader(8))
+    assert_same_notes(ours, reference, rtol=1e-4, atol=1e-6)
+    assert len(ours.seen["net.0.0.weight"]) == 1
+
+
 @STRATEGIES
 def test_parameter_hooks_in_manual_optimization(strategy):
     class Manual(Watched):
@@ -212,12 +233,32 @@ def test_tensor_and_module_hooks_get_the_gradients_of_plain_training(strategy):
     assert same_weights(ours, reference)
 
 
-ORDER = (
-    "on_before_zero_grad",
-    "on_before_backward",
-    "on_after_backward",
-    "on_before_optimizer_step",
-)
+@STRATEGIES
+def test_forward_hooks_run_once_and_what_they_keep_has_a_gradient(strategy):
+    class Matching(Chain):
+        """Its loss uses what a hook has kept of the first layer, and hooks change what others return."""
+
+        def __init__(self):
+            super().__init__(depth=4)
+            self.calls = []
+            self.kept = {}
+            self.net[0][0].register_forward_hook(self.keep)
+            self.net[1][0].register_forward_hook(lambda module, args, result: result * 0.5)
+            self.net[2][0].register_forward_hook(self.with_kwargs, with_kwargs=True)
+
+        def keep(self, module, args, result):
+            self.calls.append(tuple(result.shape))
+            self.kept["hidden"] = result
+
+        def with_kwargs(self, module, args, kwargs, result):
+            self.calls.append(len(kwargs))
+
+        def step(self, batch):
+            return super().step(batch) + self.kept["hidden"].pow(2).mean()
+
+    ours, reference, _ = both(Matching, strategy())
+    assert ours.calls == reference.calls
+    assert same_weights(ours, reference)
 
 
 class Recorder(L.Callback):

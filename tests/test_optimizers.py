@@ -6,7 +6,7 @@ import inspect
 import lightning as L
 import pytest
 import torch
-from chain import Chain, harmony, loader, same_weights, trainer
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -106,6 +106,58 @@ def test_lbfgs_runs_forward_and_backward_several_times_per_step():
     assert ours.losses == reference.losses
     assert tier(statistics) == WHOLE
     assert statistics.steps > statistics.updates_whole == 2
+
+
+class Sparse(Chain):
+    """An embedding whose gradient holds the rows in use only."""
+
+    def __init__(self):
+        super().__init__(depth=4, optimizer=torch.optim.SGD)
+        self.rows = nn.Embedding(100, WIDTH, sparse=True)
+
+    def step(self, batch):
+        inputs, targets = batch
+        indices = (inputs[:, 0].abs() * 30).long().clamp(max=99)
+        return nn.functional.mse_loss(self.head(self.net(self.rows(indices) + inputs)).squeeze(1), targets)
+
+
+def test_sparse_gradients_where_the_host_is_the_device():
+    """Emulated GPUs hold dense tensors only, and say so."""
+    torch.manual_seed(0)
+    ours = Sparse()
+    torch.manual_seed(0)
+    reference = Sparse()
+    trainer(limit_train_batches=3).fit(reference, loader(8))
+    fitted = trainer("harmony", limit_train_batches=3)
+    fitted.fit(ours, loader(8))
+    assert same_weights(ours, reference)
+    assert tier(fitted.strategy.statistics()) == JUST_IN_TIME
+
+
+def test_sparse_adam():
+    class Manual(Sparse):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            for optimizer in self.optimizers():
+                optimizer.zero_grad()
+            self.manual_backward(self.step(batch))
+            for optimizer in self.optimizers():
+                optimizer.step()
+
+        def configure_optimizers(self):
+            dense = [*self.net.parameters(), *self.head.parameters()]
+            return torch.optim.SparseAdam(self.rows.parameters()), torch.optim.AdamW(dense)
+
+    torch.manual_seed(0)
+    ours = Manual()
+    torch.manual_seed(0)
+    reference = Manual()
+    trainer(limit_train_batches=3).fit(reference, loader(8))
+    trainer("harmony", limit_train_batches=3).fit(ours, loader(8))
+    assert same_weights(ours, reference)
 
 
 class Sam(torch.optim.Optimizer):
@@ -332,6 +384,18 @@ def test_weights_without_gradient_in_some_steps():
 
     *_, statistics = train_both(Sometimes, num_batches=5)
     assert tier(statistics) == JUST_IN_TIME
+
+
+def test_no_optimizer_at_all():
+    class Untrained(Chain):
+        def configure_optimizers(self):
+            return None
+
+    module = Untrained()
+    before = module.head.weight.clone()
+    trainer(harmony(2), limit_train_batches=2).fit(module, loader(8))
+    assert torch.equal(module.head.weight, before)
+    assert module.head.weight.grad is not None
 
 
 def test_a_step_without_loss_steps_nothing():

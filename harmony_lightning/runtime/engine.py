@@ -30,7 +30,7 @@ from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.layer import SavedInForward, call_layer
+from harmony_lightning.runtime.layer import call_layer, is_layer_hook
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.segment import Segment, add_place
@@ -58,6 +58,8 @@ class Engine:
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
+        self.is_cut = True
+        """Whether the microbatches of the step are cut at pack borders."""
         self._interposition = Interposition(root)
         self._host_arithmetic = HostArithmetic()
         self._state: RuntimeState | None = None
@@ -177,6 +179,7 @@ class Engine:
         self.abort()
         self._expected_factor = factor
         self.has_loss = False
+        self.is_cut = is_cut
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
@@ -211,6 +214,8 @@ class Engine:
                 self.state.buffers.flush()
         except Uncuttable:
             self._interrupted_seed = step_seed
+            if not self.trace.is_complete:
+                self.trace = Trace()
             own.resume()
             _restore(own_on_devices)
             raise
@@ -338,10 +343,12 @@ class Engine:
             if microbatch.is_cut and not microbatch.is_in_backward:
                 self.trace.record(microbatch.index, site.layer)
         try:
-            return call_layer(site, microbatch.segment, args, kwargs)
+            keeps = microbatch.is_cut and not microbatch.is_in_backward and site.name in self.plan.keep
+            result = call_layer(site, microbatch.segment, args, kwargs, keeps)
         except Exception as error:
             add_place(error, f"in layer {site.name}", microbatch.segment)
             raise
+        return site.run_forward_hooks(args, kwargs, result)
 
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
@@ -350,8 +357,9 @@ class Engine:
         if self._stash is not None:
             self._stash.before_write(target)
 
-    def _is_in_cut_glue(self) -> bool:
-        return not self.state.depth and self._current is not None and self._current.is_cut
+    def _is_checkpointing(self) -> bool:
+        """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
+        return self.state.depth > 0 or (self._current is not None and self._current.is_cut)
 
     def _stashing_segment(self) -> Segment | None:
         """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
@@ -380,8 +388,8 @@ class Engine:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
-            stack.enter_context(yielding_hooks(_is_own_hook))
-            stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
+            stack.enter_context(yielding_hooks(_steps_aside))
+            stack.enter_context(transparent_checkpoints(self._is_checkpointing))
             glue = Glue(self._current_segment, self.state.is_device, self._before_write)
             glue.host_arithmetic = host_arithmetic
             stack.enter_context(glue)
@@ -493,8 +501,9 @@ class Engine:
             microbatch.pending = {key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()}
 
 
-def _is_own_hook(pack: Any) -> bool:
-    return isinstance(getattr(pack, "__self__", None), HostStash | SavedInForward)
+def _steps_aside(pack: Any) -> bool:
+    """Whether a saved-tensor hook may be taken off for a while."""
+    return isinstance(getattr(pack, "__self__", None), HostStash) or is_layer_hook(pack)
 
 
 def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:

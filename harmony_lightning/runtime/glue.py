@@ -13,7 +13,13 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from harmony_lightning.runtime.derivatives import DERIVATIVES, Uncuttable, crosses_cuts
+from harmony_lightning.runtime.derivatives import (
+    DERIVATIVES,
+    Uncuttable,
+    crosses_cuts,
+    differentiate_weights,
+    inputs_of,
+)
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.segment import Segment
 
@@ -55,10 +61,14 @@ class Glue(TorchFunctionMode):
         if segment is None:
             return func(*args, **kwargs)
         kind = _KINDS.get(func) or _classify(func)
-        if kind == "derivative" and segment.is_cut:
+        if kind == "derivative":
             with torch._C.DisableTorchFunction():
-                if crosses_cuts(args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))):
+                of_weights = any(segment.state.weight_name(tensor) for tensor in inputs_of(func, args, kwargs))
+                outputs = args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))
+                if segment.is_cut and (of_weights or crosses_cuts(outputs)):
                     raise Uncuttable
+            if of_weights:
+                return differentiate_weights(segment.state, func, args, kwargs)
         if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
             # A master stays on the host, wherever its new value was computed.
             func(args[0], args[1].detach().to("cpu"))

@@ -88,7 +88,7 @@ class GradientStore:
         ]
         self._slots: list[list[_Slot]] = [[] for _ in self._devices]
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
-        """Gradients outside slots, by name and device: of glue weights, and all where the host is the device."""
+        """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
         self._owned: set[tuple[str, int]] = set()
         """Which of those are ours alone."""
         self._parts: dict[str, torch.Tensor] = {}
@@ -103,7 +103,8 @@ class GradientStore:
 
         The tensor may be kept, but is written only if it `is_ours`: autograd hands the same one to several takers.
         """
-        if pack is None or self._host_is_device or name not in self._layouts[pack]:
+        is_dense = gradient.layout == torch.strided
+        if pack is None or self._host_is_device or name not in self._layouts[pack] or not is_dense:
             self._add_loose((name, device), gradient, is_ours)
             return
         slot = self._slot(pack, device)
@@ -276,10 +277,10 @@ class GradientStore:
         home, total = held[0]
         for _, gradient in held[1:]:
             arrived = gradient.to(self._devices[home].torch_device)
-            self._counters.p2p_bytes += arrived.nbytes
+            self._counters.p2p_bytes += _payload_nbytes(arrived)
             total = total + arrived
         if not self._host_is_device:
-            self._counters.swap_out_bytes += total.nbytes
+            self._counters.swap_out_bytes += _payload_nbytes(total)
             total = total.cpu()
         complete = frozenset((name,)) if is_complete else frozenset[str]()
         arrived_on_host = {name: total}
@@ -312,6 +313,12 @@ class GradientStore:
 def has_hooks(parameter: nn.Parameter) -> bool:
     """Whether the user watches the gradient of this parameter, and it trains at present."""
     return parameter.requires_grad and bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
+def _payload_nbytes(gradient: torch.Tensor) -> int:
+    if gradient.layout == torch.sparse_coo:
+        return gradient._values().nbytes + gradient._indices().nbytes
+    return gradient.nbytes
 
 
 def _ignore(names: list[str]) -> None: ...

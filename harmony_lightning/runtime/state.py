@@ -48,6 +48,9 @@ class RuntimeState:
         self.upcoming: dict[int, int] = {}
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
+        self.captured: dict[str, torch.Tensor] | None = None
+        """Gradients of weights that user code has asked for, on the host, while it does."""
+        self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False
         self._torch_devices = frozenset(device.torch_device for device in cluster.devices)
@@ -140,6 +143,23 @@ class RuntimeState:
         finally:
             self.is_recomputing = before
 
+    @contextmanager
+    def capturing(self, names: frozenset[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Gradients of these weights that are computed within are kept apart; those of all others are dropped."""
+        self.captured, self._wanted = {}, names
+        try:
+            yield self.captured
+        finally:
+            self.captured = None
+
+    @torch.no_grad()
+    def capture(self, name: str, gradient: torch.Tensor) -> None:
+        """One use of a weight has been differentiated while user code asked for it."""
+        assert self.captured is not None
+        if name in self._wanted:
+            arrived = gradient.detach().to("cpu")
+            self.captured[name] = self.captured[name] + arrived if name in self.captured else arrived
+
     def collect_later(self) -> None:
         """Called within a backward that user code runs by itself: at its end, gradients go to `Parameter.grad`."""
         if not self._is_collecting:
@@ -177,6 +197,7 @@ class RuntimeState:
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
+        self.captured = None
         self._is_collecting = False
         self.upcoming = {}
         self.buffers.discard()
