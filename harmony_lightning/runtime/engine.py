@@ -26,6 +26,7 @@ from harmony_lightning.hardware.device import Cluster, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.layer import call_layer
@@ -57,6 +58,7 @@ class Engine:
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
         self._interposition = Interposition(root)
+        self._derived: list[Derived] = []
         self._state: RuntimeState | None = None
         self._stash: HostStash | None = None
         self._current: Microbatch | None = None
@@ -74,6 +76,7 @@ class Engine:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
         self.worker.drain()
         self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+        self._derived = list(find_derived(self.root))
         self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
@@ -187,6 +190,7 @@ class Engine:
                         for microbatch in visitors:
                             self._run(microbatch, shares[microbatch.index], settle)
                 self.state.buffers.flush()
+            derive_on_host(self._derived)
         finally:
             if len(functions) > 1:
                 own.resume()
@@ -243,6 +247,7 @@ class Engine:
             finally:
                 self._current = None
             self.state.buffers.flush()
+        derive_on_host(self._derived)
         self._end([microbatch])
         return result
 
@@ -386,12 +391,12 @@ class Engine:
         yield
         self.state.upcoming = {}
         self._leave()
-        self.state.buffers.drop_clean()
         for device in leaving:
             self.state.release(pack, device)
 
     def _leave(self) -> None:
         self.state.release_glue()
+        self.state.buffers.drop_clean()
         if self._stash is not None:
             self._stash.let_go()
 
