@@ -8,7 +8,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +25,8 @@ from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
 from harmony_lightning.merged_log import merged_log
+from harmony_lightning.merged_profile import merged_profile
+from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
@@ -159,6 +161,10 @@ class HarmonyMixin:
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
         self.model_to_device()
         self._engine = Engine(self.model, self._cluster())
+        if not self._engine.cluster.host_is_device:
+            accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+            accelerator.get_device_stats = with_all_devices(accelerator.get_device_stats, self._engine.cluster.devices)
+        self._tell_what_runs_eagerly()
         for device in self._engine.cluster.devices:
             device.reset_peak()
         self._last_plan = None
@@ -199,6 +205,20 @@ class HarmonyMixin:
         engine.load(plan, decomposition)
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
+    def _tell_what_runs_eagerly(self) -> None:
+        if getattr(self.lightning_module, "_compiler_ctx", None) is not None:  # type: ignore[attr-defined]
+            self._tell_once(
+                "torch.compile of the whole module is passed over: a step that goes from pack to pack cannot be one "
+                "graph. Compile what is called within: for block in module.blocks: block.compile()"
+            )
+        elif self._emulated is not None and any(m._compiled_call_impl is not None for m in self.model.modules()):
+            self._tell_once("compiled modules run eagerly on emulated GPUs, whose tensors torch.compile does not know")
+
+    def _step_uncompiled(self) -> AbstractContextManager[Any]:
+        """In force around the user's step: it is not compiled as a whole, even if the module is."""
+        is_compiled = getattr(self.lightning_module, "_compiler_ctx", None) is not None  # type: ignore[attr-defined]
+        return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
+
     def _require_engine(self) -> Engine:
         if self._engine is None:
             raise ConfigurationError("the strategy is not set up; that happens in fit, validate, test or predict")
@@ -210,6 +230,7 @@ class HarmonyMixin:
             self._last_plan = self.plan
             self._engine.close()
             self._engine = None
+            vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
         self._root_loss = None
         self._stepping = None
 
@@ -261,6 +282,8 @@ class HarmonyMixin:
                 lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
                 self.root_device,
             ),
+            merged_profile(module.trainer.profiler),
+            self._step_uncompiled(),
             self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
         ):
             functions = [functools.partial(step, part, *args) for part in parts.batches]
@@ -290,7 +313,8 @@ class HarmonyMixin:
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
-        with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+        context_of_precision = getattr(self.precision_plugin, context)  # type: ignore[attr-defined]
+        with log_context, self._step_uncompiled(), context_of_precision():
             return self._to_root(engine.run(lambda: step(*args)))
 
     def _split(self, batch: Any) -> Microbatches:
