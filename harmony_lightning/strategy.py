@@ -24,6 +24,7 @@ from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
+from harmony_lightning.materialise import materialise, skipped_init
 from harmony_lightning.merged_log import merged_log
 from harmony_lightning.merged_profile import merged_profile
 from harmony_lightning.observability.device_stats import with_all_devices
@@ -143,7 +144,7 @@ class HarmonyMixin:
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Modules are built on the host, where their masters stay."""
-        with self._host_as_root(), super().tensor_init_context(empty_init):  # type: ignore[misc]
+        with self._host_as_root(), super().tensor_init_context(empty_init), skipped_init(bool(empty_init)):  # type: ignore[misc]
             yield
 
     @contextmanager
@@ -159,6 +160,7 @@ class HarmonyMixin:
         self._close_engine()
         self.accelerator.setup(trainer)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
+        materialise(self.model)
         self.model_to_device()
         self._engine = Engine(self.model, self._cluster())
         if not self._engine.cluster.host_is_device:
@@ -241,7 +243,13 @@ class HarmonyMixin:
 
     def teardown(self) -> None:
         self._close_engine()
-        super().teardown()  # type: ignore[misc]
+        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        if module is not None and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            self._lightning_module = None  # set-up has failed; what has no values cannot be moved to the host
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            self._lightning_module = module
 
     def __getstate__(self) -> dict[str, Any]:
         state: Any = super().__getstate__()
@@ -422,6 +430,11 @@ class HarmonyMixin:
             ordered = {key: entries[key] for key in positions if key in entries}
             state["state"] = ordered | entries
         return state
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """What the checkpoint brings needs no other values first."""
+        materialise(self.lightning_module, frozenset(checkpoint["state_dict"]))  # type: ignore[attr-defined]
+        super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Optimizer states live on the host, beside the masters."""
