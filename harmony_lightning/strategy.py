@@ -29,6 +29,7 @@ from harmony_lightning.merged_log import merged_log
 from harmony_lightning.merged_profile import merged_profile
 from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
+from harmony_lightning.one_task import check_one_task
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
@@ -87,6 +88,7 @@ class HarmonyMixin:
         self._emulated = cluster
         self._given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
         self.parallel_devices: list[torch.device] | None = None
+        self._cluster_environment: Any = None
         self._engine: Engine | None = None
         self._last_plan: Plan | None = None
         self._has_traced = False
@@ -114,6 +116,16 @@ class HarmonyMixin:
     def num_nodes(self, value: int) -> None:
         if value != 1:
             raise ConfigurationError(f"strategy='harmony' trains on one server, got num_nodes={value}")
+
+    @property
+    def cluster_environment(self) -> Any:
+        """Who started this process; Lightning sets it when the Trainer is made."""
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: Any) -> None:
+        check_one_task(environment)
+        self._cluster_environment = environment
 
     @property
     def plan(self) -> Plan | None:
@@ -155,6 +167,14 @@ class HarmonyMixin:
         finally:
             self.parallel_devices = devices
 
+    def setup_environment(self) -> None:
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ConfigurationError(
+                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}; pass "
+                f"accelerator='cpu' or 'cuda'"
+            )
+        super().setup_environment()  # type: ignore[misc]
+
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
         self._close_engine()
@@ -183,10 +203,6 @@ class HarmonyMixin:
         if self.root_device.type == "cuda":
             assert self.parallel_devices is not None
             return CudaCluster(self.parallel_devices, self._config.memory_bytes)
-        if self.root_device.type != "cpu":
-            raise ConfigurationError(
-                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}"
-            )
         return HostCluster()
 
     def model_to_device(self) -> None:

@@ -1,5 +1,6 @@
 """Both copies of Lightning are served, by name and by class, in one process."""
 
+import os
 import subprocess
 import sys
 
@@ -54,3 +55,58 @@ def test_the_public_class_is_that_of_the_lightning_in_use():
 
     assert issubclass(harmony_lightning.HarmonyStrategy, pl.strategies.SingleDeviceStrategy)
     assert harmony_lightning.pytorch_lightning.HarmonyStrategy is not harmony_lightning.HarmonyStrategy
+
+
+def run(code, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_broken_installation_of_ours_breaks_neither_torch_nor_lightning():
+    """A dependency is missing: only who asks for the strategy hears of it."""
+    done = run(
+        """
+import sys
+sys.modules["greenlet"] = None
+import torch, lightning.pytorch as first, pytorch_lightning as second
+for pl in first, second:
+    pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    try:
+        pl.Trainer(strategy="harmony", accelerator="cpu")
+    except ImportError as error:
+        print("told", error)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told") == done.stdout.count("greenlet") == 2
+
+
+def test_with_the_hook_disabled_one_import_is_enough_for_both():
+    done = run(
+        """
+import torch, lightning.pytorch as first
+assert "harmony" not in first.strategies.StrategyRegistry
+import harmony_lightning
+import pytorch_lightning as second
+for pl in first, second:
+    print(type(pl.Trainer(strategy="harmony", accelerator="cpu", logger=False).strategy).__module__)
+""",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["harmony_lightning.lightning", "harmony_lightning.pytorch_lightning"]
+
+
+def test_lightning_s_own_error_is_left_where_the_hook_is_disabled_and_nothing_is_imported():
+    done = run(
+        """
+import lightning.pytorch as pl
+try:
+    pl.Trainer(strategy="harmony", accelerator="cpu")
+except ValueError as error:
+    print("told", error)
+""",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "told" in done.stdout
