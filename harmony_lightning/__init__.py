@@ -6,7 +6,7 @@ The rooms of the house; each imports only rooms below it:
                     `pytorch_lightning` hold the class for each of the two packages
     prepare         module -> plan
     materialise     weights that were declared and not made
-    overrides, merged_log, merged_profile, one_task
+    overrides, merged_log, merged_profile, compiled, one_task
                     what Lightning expects of a strategy beside training
     observability   what a run did
     scheduler       sizes -> plan        runtime   carries a plan out; enter at `runtime.engine`

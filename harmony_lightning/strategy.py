@@ -8,7 +8,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
 from harmony_lightning import overrides
+from harmony_lightning.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
 from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
@@ -186,7 +187,8 @@ class HarmonyMixin:
         if not self._engine.cluster.host_is_device:
             accelerator: Any = self.accelerator  # type: ignore[attr-defined]
             accelerator.get_device_stats = with_all_devices(accelerator.get_device_stats, self._engine.cluster.devices)
-        self._tell_what_runs_eagerly()
+        if (text := what_runs_eagerly(self.lightning_module, self._emulated is not None)) is not None:  # type: ignore[attr-defined]
+            self._tell_once(text)
         for device in self._engine.cluster.devices:
             device.reset_peak()
         self._last_plan = None
@@ -222,20 +224,6 @@ class HarmonyMixin:
             check_plan(plan, decomposition, len(engine.cluster.devices))
         engine.load(plan, decomposition)
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
-
-    def _tell_what_runs_eagerly(self) -> None:
-        if getattr(self.lightning_module, "_compiler_ctx", None) is not None:  # type: ignore[attr-defined]
-            self._tell_once(
-                "torch.compile of the whole module is passed over: a step that goes from pack to pack cannot be one "
-                "graph. Compile what is called within: for block in module.blocks: block.compile()"
-            )
-        elif self._emulated is not None and any(m._compiled_call_impl is not None for m in self.model.modules()):
-            self._tell_once("compiled modules run eagerly on emulated GPUs, whose tensors torch.compile does not know")
-
-    def _step_uncompiled(self) -> AbstractContextManager[Any]:
-        """In force around the user's step: it is not compiled as a whole, even if the module is."""
-        is_compiled = getattr(self.lightning_module, "_compiler_ctx", None) is not None  # type: ignore[attr-defined]
-        return torch.compiler.set_stance("force_eager") if is_compiled else nullcontext()
 
     def _require_engine(self) -> Engine:
         if self._engine is None:
@@ -307,7 +295,7 @@ class HarmonyMixin:
                 self.root_device,
             ),
             merged_profile(module.trainer.profiler),
-            self._step_uncompiled(),
+            uncompiled_step(module),
             self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
         ):
             functions = [functools.partial(step, part, *args) for part in parts.batches]
@@ -338,7 +326,7 @@ class HarmonyMixin:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
         context_of_precision = getattr(self.precision_plugin, context)  # type: ignore[attr-defined]
-        with log_context, self._step_uncompiled(), context_of_precision():
+        with log_context, uncompiled_step(self.lightning_module), context_of_precision():  # type: ignore[attr-defined]
             return self._to_root(engine.run(lambda: step(*args)))
 
     def _split(self, batch: Any) -> Microbatches:
