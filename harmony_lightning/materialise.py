@@ -1,15 +1,18 @@
 """Weights that were declared and not made: on the meta device, or in memory that was left as it was found.
 
 A model larger than the host's patience is declared under `torch.device("meta")` or `trainer.init_module(empty_init=True)`
-and gets its values later: from a checkpoint, or, here, from each module's own `reset_parameters`, module by module, so
-that the host never holds more than one copy of the weights. A checkpoint's values are not drawn first.
+and gets its values later: from a checkpoint, or, here, from each module's own `reset_parameters` and then from the
+`_init_weights(module)` of the nearest module around it that has one (the habit of `transformers` and of many others). That
+goes module by module, so that the host never holds more than one copy of the weights. A checkpoint's values are not drawn
+first.
 
 Memory under `empty_init` is not touched, and so not taken, until something is written. What nothing was written to is known
 by a mark: NaN in three places of a tensor whose initialisation was skipped.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -69,7 +72,7 @@ def materialise(root: nn.Module, loaded: Collection[str] = _EVERYTHING) -> None:
                 _take_memory(module, name, tensor)
         to_draw = [name for name in own if f"{prefix}.{name}".lstrip(".") not in loaded]
         if to_draw:
-            _draw(module, prefix, to_draw)
+            _draw(root, prefix, to_draw)
 
 
 def _own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
@@ -91,30 +94,38 @@ def _take_memory(module: nn.Module, name: str, tensor: torch.Tensor) -> None:
     torch.utils.swap_tensors(tensor, nn.Parameter(memory, tensor.requires_grad))  # type: ignore[no-untyped-call]
 
 
-def _draw(module: nn.Module, prefix: str, names: list[str]) -> None:
-    """Have the module fill itself; of all its tensors only the named ones change."""
-    where = f"module {prefix or 'itself'} ({type(module).__name__})"
-    reset_parameters: Any = getattr(module, "reset_parameters", None)
-    if not callable(reset_parameters):
-        raise ConfigurationError(
-            f"{where} was declared without values (meta device or empty_init) and has no reset_parameters() to fill "
-            f"{', '.join(names)}; write one, load a checkpoint (ckpt_path=...), or build the module with values"
-        )
+def _draw(root: nn.Module, name: str, to_draw: list[str]) -> None:
+    """Have a module filled; of all its tensors only those `to_draw` change."""
+    module = root.get_submodule(name)
     with torch.no_grad():
-        kept = {name: tensor.clone() for name, tensor in _own_tensors(module) if name not in names}
+        kept = {name: tensor.clone() for name, tensor in _own_tensors(module) if name not in to_draw}
         before = dict(_own_tensors(module))
-        for name in names:
-            _mark(before[name])
-        reset_parameters()
+        for tensor in to_draw:
+            _mark(before[tensor])
+        for fill in _ways_to_fill(root, name):
+            fill()
         after = dict(_own_tensors(module))
-        for name, value in kept.items():
-            after[name].copy_(value)
-        missed = [name for name in names if after[name] is before[name] and _is_marked(after[name])]
+        for tensor, value in kept.items():
+            after[tensor].copy_(value)
+    missed = [tensor for tensor in to_draw if after[tensor] is before[tensor] and _is_marked(after[tensor])]
     if missed:
         raise ConfigurationError(
-            f"reset_parameters() of {where} has not filled {', '.join(missed)}, declared without values; let it fill "
-            f"them, load a checkpoint (ckpt_path=...), or build the module with values"
+            f"module {name or 'itself'} ({type(module).__name__}) was declared without values (meta device or empty_init), "
+            f"and nothing fills its {', '.join(missed)}: let its reset_parameters() do it, load a checkpoint that has "
+            f"them (ckpt_path=...), or build the module with values"
         )
+
+
+def _ways_to_fill(root: nn.Module, name: str) -> Iterator[Callable[[], Any]]:
+    """The module's own, then that of the nearest module around it: the model's choice counts more than the default."""
+    module = root.get_submodule(name)
+    if callable(reset_parameters := getattr(module, "reset_parameters", None)):
+        yield reset_parameters
+    while name:
+        name = name.rpartition(".")[0]
+        if callable(init_weights := getattr(root.get_submodule(name), "_init_weights", None)):
+            yield partial(init_weights, module)
+            return
 
 
 def _mark(tensor: torch.Tensor) -> None:

@@ -419,6 +419,15 @@ def test_batch_size_finder_hears_of_too_little_memory(tmp_path):
     assert tuned.global_step > 0
 
 
+def test_batch_size_finder_for_validation(tmp_path):
+    module = fresh(Tuned)
+    before = copy.deepcopy(module)
+    tuned = trainer(harmony(2), default_root_dir=tmp_path)
+    found = Tuner(tuned).scale_batch_size(module, method="validate", init_val=2, steps_per_trial=1, max_trials=4)
+    assert same_weights(module, before)
+    assert found == module.batch_size >= 8
+
+
 def test_batch_size_finder_as_a_callback(tmp_path):
     module = fresh(Tuned)
     module.batch_size = 2

@@ -253,6 +253,24 @@ def test_training_goes_on_after_and_before_several_processes(tmp_path, kind):
         torch.testing.assert_close(there[name], value, rtol=1e-3, atol=1e-4)
 
 
+def test_any_plan_goes_on_the_same(tmp_path):
+    """Other GPUs, packs, stashes and layers than those of the run that has written the file."""
+    fit(fresh(), harmony(2, stash="device")).save_checkpoint(tmp_path / "one.ckpt")
+    plans = [
+        harmony(1, "300KiB"),
+        harmony(3, "200KiB", stash="device"),
+        harmony(2, layers=["net.*"]),
+        harmony(1, mode="dp"),
+    ]
+    files = []
+    for index, strategy in enumerate(plans):
+        fit(fresh(), strategy, tmp_path / "one.ckpt", max_epochs=2).save_checkpoint(tmp_path / f"{index}.ckpt")
+        files.append(read(tmp_path / f"{index}.ckpt"))
+    for other in files[1:]:
+        assert equal(other["state_dict"], files[0]["state_dict"])
+        assert equal(other["optimizer_states"], files[0]["optimizer_states"])
+
+
 def test_a_module_with_frozen_weights_and_buffers_is_saved_and_resumed(tmp_path):
     class Mixed(Chain):
         def __init__(self):

@@ -146,8 +146,8 @@ class Forgetful(Unfillable):
 @pytest.mark.parametrize(
     ("kind", "message"),
     [
-        (Unfillable, r"module net\.3 \(Unfillable\) .* no reset_parameters\(\) to fill scale"),
-        (Forgetful, r"reset_parameters\(\) of module net\.3 \(Forgetful\) has not filled offset"),
+        (Unfillable, r"module net\.3 \(Unfillable\) .* nothing fills its scale"),
+        (Forgetful, r"module net\.3 \(Forgetful\) .* nothing fills its offset: let its reset_parameters"),
     ],
 )
 def test_what_cannot_be_filled_is_told_by_name(kind, message):
@@ -156,6 +156,55 @@ def test_what_cannot_be_filled_is_told_by_name(kind, message):
         module.net[3] = kind()
     with pytest.raises(ConfigurationError, match=message):
         trainer(harmony()).fit(module, loader(8))
+
+
+class Initialising(Chain):
+    """Chooses other values than its modules would."""
+
+    def __init__(self):
+        super().__init__()
+        self.net[3] = Unfillable()
+
+    def _init_weights(self, module):
+        if isinstance(module, nn.Linear):
+            nn.init.constant_(module.weight, 0.5)
+        if isinstance(module, Unfillable):
+            nn.init.constant_(module.scale, 2.0)
+
+
+def test_the_model_s_own_choice_of_values_counts():
+    module = declared(Initialising)
+    materialise(module)
+    assert (module.net[0][0].weight == 0.5).all()
+    assert (module.net[3].scale == 2).all()
+    assert module.net[0][0].bias.abs().max() <= 1 / 8
+
+
+def test_a_transformer_on_the_meta_device():
+    """Its buffers are in no checkpoint."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4
+    )
+
+    class Model(Chain):
+        def __init__(self):
+            super().__init__(depth=1)
+            self.net = self.head = None
+            self.model = LlamaForCausalLM(config)
+
+        def step(self, batch):
+            return self.model(input_ids=batch, labels=batch, use_cache=False).loss
+
+    module, plain = declared(Model), Model()
+    data = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(1))
+    fitted = trainer(harmony(2, "300KiB"))
+    fitted.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
+    for name, buffer in plain.named_buffers():
+        assert torch.equal(module.get_buffer(name), buffer), name
+    assert 0.01 < module.model.model.embed_tokens.weight.std() < 0.04
+    assert all(torch.isfinite(p).all() for p in module.parameters())
 
 
 class Configured(Chain):
