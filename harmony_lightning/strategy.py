@@ -17,16 +17,21 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from harmony_lightning import overrides, precision
+from harmony_lightning.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
+from harmony_lightning.materialise import materialise, skipped_init
 from harmony_lightning.merged_log import Losses, merged_log, unlogged
 from harmony_lightning.merged_metrics import Twins, merged_metrics
+from harmony_lightning.merged_profile import merged_profile
 from harmony_lightning.microbatch_check import compare_losses, untouched
+from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
+from harmony_lightning.one_task import check_one_task
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.derivatives import Uncuttable
@@ -96,6 +101,7 @@ class HarmonyMixin:
         self._emulated = cluster
         self._given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
         self.parallel_devices: list[torch.device] | None = None
+        self._cluster_environment: Any = None
         self._engine: Engine | None = None
         self._last_plan: Plan | None = None
         self._has_traced = False
@@ -133,6 +139,16 @@ class HarmonyMixin:
             raise ConfigurationError(f"strategy='harmony' trains on one server, got num_nodes={value}")
 
     @property
+    def cluster_environment(self) -> Any:
+        """Who started this process; Lightning sets it when the Trainer is made."""
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: Any) -> None:
+        check_one_task(environment)
+        self._cluster_environment = environment
+
+    @property
     def plan(self) -> Plan | None:
         """The plan in use; None before set-up."""
         return self._engine.plan if self._engine is not None and self._engine.is_loaded else self._last_plan
@@ -163,7 +179,7 @@ class HarmonyMixin:
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Modules are built on the host, where their masters stay."""
-        with self._host_as_root(), super().tensor_init_context(empty_init):  # type: ignore[misc]
+        with self._host_as_root(), super().tensor_init_context(empty_init), skipped_init(bool(empty_init)):  # type: ignore[misc]
             yield
 
     @contextmanager
@@ -174,14 +190,28 @@ class HarmonyMixin:
         finally:
             self.parallel_devices = devices
 
+    def setup_environment(self) -> None:
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ConfigurationError(
+                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}; pass "
+                f"accelerator='cpu' or 'cuda'"
+            )
+        super().setup_environment()  # type: ignore[misc]
+
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
         self._close_engine()
         precision.check_plugin(self.precision_plugin)  # type: ignore[attr-defined]
         self.accelerator.setup(trainer)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
+        materialise(self.model)
         self.model_to_device()
         self._engine = Engine(self.model, self._cluster())
+        if not self._engine.cluster.host_is_device:
+            accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+            accelerator.get_device_stats = with_all_devices(accelerator.get_device_stats, self._engine.cluster.devices)
+        if (text := what_runs_eagerly(self.lightning_module, self._emulated is not None)) is not None:  # type: ignore[attr-defined]
+            self._tell_once(text)
         for device in self._engine.cluster.devices:
             device.reset_peak()
         self._last_plan = None
@@ -203,10 +233,6 @@ class HarmonyMixin:
         if self.root_device.type == "cuda":
             assert self.parallel_devices is not None
             return CudaCluster(self.parallel_devices, self._config.memory_bytes)
-        if self.root_device.type != "cpu":
-            raise ConfigurationError(
-                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}"
-            )
         return HostCluster()
 
     def model_to_device(self) -> None:
@@ -239,6 +265,7 @@ class HarmonyMixin:
             self._last_plan = self.plan
             self._engine.close()
             self._engine = None
+            vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
         self._root_loss = None
 
     def on_exception(self, exception: BaseException) -> None:
@@ -248,7 +275,13 @@ class HarmonyMixin:
 
     def teardown(self) -> None:
         self._close_engine()
-        super().teardown()  # type: ignore[misc]
+        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        if module is not None and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            self._lightning_module = None  # set-up has failed; what has no values cannot be moved to the host
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            self._lightning_module = module
 
     def __getstate__(self) -> dict[str, Any]:
         state: Any = super().__getstate__()
@@ -322,6 +355,8 @@ class HarmonyMixin:
                 lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
                 self.root_device,
             ) as merged,
+            merged_profile(module.trainer.profiler),
+            uncompiled_step(module),
             merged_metrics(self._metrics, engine.aside, self._twins if len(functions) > 1 else None),
         ):
             outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=not self._is_uncuttable)
@@ -344,6 +379,7 @@ class HarmonyMixin:
             self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
             untouched(module, engine.cluster.devices),
             unlogged(loop),
+            uncompiled_step(module),
             merged_metrics(self._metrics, engine.aside, None),
         ):
             for piece in (batch, *parts.batches):
@@ -380,6 +416,7 @@ class HarmonyMixin:
         with (
             getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
             log_context,
+            uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
             merged_metrics(self._metrics, engine.aside, None),
         ):
             return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
@@ -486,6 +523,11 @@ class HarmonyMixin:
             ordered = {key: entries[key] for key in positions if key in entries}
             state["state"] = ordered | entries
         return state
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """What the checkpoint brings needs no other values first."""
+        materialise(self.lightning_module, frozenset(checkpoint["state_dict"]))  # type: ignore[attr-defined]
+        super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Optimizer states live on the host, beside the masters."""
