@@ -5,6 +5,7 @@ looking at it. But the first minibatch can be run both ways, in one piece and in
 """
 
 import copy
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,8 +15,10 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError
 from harmony_lightning.hardware.device import Device
+from harmony_lightning.runtime.engine import Engine
+from harmony_lightning.runtime.outputs import loss_of
 from harmony_lightning.runtime.randomness import HostState
 
 _METRIC_STATE = ("_update_count", "_computed", "_forward_cache")
@@ -50,6 +53,20 @@ def untouched(module: nn.Module, devices: Sequence[Device]) -> Iterator[None]:
         for device, state in on_devices:
             if state is not None:
                 device.set_random_state(state)
+
+
+def losses_of_pieces(engine: Engine, step: Callable[[Any], Any], pieces: Sequence[Any]) -> list[float] | str:
+    """The loss of each piece, run whole; or why there is none."""
+    losses = []
+    for piece in pieces:
+        try:
+            loss = loss_of(engine.run(functools.partial(step, piece)))
+        except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
+            return f"a minibatch in one piece does not fit ({error})"
+        if loss is None or loss.numel() != 1:
+            return "training_step returned no loss"
+        losses.append(float(loss))
+    return losses
 
 
 def _copy(state: Any) -> Any:

@@ -8,7 +8,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from torchmetrics import Metric
 from harmony_lightning import overrides, precision
 from harmony_lightning.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
-from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
+from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
@@ -28,7 +28,7 @@ from harmony_lightning.materialise import materialise, skipped_init
 from harmony_lightning.merged_log import Losses, merged_log, unlogged
 from harmony_lightning.merged_metrics import Twins, merged_metrics
 from harmony_lightning.merged_profile import merged_profile
-from harmony_lightning.microbatch_check import compare_losses, untouched
+from harmony_lightning.microbatch_check import compare_losses, losses_of_pieces, untouched
 from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.one_task import check_one_task
@@ -265,6 +265,7 @@ class HarmonyMixin:
             self._last_plan = self.plan
             self._engine.close()
             self._engine = None
+            self._metrics, self._twins = [], Twins()
             vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
         self._root_loss = None
 
@@ -348,16 +349,14 @@ class HarmonyMixin:
             differentiable.append(loss)
             return differentiable.pop(), with_loss(result, loss.detach())
 
+        logging_merged = merged_log(
+            module.trainer.fit_loop.epoch_loop,
+            lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
+            self.root_device,
+        )
         with (
-            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
-            merged_log(  # replays on leaving, within the context in which the user logged
-                module.trainer.fit_loop.epoch_loop,
-                lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
-                self.root_device,
-            ) as merged,
+            self._around_step("train_step_context", logging_merged, len(functions)) as merged,
             merged_profile(module.trainer.profiler),
-            uncompiled_step(module),
-            merged_metrics(self._metrics, engine.aside, self._twins if len(functions) > 1 else None),
         ):
             outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=not self._is_uncuttable)
             outputs = [self._to_root(output) for output in outputs]
@@ -374,27 +373,32 @@ class HarmonyMixin:
         self._is_checked = True
         engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
         loop = module.trainer.fit_loop.epoch_loop
-        losses: list[float] = []
         with (
-            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
+            self._around_step("train_step_context", unlogged(loop)),
             untouched(module, engine.cluster.devices),
-            unlogged(loop),
-            uncompiled_step(module),
-            merged_metrics(self._metrics, engine.aside, None),
         ):
-            for piece in (batch, *parts.batches):
-                try:
-                    loss = loss_of(engine.run(functools.partial(module.training_step, piece, *args)))
-                except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
-                    self._tell_once(f"check of microbatches left out: a minibatch in one piece does not fit ({error})")
-                    return
-                if loss is None or loss.numel() != 1:
-                    self._tell_once("check of microbatches left out: training_step returned no loss")
-                    return
-                losses.append(float(loss))
+            losses = losses_of_pieces(engine, lambda piece: module.training_step(piece, *args), (batch, *parts.batches))
+        if isinstance(losses, str):
+            self._tell_once(f"check of microbatches left out: {losses}")
+            return
         is_exact = self.precision_plugin.precision in ("32-true", "64-true")  # type: ignore[attr-defined]
         compare_losses(losses[0], losses[1:], shares, parts.num_samples, 1e-3 if is_exact else 2e-2)
         log.info("harmony: check of microbatches passed: loss %.6g", losses[0])
+
+    @contextmanager
+    def _around_step(
+        self, context: str, logging: AbstractContextManager[Any], num_microbatches: int = 1
+    ) -> Iterator[Any]:
+        """What is in force while the user's step runs. What is logged is replayed within the context of the precision, in
+        which the user logged it."""
+        twins = self._twins if num_microbatches > 1 else None
+        with (
+            getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
+            logging as merged,
+            uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
+            merged_metrics(self._metrics, self._require_engine().aside, twins),
+        ):
+            yield merged
 
     def validation_step(self, *args: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
@@ -413,12 +417,7 @@ class HarmonyMixin:
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
-        with (
-            getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
-            log_context,
-            uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
-            merged_metrics(self._metrics, engine.aside, None),
-        ):
+        with self._around_step(context, log_context):
             return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
     def _split(self, batch: Any) -> Microbatches:
