@@ -379,3 +379,23 @@ def test_patched_functions_are_given_back():
     module, _ = twins()
     trainer(harmony(2), limit_train_batches=1).fit(module, loader(8))
     assert torch.autograd.graph.disable_saved_tensors_hooks is before
+
+
+@STASHES
+def test_gradients_of_inputs_in_evaluation(stash):
+    """As of energies by positions: with gradients on, and none of the weights'."""
+
+    class Slopes(Chain):
+        def validation_step(self, batch, batch_idx):
+            with torch.enable_grad():
+                inputs = batch[0].clone().requires_grad_()
+                (slope,) = torch.autograd.grad(self.head(self.net(inputs)).sum(), inputs)
+            self.log("slope", slope.norm())
+
+    torch.manual_seed(0)
+    module = Slopes()
+    options = {"inference_mode": False, "limit_val_batches": 2}
+    expected = trainer(**options).validate(module, loader(8), verbose=False)
+    fitted = trainer(harmony(2, "160KiB", stash=stash), **options)
+    assert fitted.validate(module, loader(8), verbose=False) == expected
+    assert all(parameter.grad is None for parameter in module.parameters())

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
-from test_optimizers import Sam, assert_same_optimizers
+from chain import WIDTH, Chain, Sam, assert_same_optimizers, harmony, loader, same_weights, trainer
 from torch import nn
 
 
