@@ -4,6 +4,7 @@ The rooms of the house; each imports only rooms below it:
 
     strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; `lightning` and
                     `pytorch_lightning` hold the class for each of the two packages
+    updates         when weights are stepped: just in time, or whole behind backward
     prepare         module -> plan
     observability   what a run did
     scheduler       sizes -> plan        runtime   carries a plan out; enter at `runtime.engine`

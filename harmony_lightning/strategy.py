@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
-from harmony_lightning import overrides
+from harmony_lightning import overrides, precision
 from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
 from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
@@ -28,12 +28,13 @@ from harmony_lightning.merged_log import merged_log
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
 from harmony_lightning.runtime.rows import num_samples
-from harmony_lightning.runtime.update import JustInTimeUpdate, is_separable
 from harmony_lightning.scheduler import automatic_microbatch_size
+from harmony_lightning.updates import Updates
 
 log = logging.getLogger(__name__)
 
@@ -87,10 +88,12 @@ class HarmonyMixin:
         self._engine: Engine | None = None
         self._last_plan: Plan | None = None
         self._has_traced = False
+        self._is_uncuttable = False
+        """Whether user code was seen to take derivatives across layers."""
         self._call_order: CallOrder | None = None
         self._min_samples = 1
         self._root_loss: torch.Tensor | None = None
-        self._stepping: Optimizer | None = None
+        self._updates = Updates()
         self._told: set[str] = set()
         self._last_statistics = Statistics(**dict.fromkeys(_COUNTS, 0), peak_device_bytes=())
 
@@ -132,6 +135,8 @@ class HarmonyMixin:
             stash_in_bytes=counters.stash_in_bytes,
             stash_out_bytes=counters.stash_out_bytes,
             input_bytes=counters.input_bytes,
+            updates_just_in_time=counters.updates_just_in_time,
+            updates_whole=counters.updates_whole,
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
@@ -155,6 +160,7 @@ class HarmonyMixin:
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
         self._close_engine()
+        precision.check_plugin(self.precision_plugin)  # type: ignore[attr-defined]
         self.accelerator.setup(trainer)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
         self.model_to_device()
@@ -163,10 +169,15 @@ class HarmonyMixin:
             device.reset_peak()
         self._last_plan = None
         self._has_traced = False
+        self._is_uncuttable = False
         self._call_order = None
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)  # type: ignore[attr-defined]
+            if self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
+                for optimizer in self.optimizers:  # type: ignore[attr-defined]
+                    self._updates.probe(optimizer)
         self.setup_precision_plugin()  # type: ignore[attr-defined]
+        precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._load_plan(Workload(microbatch_size=1, num_microbatches=1))
 
     def _cluster(self) -> Cluster:
@@ -211,7 +222,6 @@ class HarmonyMixin:
             self._engine.close()
             self._engine = None
         self._root_loss = None
-        self._stepping = None
 
     def on_exception(self, exception: BaseException) -> None:
         if self._engine is not None:
@@ -224,7 +234,7 @@ class HarmonyMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         state: Any = super().__getstate__()
-        return {**state, "_engine": None, "_root_loss": None}
+        return {**state, "_engine": None, "_root_loss": None, "_updates": Updates()}
 
     # Batches and steps ------------------------------------------------------------------------------------------------
 
@@ -246,6 +256,26 @@ class HarmonyMixin:
         engine = self._require_engine()
         parts = self._split(batch)
         self._bring_plan_up_to_date(parts)
+        functions = [functools.partial(step, part, *args) for part in parts.batches]
+        try:
+            outputs = self._run_microbatches(functions, parts)
+        except Uncuttable:
+            self._is_uncuttable = True
+            self._tell_once(
+                "training_step takes derivatives across layers itself (torch.autograd.grad, backward): each microbatch "
+                "runs in one piece, and packs are swapped for every microbatch; this minibatch began once before"
+            )
+            outputs = self._run_microbatches(functions, parts)
+        output = merge_outputs([self._to_root(output) for output in outputs], parts.num_samples)
+        loss = loss_of(output)
+        if loss is None or not engine.has_loss:
+            return output
+        # Whatever is done to the result, this leaf's gradient will say how much the minibatch's loss counts.
+        self._root_loss = loss.detach().requires_grad_()
+        return with_loss(output, self._root_loss * 1)
+
+    def _run_microbatches(self, functions: Sequence[Callable[[], Any]], parts: Microbatches) -> list[Any]:
+        engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
         differentiable = []
 
         def settle(result: Any) -> tuple[torch.Tensor | None, Any]:
@@ -263,15 +293,9 @@ class HarmonyMixin:
             ),
             self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
         ):
-            functions = [functools.partial(step, part, *args) for part in parts.batches]
-            outputs = engine.forward(functions, parts.weights, settle, self._expected_factor())
-        output = merge_outputs([self._to_root(output) for output in outputs], parts.num_samples)
-        loss = loss_of(output)
-        if loss is None or not engine.has_loss:
-            return output
-        # Whatever is done to the result, this leaf's gradient will say how much the minibatch's loss counts.
-        self._root_loss = loss.detach().requires_grad_()
-        return with_loss(output, self._root_loss * 1)
+            return engine.forward(
+                functions, parts.weights, settle, self._expected_factor(), is_cut=not self._is_uncuttable
+            )
 
     def validation_step(self, *args: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
@@ -291,7 +315,7 @@ class HarmonyMixin:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
         with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
-            return self._to_root(engine.run(lambda: step(*args)))
+            return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
     def _split(self, batch: Any) -> Microbatches:
         size: int | str = self._config.microbatch_size
@@ -339,9 +363,9 @@ class HarmonyMixin:
 
     def _expected_factor(self) -> float:
         """The gradient that the minibatch's loss will most likely get, so that nothing has to be scaled later."""
-        accumulate = self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
         scaler = getattr(self.precision_plugin, "scaler", None)  # type: ignore[attr-defined]
-        return float(torch.tensor(1.0) / accumulate) * (scaler.get_scale() if scaler is not None else 1.0)
+        scale: float = scaler.get_scale() if scaler is not None else 1.0
+        return scale / self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined,no-any-return]
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
@@ -349,7 +373,15 @@ class HarmonyMixin:
         module = self.lightning_module  # type: ignore[attr-defined]
         self.pre_backward(closure_loss)  # type: ignore[attr-defined]
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        try:
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            if self._root_loss is not None:
+                error.add_note(
+                    "harmony: the loss that backward is given stands for those of all microbatches and has no graph of "
+                    "its own; call loss.backward(), or use torch.autograd.grad inside training_step"
+                )
+            raise
         engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
         if root is None:
@@ -361,33 +393,22 @@ class HarmonyMixin:
                 "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
             )
         else:
-            engine.backward(float(root.grad), self._update())
+            on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
+            engine.backward(self._factor(root.grad), on_complete)
             engine.worker.drain()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
         self.post_backward(closure_loss)  # type: ignore[attr-defined]
         return closure_loss
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        self._stepping = optimizer
-        try:
-            # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
-            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
-        finally:
-            self._stepping = None
+    def _factor(self, gradient: torch.Tensor) -> float:
+        """What the loss counts; the expected number where the loss's type can only hold it rounded."""
+        expected = self._expected_factor()
+        return expected if bool(gradient == gradient.new_tensor(expected)) else float(gradient)
 
-    def _update(self) -> Callable[[list[str]], None]:
-        """What happens to weights as soon as their gradients are complete: their step, if nothing has to see all
-        gradients first; otherwise nothing, and the optimizer steps the whole model after backward."""
-        optimizer = self._stepping
-        if (
-            optimizer is None
-            or len(self.optimizers) != 1  # type: ignore[attr-defined]
-            or not is_separable(optimizer)
-            or getattr(self.precision_plugin, "scaler", None) is not None  # type: ignore[attr-defined]
-            or overrides.sees_gradients(self.lightning_module, self._pl)  # type: ignore[attr-defined]
-        ):
-            return lambda names: None
-        return JustInTimeUpdate(optimizer, self._require_engine().state.parameters)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
+        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        with self._updates.stepping(optimizer, closure, self._require_engine(), trainer) as closure:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In the order of the parameters, though packs were first updated from the last to the first."""

@@ -1,4 +1,4 @@
-"""What many tests share: a small module, its data, a quiet Trainer."""
+"""What many tests share: a small module, its data, a quiet Trainer, a two-step optimizer."""
 
 import copy
 
@@ -96,3 +96,50 @@ def same_weights(one, other):
 def stays_within(statistics, memory_bytes):
     """Whether no device had more in use. Real GPUs also hold the workspaces of CUDA's libraries; `test_gpu` limits them."""
     return on_cuda or max(statistics.peak_device_bytes) <= memory_bytes
+
+
+def assert_same_optimizers(ours, reference):
+    for mine, theirs in zip(ours, reference, strict=True):
+        mine, theirs = mine.state_dict(), theirs.state_dict()
+        assert mine["param_groups"] == theirs["param_groups"]
+        torch.testing.assert_close(mine["state"], theirs["state"], rtol=0, atol=0)
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware: a step up along the gradient, a new gradient there, and from the old place a step with it."""
+
+    def __init__(self, parameters, lr=0.1, rho=0.05):
+        super().__init__(parameters, {"lr": lr, "rho": rho})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def weights(self):
+        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self, zero_grad=False):
+        norm = torch.norm(torch.stack([p.grad.norm(p=2) for _, p in self.weights()]), p=2)
+        for group, parameter in self.weights():
+            self.state[parameter]["old"] = parameter.data.clone()
+            parameter.add_(parameter.grad * (group["rho"] / (norm + 1e-12)).to(parameter))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=False):
+        for _, parameter in self.weights():
+            parameter.data = self.state[parameter]["old"]
+        self.base.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is not None, "needs a closure"
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+        return loss
