@@ -6,6 +6,7 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
 
 from harmony_lightning import UnsupportedError
+from harmony_lightning.hardware.emulated_device import EmulatedDevice
 
 STASHES = pytest.mark.parametrize("stash", ["host", "device"])
 
@@ -67,6 +68,32 @@ def test_one_piece_does_not_depend_on_gpus_and_mode(num_gpus, mode):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     assert max(fitted.strategy.statistics().peak_device_bytes) <= 160 << 10
     assert fitted.strategy.plan.num_microbatches == 4
+
+
+def test_one_piece_takes_its_random_stream_along_from_gpu_to_gpu(monkeypatch):
+    """Emulated GPUs draw from the host, so here each has a counter for a generator."""
+    counters, drawn = {}, []
+    monkeypatch.setattr(EmulatedDevice, "seed_random", lambda device, seed: counters.update({device.index: 0}))
+    monkeypatch.setattr(EmulatedDevice, "random_state", lambda device: torch.tensor(counters.get(device.index, -1)))
+    monkeypatch.setattr(
+        EmulatedDevice, "set_random_state", lambda device, state: counters.update({device.index: int(state)})
+    )
+
+    class Drawing(Adversarial):
+        def training_step(self, batch, batch_idx):
+            inputs = batch[0]
+            for block in self.net:
+                inputs = block(inputs)
+                index = inputs.device.index
+                drawn.append((index, counters[index]))
+                counters[index] += 1
+            return self.step(batch)
+
+    trainer(harmony(2, "160KiB", microbatch_size=4), limit_train_batches=1).fit(Drawing(depth=4), loader(8))
+    of_last_microbatch = drawn[-4:]
+    assert [count for _, count in of_last_microbatch] == [0, 1, 2, 3]
+    assert {index for index, _ in of_last_microbatch} == {0, 1}
+    assert set(counters.values()) == {-1}  # the process's own generators go on where they were
 
 
 def test_one_piece_trains_with_accumulation_clipping_and_parameter_hooks():
@@ -379,3 +406,23 @@ def test_patched_functions_are_given_back():
     module, _ = twins()
     trainer(harmony(2), limit_train_batches=1).fit(module, loader(8))
     assert torch.autograd.graph.disable_saved_tensors_hooks is before
+
+
+@STASHES
+def test_gradients_of_inputs_in_evaluation(stash):
+    """As of energies by positions: with gradients on, and none of the weights'."""
+
+    class Slopes(Chain):
+        def validation_step(self, batch, batch_idx):
+            with torch.enable_grad():
+                inputs = batch[0].clone().requires_grad_()
+                (slope,) = torch.autograd.grad(self.head(self.net(inputs)).sum(), inputs)
+            self.log("slope", slope.norm())
+
+    torch.manual_seed(0)
+    module = Slopes()
+    options = {"inference_mode": False, "limit_val_batches": 2}
+    expected = trainer(**options).validate(module, loader(8), verbose=False)
+    fitted = trainer(harmony(2, "160KiB", stash=stash), **options)
+    assert fitted.validate(module, loader(8), verbose=False) == expected
+    assert all(parameter.grad is None for parameter in module.parameters())

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from chain import Chain, harmony, loader, same_weights, trainer
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
 from harmony_lightning.runtime import layer
@@ -130,6 +130,36 @@ def test_checkpoints_of_adapters_alone(tmp_path):
     again = Slim(adapted=range(DEPTH))
     trainer(harmony()).validate(again, loader(8), ckpt_path=tmp_path / "slim.ckpt", verbose=False)
     assert same_weights(again, module)
+
+
+class InBuffers(nn.Module):
+    """A frozen layer whose weight is a buffer, as in a quantised model: it has nothing that a pack could hold."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("weight", torch.randn(WIDTH, WIDTH) / 8)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight)
+
+
+@pytest.mark.parametrize("microbatch_size", [8, 2])
+def test_weights_in_buffers_may_be_larger_than_the_gpus(microbatch_size):
+    class Quantised(Chain):
+        def __init__(self):
+            super().__init__(depth=4)
+            self.net[2] = nn.Sequential(*(nn.Sequential(InBuffers(), nn.ReLU()) for _ in range(30)))
+
+    runs = []
+    for strategy in ("auto", harmony(2, "200KiB", microbatch_size=microbatch_size)):
+        torch.manual_seed(0)
+        module = Quantised()
+        accumulate = 8 // microbatch_size if strategy == "auto" else 1
+        run = trainer(strategy, accumulate_grad_batches=accumulate)
+        run.fit(module, loader(8 // accumulate), loader(8))
+        runs.append(module)
+    assert same_weights(*runs)
+    assert sum(buffer.nbytes for buffer in module.buffers()) > 2 * run.strategy.plan.memory_bytes
 
 
 def test_lora_of_peft_trains_like_on_one_device():

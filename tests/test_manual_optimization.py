@@ -1,9 +1,10 @@
 """Manual optimization on GPUs smaller than the model equals plain Lightning to the bit."""
 
+import copy
+
 import pytest
 import torch
-from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
-from test_optimizers import Sam, assert_same_optimizers
+from chain import WIDTH, Chain, Sam, assert_same_optimizers, harmony, loader, same_weights, trainer
 from torch import nn
 
 
@@ -131,6 +132,65 @@ def test_looking_at_and_changing_gradients_and_weights_by_hand():
                     parameter.mul_(0.99)
 
     train_both(Looking)
+
+
+@pytest.mark.parametrize("how", ["in place", "data", "foreach"])
+def test_a_moving_average_by_hand(how):
+    class Averaging(Manual):
+        def __init__(self):
+            super().__init__()
+            self.slow = copy.deepcopy(self.net).requires_grad_(False)
+
+        def optimize(self, loss, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.optimizers().step()
+            slow, fast = list(self.slow.parameters()), list(self.net.parameters())
+            if how == "foreach":
+                with torch.no_grad():
+                    torch._foreach_lerp_(slow, fast, 0.1)
+            for one, other in zip(slow, fast, strict=True):
+                if how == "data":
+                    one.data = one.data * 0.9 + other.data * 0.1
+                elif how == "in place":
+                    with torch.no_grad():
+                        one.mul_(0.9).add_(other, alpha=0.1)
+
+        def configure_optimizers(self):
+            return torch.optim.Adam([*self.net.parameters(), *self.head.parameters()], lr=1e-2)
+
+    train_both(Averaging)
+
+
+def test_weights_are_clamped_by_hand():
+    class Clamping(Manual):
+        def optimize(self, loss, batch, batch_idx):
+            self.optimizers().zero_grad()
+            self.manual_backward(loss)
+            self.losses.append(nn.utils.clip_grad_norm_(self.parameters(), 0.1).item())
+            self.optimizers().step()
+            for parameter in self.parameters():
+                parameter.data.clamp_(-0.1, 0.1)
+
+    train_both(Clamping)
+
+
+def test_gradients_of_two_losses_are_combined_by_hand():
+    class Combining(Manual):
+        def training_step(self, batch, batch_idx):
+            inputs, targets = batch
+            outputs = self.head(self.net(inputs)).squeeze(1)
+            weights = list(self.parameters())
+            one = torch.autograd.grad(outputs.pow(2).mean(), weights, retain_graph=True)
+            other = torch.autograd.grad((outputs - targets).abs().mean(), weights)
+            overlap = sum((a * b).sum() for a, b in zip(one, other, strict=True))
+            length = sum((a * a).sum() for a in one)
+            self.losses.append(overlap.item())
+            for weight, a, b in zip(weights, one, other, strict=True):
+                weight.grad = a + b - overlap / length * a
+            self.optimizers().step()
+
+    train_both(Combining)
 
 
 def test_plain_backward_without_lightning():

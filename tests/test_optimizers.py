@@ -6,7 +6,7 @@ import inspect
 import lightning as L
 import pytest
 import torch
-from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
+from chain import WIDTH, Chain, Sam, assert_same_optimizers, harmony, loader, same_weights, trainer
 from torch import nn
 from torch.optim import lr_scheduler
 
@@ -40,13 +40,6 @@ def train_both(make, microbatch_size=8, num_batches=3, strategy=None, callbacks=
     assert_same_optimizers(fitted.optimizers, plainly.optimizers)
     assert fitted.global_step == plainly.global_step
     return ours, reference, fitted.strategy.statistics()
-
-
-def assert_same_optimizers(ours, reference):
-    for mine, theirs in zip(ours, reference, strict=True):
-        mine, theirs = mine.state_dict(), theirs.state_dict()
-        assert mine["param_groups"] == theirs["param_groups"]
-        torch.testing.assert_close(mine["state"], theirs["state"], rtol=0, atol=0)
 
 
 ALL = sorted(
@@ -158,46 +151,6 @@ def test_sparse_adam():
     trainer(limit_train_batches=3).fit(reference, loader(8))
     trainer("harmony", limit_train_batches=3).fit(ours, loader(8))
     assert same_weights(ours, reference)
-
-
-class Sam(torch.optim.Optimizer):
-    """Sharpness-aware: a step up along the gradient, a new gradient there, and from the old place a step with it."""
-
-    def __init__(self, parameters, lr=0.1, rho=0.05):
-        super().__init__(parameters, {"lr": lr, "rho": rho})
-        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
-        self.param_groups = self.base.param_groups
-
-    def weights(self):
-        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
-
-    @torch.no_grad()
-    def first_step(self, zero_grad=False):
-        norm = torch.norm(torch.stack([p.grad.norm(p=2) for _, p in self.weights()]), p=2)
-        for group, parameter in self.weights():
-            self.state[parameter]["old"] = parameter.data.clone()
-            parameter.add_(parameter.grad * (group["rho"] / (norm + 1e-12)).to(parameter))
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def second_step(self, zero_grad=False):
-        for _, parameter in self.weights():
-            parameter.data = self.state[parameter]["old"]
-        self.base.step()
-        if zero_grad:
-            self.zero_grad()
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        assert closure is not None, "needs a closure"
-        with torch.enable_grad():
-            loss = closure()
-        self.first_step(zero_grad=True)
-        with torch.enable_grad():
-            closure()
-        self.second_step()
-        return loss
 
 
 @pytest.mark.parametrize("microbatch_size", [2, 8])
@@ -383,6 +336,22 @@ def test_weights_without_gradient_in_some_steps():
             return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
 
     *_, statistics = train_both(Sometimes, num_batches=5)
+    assert tier(statistics) == JUST_IN_TIME
+
+
+@pytest.mark.parametrize(
+    "clip", [{}, {"gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}], ids=["", "clip"]
+)
+def test_weights_whose_gradient_came_with_an_earlier_minibatch_only(clip):
+    """They are complete before the last backward, and stepped behind it."""
+
+    class Earlier(Chain):
+        def training_step(self, batch, batch_idx):
+            inputs, targets = batch
+            hidden = self.net[2:](inputs) if batch_idx % 2 else self.net(inputs)
+            return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+    *_, statistics = train_both(Earlier, num_batches=5, accumulate_grad_batches=2, **clip)
     assert tier(statistics) == JUST_IN_TIME
 
 

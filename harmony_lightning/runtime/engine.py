@@ -381,6 +381,7 @@ class Engine:
         if not torch.is_grad_enabled():
             microbatch.segments.clear()
         microbatch.open(pack)
+        microbatch.follow(microbatch.segment.device)
 
     # Visits -----------------------------------------------------------------------------------------------------------
 

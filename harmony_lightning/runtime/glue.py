@@ -68,7 +68,10 @@ class Glue(TorchFunctionMode):
                 if segment.is_cut and (of_weights or crosses_cuts(outputs)):
                     raise Uncuttable
             if of_weights:
-                return differentiate_weights(segment.state, func, args, kwargs)
+                gradients = differentiate_weights(segment.state, func, args, kwargs)
+                if self.host_arithmetic is not None:
+                    self.host_arithmetic.note(gradients)
+                return gradients
         if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
             # A master stays on the host, wherever its new value was computed.
             func(args[0], args[1].detach().to("cpu"))

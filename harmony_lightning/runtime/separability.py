@@ -54,8 +54,8 @@ class Separability:
 
         Hooks on its step are not answered from memory: they may come and go.
         """
-        if (observed := _observer(optimizer)) is not None:
-            return observed
+        if (reason := _observer(optimizer) or _list_for_parameters(optimizer)) is not None:
+            return reason
         known = self._known.setdefault(optimizer, {})
         signature = _signature(optimizer)
         if signature not in known:
@@ -149,6 +149,15 @@ def _observer(optimizer: Optimizer) -> str | None:
     return None
 
 
+def _list_for_parameters(optimizer: Optimizer) -> str | None:
+    """A list with one entry for each parameter could not be taken apart with them."""
+    for group in optimizer.param_groups:
+        for key, value in group.items():
+            if isinstance(value, list) and len(value) == len(group["params"]) and key not in ("params", "param_names"):
+                return f"{key!r} may hold one entry for each parameter"
+    return None
+
+
 # Clones ---------------------------------------------------------------------------------------------------------------
 
 
@@ -190,7 +199,7 @@ def _copy_optimizer(optimizer: Optimizer, sample: list[nn.Parameter], memo: dict
 def _copy_group(group: Group, sample: list[nn.Parameter], memo: dict[int, Any]) -> Group:
     if id(group) in memo:
         return memo[id(group)]  # type: ignore[no-any-return]
-    part = part_of_group(group, sample)
+    part = part_of_group(group, [parameter for parameter in sample if _holds(group, parameter)])
     copied = memo[id(group)] = {key: copy.deepcopy(value, memo) for key, value in part.items()}
     if isinstance(rate := copied.get("lr"), float | int | torch.Tensor) and rate == 0:
         copied["lr"] = copied.get("initial_lr") or _LEARNING_RATE

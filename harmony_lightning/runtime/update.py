@@ -66,14 +66,8 @@ class JustInTimeUpdate:
 
 
 def part_of_group(group: Group, members: Sequence[nn.Parameter]) -> Group:
-    """A parameter group with some of its parameters; lists with one entry per parameter go with them."""
-    wanted = {id(member) for member in members}
-    kept = [index for index, parameter in enumerate(group["params"]) if id(parameter) in wanted]
-    num_parameters = len(group["params"])
-    part = {
-        key: [value[index] for index in kept] if isinstance(value, list) and len(value) == num_parameters else value
-        for key, value in group.items()
-    }
+    """A parameter group with some of its parameters."""
+    part = {**group, "params": list(members)}
     return part | _HOST_OPTIONS if part.get("capturable") else part
 
 

@@ -276,21 +276,56 @@ def test_a_replaced_step_speaks_against_unless_a_scheduler_did_it():
     assert "replaced" in Separability().reason_against(optimizer)
 
 
-def test_lists_with_one_entry_per_parameter_go_with_it():
+def test_lists_with_one_entry_per_parameter_speak_against():
     net = nn.Linear(2, 2)
-    seen = []
+    optimizer = torch.optim.SGD([{"params": list(net.parameters()), "scales": [2.0, 3.0]}], lr=0.1)
+    assert "'scales'" in Separability().reason_against(optimizer)
+    named = torch.optim.SGD(net.named_parameters(), lr=0.1)
+    assert Separability().reason_against(named) is None
 
-    class Scaling(torch.optim.SGD):
-        def step(self, closure=None):
-            for group in self.param_groups:
-                seen.extend(zip((tuple(p.shape) for p in group["params"]), group["scales"], strict=True))
 
-    optimizer = Scaling([{"params": list(net.parameters()), "scales": [2.0, 3.0]}], lr=0.1)
-    net.weight.grad, net.bias.grad = torch.ones(2, 2), torch.ones(2)
+def test_only_weights_at_hand_are_stepped_and_freed():
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.SGD(list(net[0].parameters()), lr=1.0)
+    for parameter in net.parameters():
+        parameter.data.zero_()
+        parameter.grad = torch.ones_like(parameter)
+    JustInTimeUpdate(optimizer, dict(net.named_parameters()))(["0.bias", "1.bias"])
+    assert torch.equal(net[0].bias, -torch.ones(2))
+    assert net[0].bias.grad is None
+    assert torch.equal(net[0].weight, torch.zeros(2, 2))
+    assert net[0].weight.grad is not None
+    assert torch.equal(net[1].bias, torch.zeros(2))
+    assert net[1].bias.grad is not None
+
+
+def test_hyper_parameters_are_those_of_the_moment_when_the_update_was_made():
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
     update = JustInTimeUpdate(optimizer, dict(net.named_parameters()))
+    optimizer.param_groups[0]["lr"] = 100.0
+    net.bias.data.zero_()
+    net.bias.grad = torch.ones(2)
     update(["bias"])
-    update(["weight"])
-    assert seen == [((2,), 3.0), ((2, 2), 2.0)]
+    assert torch.equal(net.bias, -torch.ones(2))
+
+
+def test_weights_are_prepared_before_their_step_and_get_their_gradients_back():
+    net = nn.Linear(2, 2)
+    optimizer = torch.optim.SGD(net.parameters(), lr=1.0)
+    update = JustInTimeUpdate(
+        optimizer,
+        dict(net.named_parameters()),
+        prepare=lambda weights: torch.nn.utils.clip_grad_value_(weights, 0.5),
+        keeps_gradients=True,
+    )
+    net.bias.data.zero_()
+    net.bias.grad = torch.tensor([3.0, -3.0])
+    update(["bias"])
+    assert net.bias.grad is None
+    assert torch.equal(net.bias, torch.tensor([-0.5, 0.5]))
+    update.give_back()
+    assert torch.equal(net.bias.grad, torch.tensor([0.5, -0.5]))
 
 
 EXTRAS = {
