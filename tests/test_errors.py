@@ -13,6 +13,8 @@ from torch import nn
 
 from harmony_lightning import DeviceOutOfMemoryError
 
+pytestmark = pytest.mark.usefixtures("devices")
+
 NUM_MICROBATCHES = 4
 NOTE = re.compile(r"harmony: .+, pack (\d+), microbatch (\d+), gpu([01])")
 

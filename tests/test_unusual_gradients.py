@@ -11,6 +11,8 @@ from torch import nn
 
 from harmony_lightning import HarmonyStrategy, UnsupportedError
 
+pytestmark = pytest.mark.usefixtures("devices")
+
 
 def both(kind, strategy, microbatch_size=8, num_batches=2, **options):
     torch.manual_seed(0)

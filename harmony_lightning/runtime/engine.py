@@ -27,6 +27,7 @@ from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
+from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
@@ -62,6 +63,7 @@ class Engine:
         """Whether the microbatches of the step are cut at pack borders."""
         self._interposition = Interposition(root)
         self._host_arithmetic = HostArithmetic()
+        self._derived: list[Derived] = []
         self._state: RuntimeState | None = None
         self._stash: HostStash | None = None
         self._current: Microbatch | None = None
@@ -81,6 +83,7 @@ class Engine:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
         self.worker.drain()
         self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+        self._derived = list(find_derived(self.root))
         self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
@@ -212,6 +215,7 @@ class Engine:
                         for microbatch in visitors:
                             self._run(microbatch, shares[microbatch.index], settle)
                 self.state.buffers.flush()
+            derive_on_host(self._derived)
         except Uncuttable:
             self._interrupted_seed = step_seed
             if not self.trace.is_complete:
@@ -273,6 +277,7 @@ class Engine:
             finally:
                 self._current = None
             self.state.buffers.flush()
+        derive_on_host(self._derived)
         self._end([microbatch])
         return result
 
@@ -294,6 +299,15 @@ class Engine:
             yield user_code
         finally:
             self._put_current(current)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The code within is not between layers, though it may be called from there: it computes where its tensors are."""
+        current, self._current = self._current, None
+        try:
+            yield
+        finally:
+            self._current = current
 
     def _put_current(self, microbatch: Microbatch | None) -> None:
         self._current = microbatch
@@ -414,6 +428,8 @@ class Engine:
         if not microbatch.is_done:
             return
         loss, microbatch.result = settle(microbatch.result)
+        if share == 0:
+            loss = None  # it counts nothing, and may be 0 / 0
         if loss is not None and loss.grad_fn is not None:
             seed = torch.full_like(loss.detach(), share * self._expected_factor)
             microbatch.deposit(get_gradient_edge(loss), seed)
@@ -453,12 +469,12 @@ class Engine:
         yield
         self.state.upcoming = {}
         self._leave()
-        self.state.buffers.drop_clean()
         for device in leaving:
             self.state.release(pack, device)
 
     def _leave(self) -> None:
         self.state.release_glue()
+        self.state.buffers.drop_clean()
         if self._stash is not None:
             self._stash.let_go()
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from harmony_lightning.runtime.derived import find_derived
+
 Call = Callable[..., Any]
 
 
@@ -55,6 +57,7 @@ class Site:
         self.has_functions: bool | None = None
         """Whether Python autograd functions of the user's were seen in a forward's graph."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
+        self._derived = [(one.owner, one.attribute) for one in find_derived(module)]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
     def has_hooks_inside(self) -> bool:
@@ -107,6 +110,7 @@ class Site:
         own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]
+        own_derived = [owner.__dict__.get(attribute) for owner, attribute in self._derived]
         try:
             for owner, attribute, name in self._weights:
                 owner._parameters[attribute] = weights[name]  # type: ignore[assignment]
@@ -124,6 +128,8 @@ class Site:
                 owner._parameters[attribute] = parameter
             for (owner, attribute), own in zip(self.buffer_places, own_buffers, strict=True):
                 owner._buffers[attribute] = own
+            for (owner, attribute), weight in zip(self._derived, own_derived, strict=True):
+                owner.__dict__[attribute] = weight
             for recurrent, flat in zip(self._recurrent, own_flat, strict=True):
                 recurrent._flat_weights = flat
 

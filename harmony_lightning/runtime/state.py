@@ -40,7 +40,7 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
-        self.buffers = BufferStore(counters)
+        self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
         self.depth = 0
         self.is_recomputing = False
