@@ -9,9 +9,10 @@ of a transformer block is never computed again, nor any of an embedding's or a h
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from harmony_lightning.errors import UnsupportedError
 
@@ -37,7 +38,7 @@ class Activations:
         """Known while the layer's backward runs."""
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
         self._is_kept = is_kept
-        self._is_forward_over = False
+        self._is_in_forward = False
         self._ready: dict[Position, tuple[torch.Tensor, int]] = {}
         """Tensors that backward has not asked for yet, with their versions."""
         self._handed_out: dict[Position, weakref.ref[torch.Tensor]] = {}
@@ -52,7 +53,7 @@ class Activations:
 
     def load(self, position: Position) -> torch.Tensor:
         """Hook of the forward: the operation's backward asks for it. What was handed out is not held any longer."""
-        if not self._is_forward_over:
+        if self._is_in_forward:
             raise TakesDerivative
         if self._recompute is None:
             raise UnsupportedError(
@@ -69,9 +70,15 @@ class Activations:
         self._handed_out[position] = weakref.ref(tensor)
         return tensor
 
-    def end_forward(self) -> None:
-        """From here on only backward may load."""
-        self._is_forward_over = True
+    @contextlib.contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Within, the hooks are in force."""
+        self._is_in_forward = True
+        try:
+            with saved_tensors_hooks(self.save, self.load):
+                yield
+        finally:
+            self._is_in_forward = False
 
     def open(self, recompute: Recompute) -> None:
         """The layer's backward begins: its operations may load."""

@@ -17,6 +17,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
@@ -239,7 +240,6 @@ class LayerFunction(torch.autograd.Function):
                 replay.keep_what_was_drawn(device)
                 replay.begin(device)
                 arguments = call.arguments.snapshot()
-        call.activations.end_forward()
         replay.keep_what_was_drawn(device)
         call.replay = replay
 
@@ -291,11 +291,9 @@ def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch
     return source.clone() if is_copied else source
 
 
-def _saving(call: LayerCall) -> saved_tensors_hooks:
+def _saving(call: LayerCall) -> AbstractContextManager[Any]:
     """What happens to tensors that operations of the forward save."""
-    if call.site.differentiates:
-        return saved_tensors_hooks(_keep, _hand_out)
-    return saved_tensors_hooks(call.activations.save, call.activations.load)
+    return saved_tensors_hooks(_keep, _hand_out) if call.site.differentiates else call.activations.in_forward()
 
 
 def _keep(tensor: torch.Tensor) -> torch.Tensor:
