@@ -220,7 +220,7 @@ def test_pruning():
     def pruning():
         return [callbacks.ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=False)]
 
-    (reference, *_), (ours, *_) = fit_both(pruning, lambda: fresh(depth=24), memory="300KiB")
+    (reference, *_), (ours, *_) = fit_both(pruning, lambda: fresh(depth=24), memory="300KiB", max_epochs=2)
     assert same_weights(ours, reference)
     assert (ours.net[0][0].weight == 0).float().mean() > 0.3
 
@@ -241,9 +241,9 @@ def test_lambda_callback_and_hooks_that_collect_garbage():
             )
         ]
 
-    fit_both(watching)
+    fit_both(watching, max_epochs=1)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
-    assert len(seen) == 2 * 2 * 15
+    assert len(seen) == 2 * 2 * 5
 
 
 def test_early_stopping_and_learning_rate_monitor():
