@@ -4,6 +4,7 @@ The rooms of the house; each imports only rooms below it:
 
     strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; `lightning` and
                     `pytorch_lightning` hold the class for each of the two packages
+    updates         when weights are stepped: just in time, or whole behind backward
     prepare         module -> plan
     materialise     weights that were declared and not made
     overrides, merged_log, merged_profile, compiled, one_task

@@ -24,6 +24,10 @@ class _Enough(BaseException):
     """Ends a recompute. Not an `Exception`: user code that catches those must not catch this."""
 
 
+class TakesDerivative(BaseException):
+    """A layer's forward asks for what it has just saved. Not an `Exception`, as above."""
+
+
 class Activations:
     """The saved tensors of one layer call. The layer's graph holds this, so this must hold nothing of the call."""
 
@@ -33,6 +37,7 @@ class Activations:
         """Known while the layer's backward runs."""
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
         self._is_kept = is_kept
+        self._is_forward_over = False
         self._ready: dict[Position, tuple[torch.Tensor, int]] = {}
         """Tensors that backward has not asked for yet, with their versions."""
         self._handed_out: dict[Position, weakref.ref[torch.Tensor]] = {}
@@ -47,6 +52,8 @@ class Activations:
 
     def load(self, position: Position) -> torch.Tensor:
         """Hook of the forward: the operation's backward asks for it. What was handed out is not held any longer."""
+        if not self._is_forward_over:
+            raise TakesDerivative
         if self._recompute is None:
             raise UnsupportedError(
                 f"a tensor computed inside layer {self._layer} was used outside of it other than through its result "
@@ -61,6 +68,10 @@ class Activations:
             tensor, _ = self._ready.pop(position)
         self._handed_out[position] = weakref.ref(tensor)
         return tensor
+
+    def end_forward(self) -> None:
+        """From here on only backward may load."""
+        self._is_forward_over = True
 
     def open(self, recompute: Recompute) -> None:
         """The layer's backward begins: its operations may load."""
