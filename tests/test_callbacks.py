@@ -104,6 +104,29 @@ def test_a_checkpoint_of_the_moment_of_an_error_continues_the_run(tmp_path, kind
     assert equal(saved["state_dict"], dict(reference.state_dict()))
 
 
+class Testable(Chain):
+    def test_step(self, batch, batch_idx):
+        self.log("test_loss", self.step(batch))
+
+
+def test_the_best_checkpoint_is_evaluated_and_training_goes_on(tmp_path):
+    runs = []
+    for name, strategy in (("plain", "auto"), ("ours", one_piece())):
+        module = fresh(Testable)
+        saving = callbacks.ModelCheckpoint(tmp_path / name, monitor="val_loss")
+        run = trainer(strategy, max_epochs=3, enable_checkpointing=True, callbacks=[saving])
+        run.fit(module, loader(BATCH), loader(BATCH))
+        scores = run.test(ckpt_path="best", dataloaders=loader(BATCH), verbose=False)
+        scores += run.validate(module, loader(BATCH), ckpt_path="best", verbose=False)
+        predictions = run.predict(module, loader(BATCH), ckpt_path="best")
+        run.fit_loop.max_epochs = 5
+        run.fit(module, loader(BATCH), loader(BATCH))
+        runs.append((module, scores, predictions))
+    (reference, *expected), (ours, *found) = runs
+    assert equal(found, expected)
+    assert same_weights(ours, reference)
+
+
 def continue_from(path, strategies, make_module=fresh, make_callbacks=list, **options):
     """Three runs: up to step 3, to the end of the second epoch, to the end; each from the checkpoint before."""
     limits = ({"max_steps": 3}, {"max_epochs": 2}, {"max_epochs": 4})
@@ -220,7 +243,7 @@ def test_pruning():
     def pruning():
         return [callbacks.ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=False)]
 
-    (reference, *_), (ours, *_) = fit_both(pruning, lambda: fresh(depth=24), memory="300KiB")
+    (reference, *_), (ours, *_) = fit_both(pruning, lambda: fresh(depth=24), memory="300KiB", max_epochs=2)
     assert same_weights(ours, reference)
     assert (ours.net[0][0].weight == 0).float().mean() > 0.3
 
@@ -241,9 +264,9 @@ def test_lambda_callback_and_hooks_that_collect_garbage():
             )
         ]
 
-    fit_both(watching)
+    fit_both(watching, max_epochs=1)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
-    assert len(seen) == 2 * 2 * 15
+    assert len(seen) == 2 * 2 * 5
 
 
 def test_early_stopping_and_learning_rate_monitor():
