@@ -8,7 +8,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ from harmony_lightning.merged_log import merged_log
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
@@ -85,6 +86,7 @@ class HarmonyMixin:
         self._given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
         self.parallel_devices: list[torch.device] | None = None
         self._engine: Engine | None = None
+        self._between: Between | None = None
         self._last_plan: Plan | None = None
         self._has_traced = False
         self._call_order: CallOrder | None = None
@@ -161,6 +163,9 @@ class HarmonyMixin:
         self._engine = Engine(self.model, self._cluster())
         for device in self._engine.cluster.devices:
             device.reset_peak()
+        if not self._engine.cluster.host_is_device:
+            self._between = Between(self._engine.cluster, self.root_device)
+            self._between.enter()
         self._last_plan = None
         self._has_traced = False
         self._call_order = None
@@ -204,7 +209,13 @@ class HarmonyMixin:
             raise ConfigurationError("the strategy is not set up; that happens in fit, validate, test or predict")
         return self._engine
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self._between.suspended() if self._between is not None else nullcontext()
+
     def _close_engine(self) -> None:
+        if self._between is not None:
+            self._between.leave()
+            self._between = None
         if self._engine is not None:
             self.statistics()
             self._last_plan = self.plan
@@ -224,7 +235,7 @@ class HarmonyMixin:
 
     def __getstate__(self) -> dict[str, Any]:
         state: Any = super().__getstate__()
-        return {**state, "_engine": None, "_root_loss": None}
+        return {**state, "_engine": None, "_between": None, "_root_loss": None}
 
     # Batches and steps ------------------------------------------------------------------------------------------------
 
@@ -256,6 +267,7 @@ class HarmonyMixin:
             return differentiable.pop(), with_loss(result, loss.detach())
 
         with (
+            self._in_step(),
             merged_log(
                 module.trainer.fit_loop.epoch_loop,
                 lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
@@ -290,7 +302,7 @@ class HarmonyMixin:
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
-        with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+        with self._in_step(), log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
             return self._to_root(engine.run(lambda: step(*args)))
 
     def _split(self, batch: Any) -> Microbatches:
@@ -370,8 +382,9 @@ class HarmonyMixin:
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         self._stepping = optimizer
         try:
-            # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
-            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
+            with self._in_step():
+                # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
+                return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
         finally:
             self._stepping = None
 

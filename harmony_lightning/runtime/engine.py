@@ -322,7 +322,7 @@ class Engine:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
-            stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
+            stack.enter_context(transparent_checkpoints(self._is_in_cut_glue, lambda: self.state.is_recomputing))
             stack.enter_context(Glue(self._current_segment, self.state.is_device, self._before_write))
             yield
 

@@ -237,25 +237,26 @@ def _differentiate(
     torch.set_autocast_cache_enabled(False)
     present = call.replay.begin(device)
     try:
-        with torch.enable_grad():
+        # A checkpoint within the layer runs parts of it once more while it is differentiated, on the same weights.
+        with torch.enable_grad(), site.hung(weights, buffers):
             copied = site.mutated_inputs or frozenset()
             inner = [leaf.clone() if index in copied else leaf for index, leaf in enumerate(leaves)]
             args, kwargs = call.arguments.snapshot().build(inner)
-            result = site.run(weights, buffers, args, kwargs)
-        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        found += [inner[i] for i in call.mutated]
-        if len(found) != len(gradients):
-            raise UnsupportedError(
-                f"layer {site.name} returned {len(gradients)} tensors in forward and {len(found)} when it was "
-                f"recomputed: its forward must do the same when it is called again with the same inputs"
+            result = site.run_plain(args, kwargs)
+            found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+            found += [inner[i] for i in call.mutated]
+            if len(found) != len(gradients):
+                raise UnsupportedError(
+                    f"layer {site.name} returned {len(gradients)} tensors in forward and {len(found)} when it was "
+                    f"recomputed: its forward must do the same when it is called again with the same inputs"
+                )
+            roots = [(t, g) for t, g in zip(found, gradients, strict=True) if g is not None and t.requires_grad]
+            targets = [leaf for leaf in leaves if leaf.requires_grad] + [weights[name] for name in trained]
+            values: tuple[torch.Tensor | None, ...] = (
+                torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
+                if roots and targets
+                else (None,) * len(targets)
             )
-        roots = [(t, g) for t, g in zip(found, gradients, strict=True) if g is not None and t.requires_grad]
-        targets = [leaf for leaf in leaves if leaf.requires_grad] + [weights[name] for name in trained]
-        values: tuple[torch.Tensor | None, ...] = (
-            torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
-            if roots and targets
-            else (None,) * len(targets)
-        )
     finally:
         present.begin(device)
         autocast.apply()

@@ -134,7 +134,7 @@ class Segment:
         if node is None:
             if (name := self.state.weight_name(tensor)) is not None:
                 return self._bring_weight(name, tensor.requires_grad)
-            if is_local or (tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad):
+            if is_local or (tensor.dim() == 0 and not tensor.requires_grad and self._is_host(tensor)):
                 return tensor
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
@@ -187,6 +187,10 @@ class Segment:
             if len(self._moved) > _NUM_MOVED:
                 del self._moved[next(iter(self._moved))]
         return entry[2]
+
+    def _is_host(self, tensor: torch.Tensor) -> bool:
+        """Functions of any device read scalars of the host; those of another GPU they do not."""
+        return tensor.device.type == "cpu" and not self.state.is_device(tensor.device)
 
     def _count_peer(self, copy: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         counters = self.state.counters

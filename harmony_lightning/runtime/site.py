@@ -68,11 +68,12 @@ class Site:
 
         `buffers` follow `buffer_places`; an entry is replaced if the module hangs a new tensor into that place.
         """
-        with self._hung(weights, buffers):
+        with self.hung(weights, buffers):
             return self._call(*args, **kwargs)
 
     @contextmanager
-    def _hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
+    def hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
+        """Within, the module's places hold these weights and buffers, as `run` says."""
         own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]

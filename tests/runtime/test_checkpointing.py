@@ -44,6 +44,22 @@ def test_within_a_layer_checkpoints_work_as_always(use_reentrant):
 
 
 @both
+def test_a_layer_that_is_recomputed_can_be_differentiated_by_grad(use_reentrant):
+    function = Counted()
+    x = torch.linspace(0, 1, 5, requires_grad=True)
+    with transparent_checkpoints(lambda: False, lambda: True):
+        (found,) = torch.autograd.grad(checkpoint(function, x, use_reentrant=use_reentrant).sum(), x)
+    assert torch.equal(found, gradient(Counted(), use_reentrant))
+    assert function.calls == 2
+
+
+def test_a_reentrant_checkpoint_of_inputs_without_gradient_gives_none():
+    weight = torch.ones(5, requires_grad=True)
+    with transparent_checkpoints(lambda: False, lambda: True):
+        assert not checkpoint(lambda x: x * weight, torch.ones(5), use_reentrant=True).requires_grad
+
+
+@both
 def test_each_call_is_asked_anew(use_reentrant):
     where = iter([True, False])
     first, second = Counted(), Counted()
