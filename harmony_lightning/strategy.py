@@ -57,6 +57,7 @@ class HarmonyMixin:
         microbatch_size: int | Literal["auto"] | None = None,
         memory: str | int | None = None,
         stash: Literal["auto", "device", "host"] | None = None,
+        one_layer_per_pack: bool | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
         plan: Plan | str | Path | None = None,
@@ -75,7 +76,10 @@ class HarmonyMixin:
         """
         super().__init__(**lightning)
         environment = Environment.read()
+        if environment.log_level is not None:
+            _log_to_stderr(environment.log_level)
         given = {"mode": mode, "microbatch_size": microbatch_size, "memory": memory, "stash": stash}
+        given["one_layer_per_pack"] = one_layer_per_pack
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
         self._config = HarmonyConfig(**knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch)
         if cluster is None and environment.emulated_gpus is not None:
@@ -424,6 +428,15 @@ class HarmonyMixin:
 
 
 _COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")
+
+
+def _log_to_stderr(level: str) -> None:
+    """The package's own messages from this level up, once each, whatever the program does with its own."""
+    package = logging.getLogger("harmony_lightning")
+    package.setLevel(level)
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
+        package.propagate = False
 
 
 def _as_sequence(layers: Any) -> Sequence[Any]:
