@@ -49,6 +49,8 @@ class Site:
         """By training flags of the buffers' owners: which places a forward was seen to write."""
         self.mutated_inputs: frozenset[int] | None = None
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self.has_functions: bool | None = None
+        """Whether Python autograd functions of the user's were seen in a forward's graph."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
@@ -68,12 +70,11 @@ class Site:
 
         `buffers` follow `buffer_places`; an entry is replaced if the module hangs a new tensor into that place.
         """
-        with self.hung(weights, buffers):
+        with self._hung(weights, buffers):
             return self._call(*args, **kwargs)
 
     @contextmanager
-    def hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
-        """Within, the module's places hold these weights and buffers, as `run` says."""
+    def _hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
         own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]
