@@ -7,6 +7,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -422,8 +423,9 @@ class HarmonyMixin:
             super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
 
     def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        without_sizes = re.sub(r"\d+", "", text)
+        if without_sizes not in self._told:
+            self._told.add(without_sizes)
             log.warning("harmony: %s", text)
 
 

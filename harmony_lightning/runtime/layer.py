@@ -67,6 +67,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
         tensors = [segment.bring(tensor) for tensor in originals]
+        arguments.place_tensors(segment.bring_within)
     state = segment.state
     trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
     call = LayerCall(site, segment, arguments.snapshot(), is_kept=keeps)

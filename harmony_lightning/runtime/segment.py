@@ -142,7 +142,8 @@ class Segment:
         if node is None:
             if (name := self.state.weight_name(tensor)) is not None:
                 return self._bring_weight(name, tensor.requires_grad)
-            if is_local or (tensor.dim() == 0 and not tensor.requires_grad and self._is_host(tensor)):
+            is_scalar = tensor.dim() == 0 and not tensor.requires_grad and not is_written
+            if is_local or (is_scalar and self._is_host(tensor)):
                 return tensor
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
@@ -153,6 +154,11 @@ class Segment:
         if node._sequence_nr() >= self.start:  # type: ignore[attr-defined]
             return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
         return self._cut(tensor, is_written)
+
+    def bring_within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor within an object that a layer is given: on this device, unless it belongs to a graph."""
+        is_local = tensor.device == self.device.torch_device
+        return tensor if is_local or tensor.requires_grad or tensor.dim() == 0 else self.bring(tensor)
 
     def bring_written(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as a function may use it that writes it; from now on the result stands for it."""

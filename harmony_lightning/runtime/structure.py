@@ -3,6 +3,7 @@
 import copy
 import random
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -51,6 +52,34 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
     return result
 
 
+def place_tensors(value: Any, place: Callable[[torch.Tensor], torch.Tensor], seen: set[int] | None = None) -> Any:
+    """Put `place(tensor)` for every tensor of an object graph, in the objects themselves; they keep their identity.
+
+    Returns the value, or what stands for it if it is a tensor or cannot be written.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        return place(value)
+    if not is_opaque(value) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, tuple):
+        items = [place_tensors(item, place, seen) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list | dict | deque):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            if (new := place_tensors(value[key], place, seen)) is not value[key]:
+                value[key] = new
+    state = object.__getstate__(value)
+    for part in state if isinstance(state, tuple) else (state,):
+        for name, item in (part if isinstance(part, dict) else {}).items():
+            if (new := place_tensors(item, place, seen)) is not item:
+                object.__setattr__(value, name, new)
+    return value
+
+
 def is_opaque(value: Any) -> bool:
     """Whether a leaf may hold state that a layer can write."""
     return (
@@ -86,6 +115,11 @@ class Arguments:
         for place, _ in self._places:
             self._rest[place] = None
         return tensors
+
+    def place_tensors(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Those within opaque leaves: graphs, caches, data classes."""
+        for i in self._opaque:
+            self._rest[i] = place_tensors(self._rest[i], place)
 
     def build(self, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
         """The arguments with these tensors, in the order of `take_tensors`, in place."""
