@@ -26,7 +26,7 @@ from harmony_lightning.runtime.activations import Activations
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.structure import Arguments
+from harmony_lightning.runtime.structure import Arguments, clone_with_strides
 from harmony_lightning.runtime.thread_state import Autocast
 
 
@@ -245,7 +245,7 @@ def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch
     source = tensor.detach()
     if tensor.requires_grad:
         return Import.apply(anchor, source, _unreachable, is_copied)  # type: ignore[no-any-return,no-untyped-call]
-    return source.clone() if is_copied else source
+    return clone_with_strides(source) if is_copied else source
 
 
 def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
@@ -267,7 +267,7 @@ def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
     try:
         with torch.enable_grad(), saved_tensors_hooks(save, _unreachable):
             leaves = [t.detach().requires_grad_(e is not None) for t, e in zip(stash, call.input_edges, strict=True)]
-            inner = [leaf.clone() if index in copied else leaf for index, leaf in enumerate(leaves)]
+            inner = [clone_with_strides(leaf) if index in copied else leaf for index, leaf in enumerate(leaves)]
             site.run(weights, buffers, *call.arguments.snapshot().build(inner))
     finally:
         present.begin(device)

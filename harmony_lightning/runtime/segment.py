@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.structure import clone_with_strides
 
 _NUM_MOVED = 16
 """Copies that a segment keeps of tensors from elsewhere. Few are used again: masks, encoder states. Code that looks at
@@ -51,7 +52,7 @@ class Import(torch.autograd.Function):
         """`source` must be detached: autograd walks into the graph of every input, even one without gradient. `anchor`
         requires a gradient, so that the result does."""
         ctx.sink = sink
-        return source.clone() if is_written else source.view_as(source)
+        return clone_with_strides(source) if is_written else source.view_as(source)
 
     @staticmethod
     @once_differentiable

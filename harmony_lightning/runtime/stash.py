@@ -16,6 +16,7 @@ from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.structure import without_repetition
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +80,7 @@ class HostStash:
         held = segment.stashed.get(key)
         if held is not None and held[1] == tensor._version:
             return held[2]
-        source = _without_repetition(tensor.detach())
+        source = without_repetition(tensor.detach())
         with torch.inference_mode(False):
             host = torch.empty_like(source, device="cpu", pin_memory=device.torch_device.type == "cuda")
         device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
@@ -137,11 +138,3 @@ class HostStash:
         for device in {device.index: device for device, _ in left}.values():
             device.wait(Lane.COMPUTE, device.record(Lane.SWAP_OUT))
         left.clear()
-
-
-def _without_repetition(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor with one element along each dimension of stride 0, as `expand` makes them."""
-    for dim, stride in enumerate(tensor.stride()):
-        if stride == 0 and tensor.shape[dim] > 1:
-            tensor = tensor.narrow(dim, 0, 1)
-    return tensor

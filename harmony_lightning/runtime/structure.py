@@ -1,7 +1,10 @@
 """Tensors within a layer's arguments and results, and copies of the mutable objects around them."""
 
 import copy
+import functools
 import random
+import types
+import weakref
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -11,6 +14,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+
+_FUNCTIONS = (
+    types.FunctionType
+    | types.BuiltinFunctionType
+    | types.MethodType
+    | types.MethodWrapperType
+    | functools.partial  # type: ignore[type-arg]
+    | weakref.ref  # type: ignore[type-arg]
+    | torch.jit.ScriptFunction  # type: ignore[type-arg]
+)
+"""Not all that can be called: a graph of PyG can."""
 
 
 def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
@@ -82,9 +96,25 @@ def place_tensors(value: Any, place: Callable[[torch.Tensor], torch.Tensor], see
 
 def is_opaque(value: Any) -> bool:
     """Whether a leaf may hold state that a layer can write."""
-    return (
-        not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module) and not callable(value)
-    )
+    return not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module | _FUNCTIONS)
+
+
+def without_repetition(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with one element along each dimension of stride 0, as `expand` makes them."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def clone_with_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory as the tensor does. `clone` closes gaps, and other strides may mean other kernels."""
+    once = without_repetition(tensor)
+    if tensor.requires_grad and once.shape != tensor.shape:
+        return tensor.clone()  # each element has a gradient of its own
+    copied = torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype, device=tensor.device)
+    copied.copy_(once)
+    return copied if once is tensor else copied.expand(tensor.shape)
 
 
 class Arguments:
