@@ -1,5 +1,6 @@
 """Every knob, in one place. Each can be set from the environment too, for runs whose code cannot be touched."""
 
+import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ class HarmonyConfig:
     """What each GPU offers, such as "11GiB"; auto is all that is free, or an emulated GPU's own size."""
     stash: Literal["auto", "device", "host"] = "auto"
     """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device."""
+    one_layer_per_pack: bool = False
+    """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
@@ -46,6 +49,8 @@ class HarmonyConfig:
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
         if self.memory != "auto":
             parse_nbytes(self.memory)
+        if not isinstance(self.one_layer_per_pack, bool):
+            raise ConfigurationError(f"one_layer_per_pack must be True or False, got {self.one_layer_per_pack!r}")
         if isinstance(self.layers, str | type):
             raise ConfigurationError(f"layers must be a list, got {self.layers!r}; write layers=[{self.layers!r}]")
         if self.split_batch is not None and not callable(self.split_batch):
@@ -69,40 +74,44 @@ class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH set the knobs of those names;
-    HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each; HARMONY_CHECK=1 sets
-    check_microbatches.
+    HARMONY_ONE_LAYER_PER_PACK=1 (or 0) too, and HARMONY_CHECK=1 sets check_microbatches. HARMONY_EMULATED_GPUS=4 trains on
+    that many emulated GPUs of HARMONY_MEMORY each; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
     mode: str | None
     microbatch_size: str | None
     memory: str | None
     stash: str | None
+    one_layer_per_pack: bool | None
     emulated_gpus: int | None
     check_microbatches: bool | None
+    log_level: str | None
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> "Environment":
-        """Raises ConfigurationError if a number is none."""
+        """Raises ConfigurationError if a number, a switch or a level is none."""
         gpus = variables.get("HARMONY_EMULATED_GPUS")
         if gpus is not None and not gpus.isdecimal():
             raise ConfigurationError(f"HARMONY_EMULATED_GPUS must be a number of GPUs, got {gpus!r}")
-        check = variables.get("HARMONY_CHECK")
-        if check not in (None, "0", "1"):
-            raise ConfigurationError(f"HARMONY_CHECK must be 0 or 1, got {check!r}")
+        level = variables.get("HARMONY_LOG_LEVEL")
+        if level is not None and level.upper() not in logging.getLevelNamesMapping():
+            raise ConfigurationError(f"HARMONY_LOG_LEVEL must be a level such as INFO, got {level!r}")
         return cls(
             mode=variables.get("HARMONY_MODE"),
             microbatch_size=variables.get("HARMONY_MICROBATCH_SIZE"),
             memory=variables.get("HARMONY_MEMORY"),
             stash=variables.get("HARMONY_STASH"),
+            one_layer_per_pack=_switch(variables, "HARMONY_ONE_LAYER_PER_PACK"),
             emulated_gpus=int(gpus) if gpus else None,
-            check_microbatches=None if check is None else check == "1",
+            check_microbatches=_switch(variables, "HARMONY_CHECK"),
+            log_level=level.upper() if level is not None else None,
         )
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
         knobs: dict[str, Any] = {
             name: value
-            for name in ("mode", "microbatch_size", "memory", "stash", "check_microbatches")
+            for name in ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack", "check_microbatches")
             if (value := getattr(self, name)) is not None
         }
         if knobs.get("microbatch_size", "auto") != "auto":
@@ -110,3 +119,10 @@ class Environment:
                 raise ConfigurationError(f"HARMONY_MICROBATCH_SIZE must be a number, got {knobs['microbatch_size']!r}")
             knobs["microbatch_size"] = int(knobs["microbatch_size"])
         return knobs
+
+
+def _switch(variables: Mapping[str, str], name: str) -> bool | None:
+    value = variables.get(name)
+    if value not in (None, "0", "1"):
+        raise ConfigurationError(f"{name} must be 0 or 1, got {value!r}")
+    return None if value is None else value == "1"

@@ -68,6 +68,7 @@ def prepare(
         num_microbatches=workload.num_microbatches,
         stash="device" if cluster.host_is_device or config.stash == "device" else "host",
         host_is_device=cluster.host_is_device,
+        one_layer_per_pack=config.one_layer_per_pack,
         together=call_order.loops if call_order is not None else (),
     )
     log.info(

@@ -7,6 +7,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 
 import functools
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
@@ -34,6 +35,7 @@ from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.one_task import check_one_task
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without, split_minibatch
@@ -63,6 +65,7 @@ class HarmonyMixin:
         microbatch_size: int | Literal["auto"] | None = None,
         memory: str | int | None = None,
         stash: Literal["auto", "device", "host"] | None = None,
+        one_layer_per_pack: bool | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
         loss_weight: LossWeight = "mean",
@@ -83,11 +86,14 @@ class HarmonyMixin:
         """
         super().__init__(**lightning)
         environment = Environment.read()
+        if environment.log_level is not None:
+            _log_to_stderr(environment.log_level)
         given = {
             "mode": mode,
             "microbatch_size": microbatch_size,
             "memory": memory,
             "stash": stash,
+            "one_layer_per_pack": one_layer_per_pack,
             "check_microbatches": check_microbatches,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
@@ -103,6 +109,7 @@ class HarmonyMixin:
         self.parallel_devices: list[torch.device] | None = None
         self._cluster_environment: Any = None
         self._engine: Engine | None = None
+        self._between: Between | None = None
         self._last_plan: Plan | None = None
         self._has_traced = False
         self._is_uncuttable = False
@@ -214,6 +221,9 @@ class HarmonyMixin:
             self._tell_once(text)
         for device in self._engine.cluster.devices:
             device.reset_peak()
+        if not self._engine.cluster.host_is_device:
+            self._between = Between(self._engine.cluster, self.root_device)
+            self._between.enter()
         self._last_plan = None
         self._has_traced = False
         self._is_uncuttable = False
@@ -259,7 +269,13 @@ class HarmonyMixin:
             raise ConfigurationError("the strategy is not set up; that happens in fit, validate, test or predict")
         return self._engine
 
+    def _in_step(self) -> AbstractContextManager[None]:
+        return self._between.suspended() if self._between is not None else nullcontext()
+
     def _close_engine(self) -> None:
+        if self._between is not None:
+            self._between.leave()
+            self._between = None
         if self._engine is not None:
             self.statistics()
             self._last_plan = self.plan
@@ -289,6 +305,7 @@ class HarmonyMixin:
         return {
             **state,
             "_engine": None,
+            "_between": None,
             "_root_loss": None,
             "_metrics": [],
             "_twins": Twins(),
@@ -393,6 +410,7 @@ class HarmonyMixin:
         which the user logged it."""
         twins = self._twins if num_microbatches > 1 else None
         with (
+            self._in_step(),
             getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
             logging as merged,
             uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
@@ -510,7 +528,7 @@ class HarmonyMixin:
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        with self._updates.stepping(optimizer, closure, self._require_engine(), trainer) as closure:
+        with self._in_step(), self._updates.stepping(optimizer, closure, self._require_engine(), trainer) as closure:
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
@@ -534,12 +552,22 @@ class HarmonyMixin:
             super().load_optimizer_state_dict(checkpoint)  # type: ignore[misc]
 
     def _tell_once(self, text: str) -> None:
-        if text not in self._told:
-            self._told.add(text)
+        without_sizes = re.sub(r"\d+", "", text)
+        if without_sizes not in self._told:
+            self._told.add(without_sizes)
             log.warning("harmony: %s", text)
 
 
 _COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")
+
+
+def _log_to_stderr(level: str) -> None:
+    """The package's own messages from this level up, once each, whatever the program does with its own."""
+    package = logging.getLogger("harmony_lightning")
+    package.setLevel(level)
+    if not package.handlers:
+        package.addHandler(logging.StreamHandler())
+        package.propagate = False
 
 
 def _as_sequence(layers: Any) -> Sequence[Any]:

@@ -1,3 +1,5 @@
+import logging
+
 import pytest
 from torch import nn
 
@@ -76,6 +78,34 @@ def test_numbers_in_the_environment_are_numbers(text):
         Environment.read({"HARMONY_EMULATED_GPUS": text})
     with pytest.raises(ConfigurationError, match="HARMONY_MICROBATCH_SIZE must be a number"):
         Environment.read({"HARMONY_MICROBATCH_SIZE": text}).knobs()
+
+
+def test_switches_and_levels_in_the_environment():
+    environment = Environment.read({"HARMONY_ONE_LAYER_PER_PACK": "1", "HARMONY_LOG_LEVEL": "info"})
+    assert environment.knobs() == {"one_layer_per_pack": True}
+    assert environment.log_level == "INFO"
+    assert Environment.read({"HARMONY_ONE_LAYER_PER_PACK": "0"}).knobs() == {"one_layer_per_pack": False}
+    with pytest.raises(ConfigurationError, match="HARMONY_ONE_LAYER_PER_PACK must be 0 or 1, got 'yes'"):
+        Environment.read({"HARMONY_ONE_LAYER_PER_PACK": "yes"})
+    with pytest.raises(ConfigurationError, match="HARMONY_LOG_LEVEL must be a level such as INFO, got 'loud'"):
+        Environment.read({"HARMONY_LOG_LEVEL": "loud"})
+
+
+@pytest.fixture
+def package_log():
+    package = logging.getLogger("harmony_lightning")
+    before = package.level, list(package.handlers), package.propagate
+    yield package
+    package.setLevel(before[0])
+    package.handlers[:] = before[1]
+    package.propagate = before[2]
+
+
+def test_a_log_level_is_told_to_the_package_once(monkeypatch, package_log):
+    monkeypatch.setenv("HARMONY_LOG_LEVEL", "DEBUG")
+    HarmonyStrategy()
+    HarmonyStrategy()
+    assert package_log.level == logging.DEBUG and len(package_log.handlers) == 1
 
 
 @pytest.fixture

@@ -155,7 +155,7 @@ def test_random_streams_of_the_process_survive_an_error():
 
 
 @pytest.mark.parametrize("memory", ["120KiB", "8MiB"])
-@pytest.mark.parametrize("write", ["in place", "data"])
+@pytest.mark.parametrize("write", ["in place", "data", "list", "out"])
 def test_weights_written_inside_the_step_are_used_at_once(memory, write):
     """A moving average of the first block, which the same step then calls."""
 
@@ -168,8 +168,15 @@ def test_weights_written_inside_the_step_are_used_at_once(memory, write):
             inputs, _ = batch
             with torch.no_grad():
                 before = self.slow(inputs)
+                if write == "list":
+                    torch._foreach_mul_(list(self.slow.parameters()), 0.5)
+                    torch._foreach_add_(list(self.slow.parameters()), list(self.net[0].parameters()), alpha=0.5)
                 for slow, fast in zip(self.slow.parameters(), self.net[0].parameters(), strict=True):
-                    if write == "data":
+                    if write == "list":
+                        break
+                    if write == "out":
+                        torch.lerp(slow, fast, 0.5, out=slow)
+                    elif write == "data":
                         slow.data = slow.data * 0.5 + fast.data * 0.5
                     else:
                         slow.mul_(0.5).add_(fast, alpha=0.5)

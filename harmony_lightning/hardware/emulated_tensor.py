@@ -339,6 +339,8 @@ def _check_same_device(
         indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
         homes[0].traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
         hosts = [host for host in hosts if all(host is not index for index in indices)]
+    if func in _HOST_BATCH_SIZES:
+        hosts = [host for host in hosts if host is not args[1]]
     written = [args[index] if index < len(args) else kwargs.get(name) for index, name in recipe.mutates]
     if len(homes) > 1 or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
         _refuse(func, args, kwargs)
@@ -426,6 +428,14 @@ def _pack_padded(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDe
     return EmulatedTensor(data, padded.home), batch_sizes
 
 
+def _pad_packed(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
+    data, batch_sizes, *rest = args
+    if type(data) is not EmulatedTensor or type(batch_sizes) is EmulatedTensor:
+        raise RuntimeError(f"{func}: `batch_sizes` must be a host tensor and the packed input a device tensor")
+    padded, lengths = func(data.inner_tensor, batch_sizes, *rest, **kwargs)
+    return EmulatedTensor(padded, data.home), lengths
+
+
 def _refuse_pin(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> NoReturn:
     raise RuntimeError(f"cannot pin a tensor of shape {tuple(args[0].shape)} on {args[0].home.name}; only host tensors")
 
@@ -436,8 +446,11 @@ _SPECIAL: dict[Any, Callable[..., Any]] = {
     aten._foreach_copy_.default: _foreach_copy_,
     aten._local_scalar_dense.default: _item,
     aten._pack_padded_sequence.default: _pack_padded,
+    aten._pad_packed_sequence.default: _pad_packed,
     aten._pin_memory.default: _refuse_pin,
 }
+_HOST_BATCH_SIZES = {aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data}
+"""Recurrent layers over packed sequences; only inference mode lets them come here in one piece."""
 _HOST_INDICES = {
     aten.index.Tensor,
     aten.index_put.default,

@@ -2,8 +2,9 @@
 
 It looks at every torch function that glue calls and has the running segment bring its tensors. Three kinds of functions
 are not so: those that only read a tensor take it as it is; those that move one to another device do what they say; and
-those that write their first argument write a host tensor that takes part in no graph (a queue, a moving average, a
-metric) where it lives, and anything else as an import, which then stands for the original in the rest of the microbatch.
+those that write their first argument (or each of a list of tensors, or `out`) write a host tensor that takes part in no
+graph (a queue, a moving average, a metric) where it lives, and anything else as an import, which then stands for the
+original in the rest of the microbatch.
 """
 
 import re
@@ -35,6 +36,8 @@ _COMPUTED_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 _MOVES = frozenset(("to", "cpu", "cuda"))
 _WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
 """In-place operators and methods."""
+_PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
+"""Functions whose second argument, lengths or batch sizes, lives on the host whatever the device."""
 
 
 class Glue(TorchFunctionMode):
@@ -90,7 +93,14 @@ class Glue(TorchFunctionMode):
                 return func(*_originals(segment, args), **kwargs)
             if (kind == "write" or kwargs.get("inplace") is True) and isinstance(args[0], torch.Tensor):
                 return self._write(segment, func, args, kwargs)
+            if kind == "write" and _is_list_of_tensors(args[0]):
+                return self._write_each(segment, func, args, kwargs)
+            if isinstance(out := kwargs.get("out"), torch.Tensor):
+                return self._write_out(segment, func, args, kwargs, out)
+            lengths = args[1].cpu() if kind == "pack" and isinstance(args[1], torch.Tensor) else None
             args = _bring_all(segment, args)
+            if lengths is not None:
+                args = (args[0], lengths, *args[2:])
             kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
@@ -119,6 +129,29 @@ class Glue(TorchFunctionMode):
         written = segment.bring_written(target)
         return func(written, *_bring_all(segment, args[1:]), **_bring_all(segment, kwargs))
 
+    def _write_each(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """`torch._foreach_mul_(list, ...)` and its like, tensor by tensor: some may stay where they are, and others not.
+        Lists beside the first go in step with it."""
+        num = len(args[0])
+        rows = [
+            [arg[i : i + 1] if isinstance(arg, tuple | list) and len(arg) == num else arg for arg in args]
+            for i in range(num)
+        ]
+        for target, *others in rows:
+            self._write(segment, lambda one, *rest, **named: func([one], *rest, **named), (target[0], *others), kwargs)
+
+    def _write_out(
+        self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any, out: torch.Tensor
+    ) -> torch.Tensor:
+        """`func(..., out=tensor)`: no gradient passes through it, so it is a result that is copied."""
+        rest = {name: _bring_all(segment, value) for name, value in kwargs.items() if name != "out"}
+        result = func(*_bring_all(segment, args), **rest)
+        if out.shape != result.shape:
+            out.resize_(result.shape)
+        self._write(segment, torch.Tensor.copy_, (out, result), {})
+        entry = segment.replaced.get(id(out))
+        return out if entry is None else entry[1]
+
     def _local_device(self, segment: Segment, device: Any) -> Any:
         """New tensors belong on the segment's device when the user says "on the GPU"."""
         if device is None or isinstance(device, int):
@@ -141,6 +174,8 @@ def _classify(func: Callable[..., Any]) -> str:
         kind = "compute"
     elif name in _READS or name.startswith("is_"):
         kind = "read"
+    elif name in _PACKS:
+        kind = "pack"
     elif name in _MOVES:
         kind = "move"
     elif _WRITES.fullmatch(name):
@@ -157,6 +192,10 @@ def _originals(segment: Segment, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args
     entry = replaced.get(id(args[0]))
     return args if entry is None else (entry[1], *args[1:])
+
+
+def _is_list_of_tensors(value: Any) -> bool:
+    return isinstance(value, tuple | list) and bool(value) and all(isinstance(item, torch.Tensor) for item in value)
 
 
 def _bring_all(segment: Segment, value: Any) -> Any:

@@ -32,7 +32,7 @@ from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.structure import Arguments
+from harmony_lightning.runtime.structure import Arguments, clone_with_strides
 from harmony_lightning.runtime.thread_state import Autocast
 
 
@@ -93,6 +93,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
         tensors = [segment.bring(tensor) for tensor in originals]
+        arguments.place_tensors(segment.bring_within)
     state = segment.state
     trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
     call = LayerCall(site, segment, arguments.snapshot(), is_kept=keeps)
@@ -288,7 +289,7 @@ def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch
     source = tensor.detach()
     if tensor.requires_grad:
         return Import.apply(anchor, source, _unreachable, is_copied)  # type: ignore[no-any-return,no-untyped-call]
-    return source.clone() if is_copied else source
+    return clone_with_strides(source) if is_copied else source
 
 
 def _saving(call: LayerCall) -> AbstractContextManager[Any]:
@@ -341,7 +342,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     try:
         with torch.enable_grad(), hooks:
             leaves = [t.detach().requires_grad_(e is not None) for t, e in zip(stash, call.input_edges, strict=True)]
-            inner = [leaf.clone() if index in copied else leaf for index, leaf in enumerate(leaves)]
+            inner = [clone_with_strides(leaf) if index in copied else leaf for index, leaf in enumerate(leaves)]
             result = site.run(weights, buffers, *call.arguments.snapshot().build(inner))
     finally:
         present.begin(device)

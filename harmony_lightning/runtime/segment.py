@@ -25,6 +25,7 @@ from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.structure import clone_with_strides
 
 _NUM_MOVED = 16
 """Copies that a segment keeps of tensors from elsewhere. Few are used again: masks, encoder states. Code that looks at
@@ -54,7 +55,7 @@ class Import(torch.autograd.Function):
         """`source` must be detached: autograd walks into the graph of every input, even one without gradient. `anchor`
         requires a gradient, so that the result does."""
         ctx.sink = sink
-        return source.clone() if is_written else source.view_as(source)
+        return clone_with_strides(source) if is_written else source.view_as(source)
 
     @staticmethod
     @once_differentiable
@@ -149,7 +150,8 @@ class Segment:
         if node is None:
             if (name := self.state.weight_name(tensor)) is not None:
                 return self._bring_weight(name, tensor.requires_grad)
-            if is_local or (tensor.dim() == 0 and tensor.device.type == "cpu" and not tensor.requires_grad):
+            is_scalar = tensor.dim() == 0 and not tensor.requires_grad and not is_written
+            if is_local or (is_scalar and self._is_host(tensor)):
                 return tensor
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
@@ -160,6 +162,11 @@ class Segment:
         if node._sequence_nr() >= self.start:  # type: ignore[attr-defined]
             return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
         return self._cut(tensor, is_written)
+
+    def bring_within(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A tensor within an object that a layer is given: on this device, unless it belongs to a graph."""
+        is_local = tensor.device == self.device.torch_device
+        return tensor if is_local or tensor.requires_grad or tensor.dim() == 0 else self.bring(tensor)
 
     def bring_written(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor as a function may use it that writes it; from now on the result stands for it."""
@@ -202,6 +209,10 @@ class Segment:
             if len(self._moved) > _NUM_MOVED:
                 del self._moved[next(iter(self._moved))]
         return entry[2]
+
+    def _is_host(self, tensor: torch.Tensor) -> bool:
+        """Functions of any device read scalars of the host; those of another GPU they do not."""
+        return tensor.device.type == "cpu" and not self.state.is_device(tensor.device)
 
     def _count_peer(self, copy: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         counters = self.state.counters

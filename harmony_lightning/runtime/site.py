@@ -169,8 +169,9 @@ class Interposition:
                 continue
             if layer is not None and not any(True for _ in module.parameters()) and not _has_buffers(module):
                 continue
-            if layer is None and next(module.parameters(), None) is not None:
-                continue  # above the layers: its own code is glue
+            has_weights = next(module.parameters(), None) is not None
+            if (layer is None and has_weights) or (not has_weights and _keeps_tensors(module)):
+                continue  # above the layers, or a metric that adds up in its attributes: its own code is glue
             before = module._compiled_call_impl
             site = Site(
                 module,
@@ -203,6 +204,10 @@ class _Seam:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._dispatch(self._site, args, kwargs)
+
+
+def _keeps_tensors(module: nn.Module) -> bool:
+    return any(isinstance(value, torch.Tensor) for value in vars(module).values())
 
 
 def _has_buffers(module: nn.Module) -> bool:

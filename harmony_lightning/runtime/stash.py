@@ -16,13 +16,18 @@ from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.structure import without_repetition
 
 
 @dataclass(frozen=True, slots=True)
 class _Stashed:
-    """A tensor that waits on the host."""
+    """A tensor that waits on the host, and how it lay on the device: other strides may mean other kernels, and so other
+    bits, when a layer is recomputed."""
 
     host: torch.Tensor
+    """Without the dimensions along which the tensor only repeats itself."""
+    shape: torch.Size
+    stride: tuple[int, ...]
     device: Device
 
 
@@ -75,15 +80,15 @@ class HostStash:
         held = segment.stashed.get(key)
         if held is not None and held[1] == tensor._version:
             return held[2]
+        source = without_repetition(tensor.detach())
         with torch.inference_mode(False):
-            host = torch.empty_like(tensor, device="cpu", pin_memory=device.torch_device.type == "cuda")
-        source = tensor.detach()
+            host = torch.empty_like(source, device="cpu", pin_memory=device.torch_device.type == "cuda")
         device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
         with device.lane(Lane.SWAP_OUT):
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
         self._leaving.append((device, source))
-        stashed = _Stashed(host, device)
+        stashed = _Stashed(host, tensor.shape, source.stride(), device)
         segment.stashed[key] = (source, tensor._version, stashed)
         return stashed
 
@@ -93,14 +98,16 @@ class HostStash:
         assert isinstance(held, _Stashed)
         device = held.device
         self._counters.stash_in_bytes += held.host.nbytes
-        result = torch.empty_like(held.host, device=device.torch_device, pin_memory=False)
+        result = torch.empty_strided(
+            held.host.shape, held.stride, dtype=held.host.dtype, device=device.torch_device, pin_memory=False
+        )
         # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
         device.wait(Lane.SWAP_IN, device.record(Lane.COMPUTE))
         device.wait(Lane.SWAP_IN, device.record(Lane.SWAP_OUT))
         with device.lane(Lane.SWAP_IN):
             result.copy_(held.host, non_blocking=True)
         device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
-        return result
+        return result.expand(held.shape)
 
     def before_write(self, target: torch.Tensor) -> None:
         """Glue is about to write a tensor in place: what backward needs of its memory must not change."""

@@ -1,8 +1,12 @@
 """Tensors within a layer's arguments and results, and copies of the mutable objects around them."""
 
 import copy
+import functools
 import random
+import types
+import weakref
 from collections import deque
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -10,6 +14,17 @@ import torch
 from torch.utils import _pytree as pytree
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type)
+
+_FUNCTIONS = (
+    types.FunctionType
+    | types.BuiltinFunctionType
+    | types.MethodType
+    | types.MethodWrapperType
+    | functools.partial  # type: ignore[type-arg]
+    | weakref.ref  # type: ignore[type-arg]
+    | torch.jit.ScriptFunction  # type: ignore[type-arg]
+)
+"""Not all that can be called: a graph of PyG can."""
 
 
 def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
@@ -51,11 +66,55 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
     return result
 
 
+def place_tensors(value: Any, place: Callable[[torch.Tensor], torch.Tensor], seen: set[int] | None = None) -> Any:
+    """Put `place(tensor)` for every tensor of an object graph, in the objects themselves; they keep their identity.
+
+    Returns the value, or what stands for it if it is a tensor or cannot be written.
+    """
+    seen = set() if seen is None else seen
+    if isinstance(value, torch.Tensor):
+        return place(value)
+    if not is_opaque(value) or id(value) in seen:
+        return value
+    seen.add(id(value))
+    if isinstance(value, tuple):
+        items = [place_tensors(item, place, seen) for item in value]
+        if all(new is old for new, old in zip(items, value, strict=True)):
+            return value
+        return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
+    if isinstance(value, list | dict | deque):
+        for key in list(value) if isinstance(value, dict) else range(len(value)):
+            if (new := place_tensors(value[key], place, seen)) is not value[key]:
+                value[key] = new
+    state = object.__getstate__(value)
+    for part in state if isinstance(state, tuple) else (state,):
+        for name, item in (part if isinstance(part, dict) else {}).items():
+            if (new := place_tensors(item, place, seen)) is not item:
+                object.__setattr__(value, name, new)
+    return value
+
+
 def is_opaque(value: Any) -> bool:
     """Whether a leaf may hold state that a layer can write."""
-    return (
-        not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module) and not callable(value)
-    )
+    return not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module | _FUNCTIONS)
+
+
+def without_repetition(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor with one element along each dimension of stride 0, as `expand` makes them."""
+    for dim, stride in enumerate(tensor.stride()):
+        if stride == 0 and tensor.shape[dim] > 1:
+            tensor = tensor.narrow(dim, 0, 1)
+    return tensor
+
+
+def clone_with_strides(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy that lies in memory as the tensor does. `clone` closes gaps, and other strides may mean other kernels."""
+    once = without_repetition(tensor)
+    if tensor.requires_grad and once.shape != tensor.shape:
+        return tensor.clone()  # each element has a gradient of its own
+    copied = torch.empty_strided(once.shape, once.stride(), dtype=tensor.dtype, device=tensor.device)
+    copied.copy_(once)
+    return copied if once is tensor else copied.expand(tensor.shape)
 
 
 class Arguments:
@@ -86,6 +145,11 @@ class Arguments:
         for place, _ in self._places:
             self._rest[place] = None
         return tensors
+
+    def place_tensors(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+        """Those within opaque leaves: graphs, caches, data classes."""
+        for i in self._opaque:
+            self._rest[i] = place_tensors(self._rest[i], place)
 
     def build(self, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
         """The arguments with these tensors, in the order of `take_tensors`, in place."""

@@ -52,6 +52,7 @@ def make_plan(
     num_microbatches: int,
     stash: Literal["device", "host"],
     host_is_device: bool = False,
+    one_layer_per_pack: bool = False,
     together: Sequence[frozenset[str]] = (),
 ) -> Plan:
     """Packs under a memory limit.
@@ -65,6 +66,7 @@ def make_plan(
         num_microbatches: of one minibatch.
         stash: where layer inputs wait.
         host_is_device: nothing is swapped: one pack holds everything.
+        one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
 
     Raises:
@@ -77,7 +79,7 @@ def make_plan(
     packs: list[Pack] = []
     members: Group = ()
     for group in groups:
-        if members and not limit.admits(_pack(decomposition, members + group)):
+        if members and (one_layer_per_pack or not limit.admits(_pack(decomposition, members + group))):
             packs.append(_pack(decomposition, members))
             members = ()
         members += group

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from harmony_lightning.runtime.structure import Arguments, copy_structure, is_opaque
+from harmony_lightning.runtime.structure import Arguments, clone_with_strides, copy_structure, is_opaque
 
 Pair = namedtuple("Pair", ["left", "right"])
 TENSOR = torch.randn(3)
@@ -211,3 +211,21 @@ def test_a_snapshot_shows_objects_as_they_were():
     (_, again), _ = snapshot.snapshot().build(tensors)
     again.keys.append(2)
     assert first.keys == []
+
+
+LAID_OUT = [lambda x: x, lambda x: x[:, :2], lambda x: x.T[1:], lambda x: x[:1].expand(7, 3, 4)]
+
+
+@pytest.mark.parametrize("make", LAID_OUT)
+def test_a_clone_may_keep_its_strides(make):
+    tensor = make(torch.arange(24.0).reshape(2, 3, 4))
+    twin = clone_with_strides(tensor)
+    assert twin.stride() == tensor.stride() and torch.equal(twin, tensor)
+    assert twin.data_ptr() != tensor.data_ptr()
+
+
+@pytest.mark.parametrize("make", LAID_OUT)
+def test_a_clone_with_strides_hands_the_gradient_of_each_element_on(make):
+    tensor = make(torch.arange(24.0).reshape(2, 3, 4)).requires_grad_()
+    (gradient,) = torch.autograd.grad((clone_with_strides(tensor) * 2).sum(), tensor)
+    assert torch.equal(gradient, torch.full_like(tensor, 2))

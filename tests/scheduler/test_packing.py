@@ -42,6 +42,12 @@ def test_layers_are_gathered_greedily_in_order():
     assert layers_of(packed(parts, 34 * KB)) == ["l0 l1", "l2 l3 l4", "l5 l6"]
 
 
+def test_every_layer_may_be_a_pack_of_its_own():
+    parts = decomposition(KB, KB, KB)
+    assert layers_of(packed(parts, 100 * KB)) == ["l0 l1 l2"]
+    assert layers_of(packed(parts, 100 * KB, one_layer_per_pack=True)) == ["l0", "l1", "l2"]
+
+
 def test_a_pack_knows_its_bytes():
     parts = decomposition(100, 200, 300, frozen={1})
     (pack,) = packed(parts, 1 << 20).packs
