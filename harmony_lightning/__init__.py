@@ -4,13 +4,15 @@ The rooms of the house; each imports only rooms below it:
 
     strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; `lightning` and
                     `pytorch_lightning` hold the class for each of the two packages
+    cli             the command `harmony`
     prepare         module -> plan
     observability   what a run did
-    scheduler       sizes -> plan        runtime   carries a plan out; enter at `runtime.engine`
-    plan            the plan itself, as data
+    scheduler       costs -> plan; simulation and search      runtime   carries a plan out; enter at `runtime.engine`
+    plan            plans, schedules, task graphs and timelines, as data
+    profiler        what each layer costs, and what the machine offers
     decomposer      module -> layers
     hardware        devices: CUDA, emulated, the host
-    config, errors, units
+    config, errors, units, record
 
 Glossary:
 
@@ -21,6 +23,8 @@ Glossary:
     glue         user code between layers                  lane        in-order queue of work on a device
     arena, slot  flat memory of a pack, host and device    placement   (pack, microbatch) -> device
     plan         every decision about a run                pp, dp      packs or microbatches dealt over the GPUs
+    schedule     a plan in terms of a profile's layers     turn        all microbatches of one pack, one way, in a step
+    task         one copy or computation of a step         timeline    when each task starts and ends
 """
 
 from typing import TYPE_CHECKING, Any

@@ -32,7 +32,7 @@ class Schedule(Record):
     packs_backward: tuple[tuple[int, int], ...]
     """[first layer, last layer] of each pack; the last one runs forward and backward together."""
     prefetch: int = 0
-    """Packs whose weights come in ahead of the running one, per device: 0 or 1."""
+    """Packs whose weights come in ahead of the running one, and whose gradients leave behind it, per device: 0 or 1."""
     kept: tuple[int, ...] = ()
     """Per backward pack: microbatches whose activations stay on the device from forward, so that nothing is recomputed.
     Empty: none. They are those that forward reaches last."""

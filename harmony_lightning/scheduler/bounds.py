@@ -11,6 +11,7 @@ out, so a bound never exceeds what the simulation says; as compute and weights a
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +23,8 @@ from harmony_lightning.scheduler.simulate import Rules
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Choice = tuple[int, Packing]
+"""Microbatch size and packing, of one direction."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,31 +71,54 @@ class Turns:
     """Seconds of the update; 0 in forward."""
     inputs: Floats
     """Seconds for which inputs of all microbatches occupy the lane on which weights come."""
-    needs: Floats
-    """Bytes on the device while the turn computes, stashes left out."""
-
-    def rows(self, rows: Ints) -> "Turns":
-        return Turns(**{name: getattr(self, name)[rows] for name in Turns.__slots__})
 
 
-def measure(setting: Setting, direction: str, choices: Sequence[tuple[int, Packing]]) -> Turns:
-    """Turns of (microbatch size, packing) choices, in the order of execution."""
+def fitting(setting: Setting, direction: str, choices: Sequence[Choice], memory_bytes: float) -> list[Choice]:
+    """Choices of which every pack fits the memory by itself, stashes and whatever else is on the device left out."""
+    rows: list[Ints] = []
+    for size, members in _by_size(choices).items():
+        counts = np.array([len(choices[row][1]) for row in members])
+        start, end = _layers([choices[row][1] for row in members])
+        samples = min(size, setting.samples)
+        peaks, inputs = (
+            np.array(setting.costs.peak_prefix(direction, samples)),
+            np.array(setting.costs.inputs(samples)),
+        )
+        needs = peaks[end] - peaks[start] + 2 * inputs[start] + inputs[end]
+        if direction == "backward":
+            needs += np.where(start > 0, 2.0, 1.0) * inputs[start]
+        too_large = np.bincount(np.repeat(np.arange(len(members)), counts), needs > memory_bytes, len(members))
+        rows.append(np.array(members)[too_large == 0])
+    return [choices[row] for row in np.sort(np.concatenate(rows))] if rows else []
+
+
+def measure(setting: Setting, direction: str, choices: Sequence[Choice]) -> Turns:
+    """Turns of choices, in the order of execution."""
     counts = np.array([len(packing) for _, packing in choices], dtype=np.int64)
     shape = (len(choices), max(1, int(counts.max(initial=0))))
     columns = {name: np.zeros(shape) for name in Turns.__slots__ if name != "counts"}
-    by_size: dict[int, list[int]] = {}
-    for row, (size, _) in enumerate(choices):
-        by_size.setdefault(size, []).append(row)
-    for size, rows in by_size.items():
-        ordered = [choices[row][1] if direction == "forward" else choices[row][1][::-1] for row in rows]
-        spans = np.array([span for packing in ordered for span in packing], dtype=np.int64).reshape(-1, 2)
-        at = (
-            np.repeat(rows, [len(packing) for packing in ordered]),
-            np.array([turn for packing in ordered for turn in range(len(packing))], dtype=np.int64),
-        )
-        for name, values in _columns(setting, direction, size, spans[:, 0], spans[:, 1] + 1).items():
-            columns[name][at] = values
+    step = 1 if direction == "forward" else -1
+    for size, members in _by_size(choices).items():
+        start, end = _layers([choices[row][1][::step] for row in members])
+        lengths = counts[members]
+        turn = np.arange(len(start)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        at = np.repeat(members, lengths) * shape[1] + turn
+        for name, values in _columns(setting, direction, size, start, end).items():
+            columns[name].ravel()[at] = values
     return Turns(counts=counts, **columns)
+
+
+def _by_size(choices: Sequence[Choice]) -> dict[int, list[int]]:
+    members: dict[int, list[int]] = {}
+    for row, (size, _) in enumerate(choices):
+        members.setdefault(size, []).append(row)
+    return members
+
+
+def _layers(packings: Sequence[Packing]) -> tuple[Ints, Ints]:
+    """First layer of each pack, and the one behind it."""
+    flat = np.fromiter(chain.from_iterable(chain.from_iterable(packings)), dtype=np.int64)
+    return flat[0::2], flat[1::2] + 1
 
 
 def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints) -> dict[str, Floats]:
@@ -147,10 +173,7 @@ def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints
         # The only input goes to the host after the former turn and comes back before the weights.
         fetched = ~is_fused if is_backward else start > 0
         coming = coming + np.where(fetched, 2 * (inputs[end] if is_backward else inputs[start]) / host, 0.0)
-    needs = between(costs.peak_prefix(direction, size)) + 2 * inputs[start] + inputs[end]
-    if is_backward:
-        needs = needs + np.where(start > 0, 2.0, 1.0) * inputs[start]
-    return {
+    columns = {
         "coming": coming,
         "entering": entering,
         "first": copying + early + late,
@@ -158,11 +181,10 @@ def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints
         "last": last_entering + last_late,
         "total": (copying + early + late) * (len(sizes) - 1) + last_copying + last_early + last_late,
         "leaving": leaving + release,
-        "sent": sent,
-        "update": update,
-        "inputs": by_host,
-        "needs": needs,
     }
+    if is_backward:
+        columns.update(sent=sent, update=update, inputs=by_host)
+    return columns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

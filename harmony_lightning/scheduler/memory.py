@@ -48,7 +48,7 @@ def own_peak_bytes(schedule: Schedule, costs: Costs) -> float:
             # The turn before still computes while these weights arrive.
             peak = max(peak, needs[turn.device] + costs.state_bytes(turn.span))
         need = turn_bytes(schedule, costs, turn)
-        if turn.left is not None and not turn.left.is_forward:
+        if schedule.prefetch and turn.left is not None and not turn.left.is_forward:
             need += costs.weight_bytes(turn.left.span)
         if schedule.mode == "dp" or schedule.num_devices == 1:
             # Microbatches that have not been here yet wait before the pack, the others behind it.

@@ -10,7 +10,8 @@ What differs from Harmony's rules (`harmony.py`):
     boundaries    in dp a pack's outputs stay on the device until the next pack, there, has taken them
     updates       the next step's forward waits for the update of its own pack only; nothing else is between two steps
 
-Inputs are brought two microbatches ahead, and a computation waits until what the one before last left has gone.
+Without prefetch there is one slot for weights and one for gradients. Inputs are brought two microbatches ahead, and a
+computation waits until what the one before last left has gone.
 """
 
 from itertools import pairwise
@@ -120,7 +121,8 @@ class OwnSteps:
                 before = ()
             else:
                 turn.recomputed.append(turn.computed[-1] if turn.computed else None)
-            slot = turn.left2.released if i == 0 and turn.left2 is not None else None
+            before_slot = turn.left2 if self.schedule.prefetch else turn.left
+            slot = before_slot.released if i == 0 and before_slot is not None else None
             seconds = costs.backward_seconds(size, turn.span)
             done = self.run(compute, seconds, Kind.BACKWARD, turn.index, i, 0, gradient, slot, *before)
             turn.computed.append(done)

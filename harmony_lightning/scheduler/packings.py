@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 from functools import cache
 
 import numpy as np
-import numpy.typing as npt
 
 from harmony_lightning.plan.schedule import Span
 from harmony_lightning.scheduler.costs import Costs
@@ -22,8 +21,8 @@ step, and its number of packs matters less."""
 HEADS = (1, 2, 3, 5, 8)
 """Layers of a small first pack. Its backward is the last of a step: what its gradients and its update take is exposed."""
 
-Table = npt.NDArray[np.int64]
-"""`[count, end]`: where the last of `count` packs of the first `end` layers begins."""
+Table = list[list[int]]
+"""`[count][end]`: where the last of `count` packs of the first `end` layers begins."""
 
 
 class Packings:
@@ -92,7 +91,8 @@ def table(weights: Sequence[float]) -> Table:
         # The earliest start of all that are best: what is light stays in front.
         starts[count] = np.argmin(choices, axis=0)
         heaviest = choices[starts[count], np.arange(num_layers + 1)]
-    return starts
+    table_of_starts: Table = starts.tolist()
+    return table_of_starts
 
 
 def packs_of(starts: Table, count: int, num_layers: int) -> Packing:
@@ -100,7 +100,7 @@ def packs_of(starts: Table, count: int, num_layers: int) -> Packing:
     packing: list[Span] = []
     end = num_layers
     for left in range(count, 0, -1):
-        start = int(starts[left, end])
+        start = starts[left][end]
         packing.append((start, end - 1))
         end = start
     return tuple(reversed(packing))

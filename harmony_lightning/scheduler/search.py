@@ -19,29 +19,32 @@ from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
 from harmony_lightning.scheduler.bounds import (
+    Choice,
     Floats,
     Ints,
     Setting,
     State,
-    Turns,
     after_backward,
     after_forward,
+    fitting,
     measure,
 )
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.memory import backward_bytes, forward_bytes
+from harmony_lightning.scheduler.memory import turn_bytes
 from harmony_lightning.scheduler.packings import Packing, Packings
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
+from harmony_lightning.scheduler.turns import turns
 from harmony_lightning.units import format_nbytes
 
-Choice = tuple[int, Packing]
-"""Microbatch size and packing, of one direction."""
 MAX_SIZES = 8
 """Microbatch sizes that are tried per direction."""
 BLOCK = 64
 """Groups of pairs whose bounds are refined at once."""
 MAX_COMPUTATIONS = 60_000
 """Microbatches times packs that a search simulates at most: about a second. Mostly it needs a hundredth of them."""
+
+MIN_CANDIDATES = 4
+"""So many kinds of schedules are simulated in any case, for comparison."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,7 +97,7 @@ def search(
     searches = [_Search(costs, minibatch, one, memory_bytes, rules, packings) for one in modes]
     found = sorted((c for one in searches for c in one.run()), key=lambda c: c.seconds)
     if not found:
-        raise CapacityError(_too_large(costs, memory_bytes))
+        raise CapacityError(_too_large(costs, modes[0], minibatch, memory_bytes, rules))
     return Found(
         rules=str(rules),
         best=found[0],
@@ -129,11 +132,11 @@ class _Search:
 
     def run(self) -> list[Candidate]:
         """Candidates, best first."""
-        backward, turns = self._fitting(
-            "backward", [(u, p) for u in self._sizes("backward") for p in self.packings.backward(u)]
-        )
+        choices = [(size, packs) for size in self._sizes("backward") for packs in self.packings.backward(size)]
+        backward = fitting(self.setting, "backward", choices, self.memory_bytes)
         if not backward:
             return []
+        turns = measure(self.setting, "backward", backward)
         forward, leaves, groups, pairs = self._groups(backward)
         if not len(pairs):
             return []
@@ -164,9 +167,12 @@ class _Search:
                 forward[members[pair]],
                 backward[rows[pair]],
             )
+            key = (forward_size, len(forward_packs), backward_size, len(backward_packs))
+            is_promising = bounds[pair] < self.least
             # With fewer turns than devices each has more of the host link than bounds assume.
             is_small = len(forward_packs) + len(backward_packs) < self.setting.stride
-            if (bounds[pair] >= self.least and not is_small) or self.num_computations > MAX_COMPUTATIONS:
+            is_other = len(self.best) < MIN_CANDIDATES and key not in self.best
+            if not (is_promising or is_small or is_other) or self.num_computations > MAX_COMPUTATIONS:
                 continue
             schedule = Schedule(
                 mode=self.mode,
@@ -188,7 +194,6 @@ class _Search:
             self.num_simulated += 1
             self.num_computations += len(forward_packs) * len(schedule.sizes_forward)
             self.num_computations += len(backward_packs) * len(schedule.sizes_backward)
-            key = (forward_size, len(forward_packs), backward_size, len(backward_packs))
             if key not in self.best or taken < self.best[key].seconds:
                 self.best[key] = Candidate(schedule=schedule, seconds=taken, peak_bytes=peak)
             self.least = min(self.least, taken)
@@ -206,12 +211,6 @@ class _Search:
         wanted = np.geomspace(sizes[0], sizes[-1], MAX_SIZES)
         return sorted({min(sizes, key=lambda size: (abs(np.log(size / one)), size)) for one in wanted})
 
-    def _fitting(self, direction: str, choices: list[Choice]) -> tuple[list[Choice], Turns]:
-        """Choices of which every pack fits by itself."""
-        turns = measure(self.setting, direction, choices)
-        rows = np.nonzero(turns.needs.max(axis=1, initial=0.0) <= self.memory_bytes)[0]
-        return [choices[row] for row in rows], turns.rows(rows)
-
     def _groups(self, backward: list[Choice]) -> tuple[list[Choice], State, Ints, Ints]:
         """Forward choices for all backward choices, sorted into groups that are alike.
 
@@ -219,60 +218,58 @@ class _Search:
             The choices that fit; the state that each leaves; where each group begins (and where the last one ends); and
             pairs of a backward choice and a group that go together, [pair, (row, group)].
         """
-        sizes = self._sizes("forward")
-        wanted: dict[tuple[int, int, int], list[Choice]] = {}
-        for size in sizes:
-            for num_layers in sorted({packs[-1][0] for _, packs in backward}):
-                packings = {*self.packings.forward(size, num_layers)}
-                # The packs of backward may do for forward too.
-                packings |= {packs[:-1] for _, packs in backward if packs[-1][0] == num_layers}
-                for packing in sorted(packings):
-                    key = (num_layers, size, self._bucket(packing))
-                    wanted.setdefault(key, []).append((size, packing))
-        keys = sorted(wanted)
-        choices = [choice for key in keys for choice in wanted[key]]
-        group_of = np.repeat(np.arange(len(keys)), [len(wanted[key]) for key in keys])
-        turns = measure(self.setting, "forward", choices)
-        fits = np.nonzero(turns.needs.max(axis=1, initial=0.0) <= self.memory_bytes)[0]
-        group_of = group_of[fits]
-        present, groups = np.unique(group_of, return_index=True)
-        number = {keys[one]: index for index, one in enumerate(present)}
-        by_layers: dict[int, list[tuple[int, int]]] = {}
-        for (num_layers, size, _), index in number.items():
-            by_layers.setdefault(num_layers, []).append((size, index))
+        by_layers: dict[int, set[Packing]] = {}
+        for _, packs in backward:
+            # The packs of backward may do for forward too.
+            by_layers.setdefault(packs[-1][0], set()).add(packs[:-1])
+        family = [
+            (size, packing)
+            for size in self._sizes("forward")
+            for num_layers, packings in by_layers.items()
+            for packing in packings.union(self.packings.forward(size, num_layers))
+        ]
+        choices = fitting(self.setting, "forward", family, self.memory_bytes)
+        choices.sort(key=lambda choice: (self._group(choice), choice[1]))
+        starts: dict[tuple[int, int, int], int] = {}
+        for row, choice in enumerate(choices):
+            starts.setdefault(self._group(choice), row)
+        alike: dict[int, list[tuple[int, int]]] = {}
+        for index, (num_layers, size, _) in enumerate(starts):
+            alike.setdefault(num_layers, []).append((size, index))
         pairs = [
             (row, index)
             for row, (backward_size, packs) in enumerate(backward)
-            for size, index in by_layers.get(packs[-1][0], ())
+            for size, index in alike.get(packs[-1][0], ())
             if size >= backward_size
         ]
-        leaves = after_forward(self.setting, turns.rows(fits))
-        return (
-            [choices[row] for row in fits],
-            leaves,
-            np.append(groups, len(fits)),
-            np.array(pairs, dtype=np.int64).reshape(-1, 2),
-        )
+        leaves = after_forward(self.setting, measure(self.setting, "forward", choices))
+        groups = np.array([*starts.values(), len(choices)], dtype=np.int64)
+        return choices, leaves, groups, np.array(pairs, dtype=np.int64).reshape(-1, 2)
 
-    def _bucket(self, packing: Packing) -> int:
-        """Packings whose turns go round the devices equally often, up to twice, leave similar states behind."""
-        return min(len(packing) // self.setting.stride, 2)
+    def _group(self, choice: Choice) -> tuple[int, int, int]:
+        """Layers, microbatch size, and how often the turns go round the devices, up to twice: such leave alike states."""
+        size, packing = choice
+        return packing[-1][1] + 1 if packing else 0, size, min(len(packing) // self.setting.stride, 2)
 
 
-def _too_large(costs: Costs, memory_bytes: float) -> str:
-    sizes = costs.profile.microbatch_sizes
-    needs = [
-        (
-            max(
-                forward_bytes(costs, sizes.forward[0], (layer, layer)),
-                backward_bytes(costs, sizes.backward[0], (layer, layer)),
-            ),
-            -layer,
-        )
-        for layer in range(costs.num_layers)
-    ]
-    need, layer = max(needs)
+def _too_large(costs: Costs, mode: Literal["pp", "dp"], minibatch: int, memory_bytes: float, rules: Rules) -> str:
+    """What even the smallest packs and microbatches need."""
+    sizes, num_layers = costs.profile.microbatch_sizes, costs.num_layers
+    packs = tuple((layer, layer) for layer in range(num_layers))
+    smallest = Schedule(
+        mode=mode,
+        num_devices=costs.machine.gpus,
+        minibatch=minibatch,
+        microbatch_forward=sizes.forward[0],
+        packs_forward=packs[:-1],
+        microbatch_backward=sizes.backward[0],
+        packs_backward=packs,
+    )
+    largest = max(turns(smallest), key=lambda turn: (turn_bytes(smallest, costs, turn), -turn.span[0]))
+    alone, peak = turn_bytes(smallest, costs, largest), peak_bytes(smallest, costs, rules)
+    beside = f" and {format_nbytes(peak - alone)} beside it" if peak > alone else ""
     return (
-        f"no schedule fits: layer {-layer} alone needs {format_nbytes(need)} at microbatches of {sizes.backward[0]}, but "
-        f"each GPU offers {format_nbytes(memory_bytes)}; raise memory, or split that layer"
+        f"no schedule fits: with packs of one layer and microbatches of {sizes.backward[0]}, layer {largest.span[0]} needs "
+        f"{format_nbytes(alone)}{beside}, but each GPU offers {format_nbytes(memory_bytes)}; raise memory, or split that "
+        f"layer"
     )
