@@ -132,7 +132,9 @@ class _Search:
 
     def run(self) -> list[Candidate]:
         """Candidates, best first."""
-        choices = [(size, packs) for size in self._sizes("backward") for packs in self.packings.backward(size)]
+        samples = self.setting.samples
+        sizes_backward = choose_sizes(self.costs, "backward", samples)
+        choices = [(size, packs) for size in sizes_backward for packs in self.packings.backward(size)]
         backward = fitting(self.setting, "backward", choices, self.memory_bytes)
         if not backward:
             return []
@@ -200,17 +202,6 @@ class _Search:
 
     # The family -------------------------------------------------------------------------------------------------------
 
-    def _sizes(self, direction: str) -> list[int]:
-        """Microbatch sizes to try: those that cut the samples evenly, or all if none does."""
-        measured = getattr(self.costs.profile.microbatch_sizes, direction)
-        samples = self.setting.samples
-        least, most = min(measured[0], samples), min(measured[-1], samples)
-        sizes = [size for size in range(least, most + 1) if samples % size == 0] or list(range(least, most + 1))
-        if len(sizes) <= MAX_SIZES:
-            return sizes
-        wanted = np.geomspace(sizes[0], sizes[-1], MAX_SIZES)
-        return sorted({min(sizes, key=lambda size: (abs(np.log(size / one)), size)) for one in wanted})
-
     def _groups(self, backward: list[Choice]) -> tuple[list[Choice], State, Ints, Ints]:
         """Forward choices for all backward choices, sorted into groups that are alike.
 
@@ -224,7 +215,7 @@ class _Search:
             by_layers.setdefault(packs[-1][0], set()).add(packs[:-1])
         family = [
             (size, packing)
-            for size in self._sizes("forward")
+            for size in choose_sizes(self.costs, "forward", self.setting.samples)
             for num_layers, packings in by_layers.items()
             for packing in packings.union(self.packings.forward(size, num_layers))
         ]
@@ -250,6 +241,23 @@ class _Search:
         """Layers, microbatch size, and how often the turns go round the devices, up to twice: such leave alike states."""
         size, packing = choice
         return packing[-1][1] + 1 if packing else 0, size, min(len(packing) // self.setting.stride, 2)
+
+
+def choose_sizes(costs: Costs, direction: Literal["forward", "backward"], samples: int) -> list[int]:
+    """Microbatch sizes to try, ascending: those that cut the samples evenly, or all if none does.
+
+    Raises:
+        ConfigurationError: there are no samples.
+    """
+    if samples < 1:
+        raise ConfigurationError(f"the minibatch must have at least one sample, got {samples}")
+    measured = getattr(costs.profile.microbatch_sizes, direction)
+    least, most = min(measured[0], samples), min(measured[-1], samples)
+    sizes = [size for size in range(least, most + 1) if samples % size == 0] or list(range(least, most + 1))
+    if len(sizes) <= MAX_SIZES:
+        return sizes
+    wanted = np.geomspace(sizes[0], sizes[-1], MAX_SIZES)
+    return sorted({min(sizes, key=lambda size: (abs(np.log(size / one)), size)) for one in wanted})
 
 
 def _too_large(costs: Costs, mode: Literal["pp", "dp"], minibatch: int, memory_bytes: float, rules: Rules) -> str:

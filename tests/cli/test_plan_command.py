@@ -64,6 +64,18 @@ def test_a_table_tells_both_plans(files, capsys):
     assert "harmony: forward" in printed and "own: forward" in printed and "backward 0-" in printed
 
 
+def test_the_genetic_planner_is_told_beside_the_default(files, capsys):
+    options = ("--minibatch", "4", "--memory", "1500", "--mode", "dp")
+    default = answer(capsys, *files, *options, "--json")
+    bred = answer(capsys, *files, *options, "--json", "--planner", "genetic")
+    assert (default["planner"], bred["planner"], bred["own"]["planner"]) == ("bounds", "genetic", "genetic")
+    assert bred["default"]["step_seconds"] == default["step_seconds"]
+    assert bred["own"]["default"]["step_seconds"] == default["own"]["step_seconds"]
+    assert bred["step_seconds"] <= 1.05 * default["step_seconds"]
+    assert main([*files, *options, "--planner", "genetic"]) == 0
+    assert "own, genetic: forward" in capsys.readouterr().out
+
+
 def test_reasons_are_told_when_asked_for(files, capsys):
     printed = answer(capsys, *files, "--minibatch", "8", "--memory", "1500", "--json", "--explain")
     for fields in (printed, printed["own"]):
