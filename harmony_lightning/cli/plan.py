@@ -11,7 +11,8 @@ fields for the best plan under our runtime's rules:
     packs_forward, packs_backward
                          [first layer, last layer] of each pack, both included, in layer order. The last backward pack runs
                          forward and backward together, so the forward packs end before it
-    prefetch             packs whose weights come ahead of the running one
+    prefetch             packs whose weights come ahead of the running one, and whose gradients leave behind it
+    boundary             where packs hand over in dp: "device" or "host"
     search_seconds       what the search took
     is_proved            whether nothing in the searched family is better
     planner              "bounds", which proves its plan the best of its family, or "genetic", which breeds plans
@@ -103,6 +104,7 @@ def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:
         "microbatch_backward": schedule.microbatch_backward,
         "packs_backward": schedule.packs_backward,
         "prefetch": schedule.prefetch,
+        "boundary": schedule.boundary if found.rules == Rules.OWN or schedule.mode == "pp" else "host",
         "num_schedules": found.num_schedules,
         "num_simulated": found.num_simulated,
         "is_proved": found.is_proved,

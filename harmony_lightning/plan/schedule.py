@@ -33,9 +33,8 @@ class Schedule(Record):
     """[first layer, last layer] of each pack; the last one runs forward and backward together."""
     prefetch: int = 0
     """Packs whose weights come in ahead of the running one, and whose gradients leave behind it, per device: 0 or 1."""
-    kept: tuple[int, ...] = ()
-    """Per backward pack: microbatches whose activations stay on the device from forward, so that nothing is recomputed.
-    Empty: none. They are those that forward reaches last."""
+    boundary: Literal["device", "host"] = "device"
+    """Where a pack's outputs, and gradients of its inputs, wait for the next pack on the same device (dp)."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -43,6 +42,8 @@ class Schedule(Record):
         for name in ("num_devices", "minibatch", "microbatch_forward", "microbatch_backward"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.boundary not in ("device", "host"):
+            raise ConfigurationError(f"boundary must be 'device' or 'host', got {self.boundary!r}")
         if self.prefetch not in (0, 1):
             raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
         if not self.packs_backward:
@@ -61,10 +62,6 @@ class Schedule(Record):
             raise ConfigurationError(
                 f"packs_forward cover the layers before {end}, but the last backward pack, which runs forward too, "
                 f"begins with layer {fused}"
-            )
-        if self.kept and len(self.kept) != len(self.packs_backward):
-            raise ConfigurationError(
-                f"kept must have one entry per backward pack, {len(self.packs_backward)}, or none; got {len(self.kept)}"
             )
 
     @property

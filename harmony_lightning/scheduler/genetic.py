@@ -10,13 +10,13 @@ balance; where it beats the default search, that search's family of packings is 
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 from harmony_lightning.errors import CapacityError
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.search import Candidate, Found, choose_sizes
+from harmony_lightning.scheduler.search import Candidate, Found, choose_sizes, fitting_variants, num_computations
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 POPULATION = 48
@@ -127,17 +127,17 @@ class _Breed:
     def _fitness(self, genome: Genome) -> Fitness:
         if genome not in self.known:
             schedule = self._schedule(genome)
-            peak = peak_bytes(schedule, self.costs, self.rules)
-            if peak > self.memory_bytes and schedule.prefetch:
-                schedule = replace(schedule, prefetch=0)
-                peak = peak_bytes(schedule, self.costs, self.rules)
-            taken = 0.0
-            if peak <= self.memory_bytes:
-                taken = seconds(schedule, self.costs, self.rules)
+            scored = []
+            for variant, _ in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
+                scored.append((seconds(variant, self.costs, self.rules), variant))
                 self.num_simulated += 1
-                self.num_computations += len(schedule.packs_forward) * len(schedule.sizes_forward)
-                self.num_computations += len(schedule.packs_backward) * len(schedule.sizes_backward)
-            self.known[genome] = Fitness(max(0.0, peak - self.memory_bytes), taken), schedule
+                self.num_computations += num_computations(variant)
+            if scored:
+                taken, schedule = min(scored, key=lambda one: one[0])
+                self.known[genome] = Fitness(0.0, taken), schedule
+            else:
+                excess = peak_bytes(schedule, self.costs, self.rules) - self.memory_bytes
+                self.known[genome] = Fitness(excess, 0.0), schedule
         return self.known[genome][0]
 
     def _schedule(self, genome: Genome) -> Schedule:
@@ -150,7 +150,6 @@ class _Breed:
             packs_forward=_packs(genome.forward_borders, fused) if fused else (),
             microbatch_backward=genome.backward_size,
             packs_backward=_packs(genome.backward_borders, self.costs.num_layers),
-            prefetch=int(self.rules is Rules.OWN),
         )
 
     # Breeding ---------------------------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 As Harmony counts: while a turn computes, the device holds the pack with its activations, and beside that an input that is
 on its way in, an output on its way out, and stashes. Our rules add what is on the way meanwhile: the next pack's weights,
-the former pack's gradients, and activations that are kept for backward.
+the former pack's gradients, and in dp the outputs that wait for the next pack.
 """
 
 from collections.abc import Sequence
@@ -50,7 +50,7 @@ def own_peak_bytes(schedule: Schedule, costs: Costs) -> float:
         need = turn_bytes(schedule, costs, turn)
         if schedule.prefetch and turn.left is not None and not turn.left.is_forward:
             need += costs.weight_bytes(turn.left.span)
-        if schedule.mode == "dp" or schedule.num_devices == 1:
+        if schedule.boundary == "device" and (schedule.mode == "dp" or schedule.num_devices == 1):
             # Microbatches that have not been here yet wait before the pack, the others behind it.
             layers = turn.span[0], turn.span[1] + 1
             need += max(costs.input_bytes(schedule.samples, layer) for layer in layers if layer > 0)

@@ -7,7 +7,7 @@ What differs from Harmony's rules (`harmony.py`):
                   of the weights, and send, and have updated, that share only
     memory        slots are reused in place: nothing is released
     stashes       one process and one host: no messages, and what is on the host already is not sent again
-    boundaries    in dp a pack's outputs stay on the device until the next pack, there, has taken them
+    boundaries    in dp a pack's outputs may stay on the device until the next pack, there, has taken them
     updates       the next step's forward waits for the update of its own pack only; nothing else is between two steps
 
 Without prefetch there is one slot for weights and one for gradients. Inputs are brought two microbatches ahead, and a
@@ -35,7 +35,7 @@ class OwnSteps:
         self.sizes, self.sizes_backward = schedule.sizes_forward, schedule.sizes_backward
         self.source = sources(self.sizes, self.sizes_backward)
         self.stash_layers = [first for first, _ in schedule.packs_backward]
-        self.kept = schedule.kept or (0,) * len(schedule.packs_backward)
+        self.is_by_host = not self.is_pp and schedule.boundary == "host"
         self.stashed: dict[int, list[Event]] = {}
         """By first layer of a backward pack, per forward microbatch: its stash is on the host."""
         self.updated: list[Event] = [None] * len(schedule.packs_backward)
@@ -72,6 +72,10 @@ class OwnSteps:
             before = (arrived, weights if i == 0 else None, gone[i - 2] if i >= 2 else None)
             done, left = self._compute_forward(turn, i, size, parts, before)
             turn.computed.append(done)
+            if self.is_by_host:
+                nbytes = self.costs.input_bytes(size, turn.span[1] + 1)
+                left = self._host_copy(turn, Lane.SWAP_OUT, Kind.OUTPUT_OUT, i, nbytes, done)
+                turn.sent.append(left)
             gone.append(left)
 
     def _compute_forward(
@@ -87,6 +91,8 @@ class OwnSteps:
                     left = self._host_copy(turn, Lane.SWAP_OUT, Kind.STASH_OUT, i, nbytes, done)
                 elif turn.former is None:
                     left = None  # the minibatch itself is on the host
+                elif self.is_by_host:
+                    left = turn.former.sent[i]
                 else:
                     nbytes = self.costs.input_bytes(size, part[0])
                     left = self._host_copy(turn, Lane.SWAP_OUT, Kind.STASH_OUT, i, nbytes, before[0])
@@ -99,33 +105,27 @@ class OwnSteps:
     def _backward(self, turn: Turn) -> None:
         costs, compute = self.costs, turn.lane(Lane.COMPUTE)
         weights = self._weights(turn)
-        num_recomputed = len(self.sizes_backward) - self.kept[turn.pack]
+        former_slot = turn.left2 if self.schedule.prefetch else turn.left
+        slot = former_slot.released if former_slot is not None else None
         for i, size in enumerate(self.sizes_backward):
-            is_kept = i >= num_recomputed
             gradient: Event = None
-            arrived: Event = None
             if turn.is_fused:
                 arrived = self._input(turn, i, self.source[i], size)
             else:
-                if not is_kept:
-                    nbytes = costs.input_bytes(size, turn.span[0])
-                    stash = self.stashed[turn.span[0]][self.source[i]]
-                    place = self._place(turn, i)
-                    arrived = self._host_copy(turn, Lane.SWAP_IN, Kind.STASH_IN, i, nbytes, stash, place)
+                nbytes, stash = costs.input_bytes(size, turn.span[0]), self.stashed[turn.span[0]][self.source[i]]
+                place = self._place(turn, i)
+                arrived = self._host_copy(turn, Lane.SWAP_IN, Kind.STASH_IN, i, nbytes, stash, place)
                 gradient = self._gradient(turn, i, size)
             self._portion(turn, i, len(self.sizes_backward))
-            before: tuple[Event, ...] = (arrived, weights if i == 0 else None)
-            if not is_kept or turn.is_fused:
-                seconds = costs.forward_seconds(size, turn.span)
-                turn.recomputed.append(self.run(compute, seconds, Kind.RECOMPUTE, turn.index, i, 0, *before))
-                before = ()
-            else:
-                turn.recomputed.append(turn.computed[-1] if turn.computed else None)
-            before_slot = turn.left2 if self.schedule.prefetch else turn.left
-            slot = before_slot.released if i == 0 and before_slot is not None else None
+            waits = (arrived, weights if i == 0 else None, turn.sent[i - 2] if turn.sent and i >= 2 else None)
+            seconds = costs.forward_seconds(size, turn.span)
+            turn.recomputed.append(self.run(compute, seconds, Kind.RECOMPUTE, turn.index, i, 0, *waits))
             seconds = costs.backward_seconds(size, turn.span)
-            done = self.run(compute, seconds, Kind.BACKWARD, turn.index, i, 0, gradient, slot, *before)
+            done = self.run(compute, seconds, Kind.BACKWARD, turn.index, i, 0, gradient, slot if i == 0 else None)
             turn.computed.append(done)
+            if self.is_by_host and turn.span[0] > 0:
+                nbytes = costs.input_bytes(size, turn.span[0])
+                turn.sent.append(self._host_copy(turn, Lane.SWAP_OUT, Kind.GRADIENT_OUT, i, nbytes, done))
         self._update(turn)
 
     def _update(self, turn: Turn) -> None:
@@ -179,15 +179,21 @@ class OwnSteps:
         nbytes, former = self.costs.input_bytes(size, turn.span[0]), turn.former
         if former is None:
             return self._host_copy(turn, Lane.SWAP_IN, Kind.INPUT_IN, i, nbytes, self._place(turn, i))
+        if self.is_by_host:
+            place = self._place(turn, i)
+            return self._host_copy(turn, Lane.SWAP_IN, Kind.INPUT_IN, i, nbytes, former.sent[source], place)
         if not self.is_pp:
             return former.computed[source]
         return self._peer_copy(turn, Kind.OUTPUT_PEER, i, nbytes, former.computed[source], self._place(turn, i))
 
     def _gradient(self, turn: Turn, i: int, size: int) -> Event:
         assert turn.former is not None
+        nbytes = self.costs.input_bytes(size, turn.span[1] + 1)
+        if self.is_by_host:
+            place = self._place(turn, i)
+            return self._host_copy(turn, Lane.SWAP_IN, Kind.GRADIENT_IN, i, nbytes, turn.former.sent[i], place)
         if not self.is_pp:
             return turn.former.computed[i]
-        nbytes = self.costs.input_bytes(size, turn.span[1] + 1)
         return self._peer_copy(turn, Kind.GRADIENT_PEER, i, nbytes, turn.former.computed[i], self._place(turn, i))
 
     def _place(self, turn: Turn, i: int) -> Event:

@@ -10,6 +10,7 @@ had a bound above what was found by then.
 """
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -184,21 +185,14 @@ class _Search:
                 packs_forward=forward_packs,
                 microbatch_backward=backward_size,
                 packs_backward=backward_packs,
-                prefetch=int(self.rules is Rules.OWN),
             )
-            peak = peak_bytes(schedule, self.costs, self.rules)
-            if peak > self.memory_bytes and schedule.prefetch:
-                schedule = replace(schedule, prefetch=0)
-                peak = peak_bytes(schedule, self.costs, self.rules)
-            if peak > self.memory_bytes:
-                continue
-            taken = seconds(schedule, self.costs, self.rules)
-            self.num_simulated += 1
-            self.num_computations += len(forward_packs) * len(schedule.sizes_forward)
-            self.num_computations += len(backward_packs) * len(schedule.sizes_backward)
-            if key not in self.best or taken < self.best[key].seconds:
-                self.best[key] = Candidate(schedule=schedule, seconds=taken, peak_bytes=peak)
-            self.least = min(self.least, taken)
+            for variant, peak in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
+                taken = seconds(variant, self.costs, self.rules)
+                self.num_simulated += 1
+                self.num_computations += num_computations(variant)
+                if key not in self.best or taken < self.best[key].seconds:
+                    self.best[key] = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
+                self.least = min(self.least, taken)
 
     # The family -------------------------------------------------------------------------------------------------------
 
@@ -243,6 +237,33 @@ class _Search:
         return packing[-1][1] + 1 if packing else 0, size, min(len(packing) // self.setting.stride, 2)
 
 
+def fitting_variants(
+    schedule: Schedule, costs: Costs, rules: Rules, memory_bytes: float
+) -> Iterator[tuple[Schedule, float]]:
+    """What our rules leave open, as far as it fits, each with its peak: where boundaries wait, and prefetch if it fits."""
+    if rules is not Rules.OWN:
+        variants: tuple[tuple[Schedule, ...], ...] = ((schedule,),)
+    else:
+        is_dp = schedule.mode == "dp" or schedule.num_devices == 1
+        boundaries: tuple[Literal["device", "host"], ...] = ("device", "host") if is_dp else ("device",)
+        variants = tuple(
+            tuple(replace(schedule, boundary=boundary, prefetch=prefetch) for prefetch in (1, 0))
+            for boundary in boundaries
+        )
+    for choices in variants:
+        for choice in choices:
+            peak = peak_bytes(choice, costs, rules)
+            if peak <= memory_bytes:
+                yield choice, peak
+                break
+
+
+def num_computations(schedule: Schedule) -> int:
+    """Microbatches times packs: what a simulation takes time for."""
+    forward = len(schedule.packs_forward) * len(schedule.sizes_forward)
+    return forward + len(schedule.packs_backward) * len(schedule.sizes_backward)
+
+
 def choose_sizes(costs: Costs, direction: Literal["forward", "backward"], samples: int) -> list[int]:
     """Microbatch sizes to try, ascending: those that cut the samples evenly, or all if none does.
 
@@ -251,8 +272,11 @@ def choose_sizes(costs: Costs, direction: Literal["forward", "backward"], sample
     """
     if samples < 1:
         raise ConfigurationError(f"the minibatch must have at least one sample, got {samples}")
-    measured = getattr(costs.profile.microbatch_sizes, direction)
-    least, most = min(measured[0], samples), min(measured[-1], samples)
+    sizes_of = costs.profile.microbatch_sizes
+    measured = getattr(sizes_of, direction)
+    # Backward recomputes forward, which must have been profiled at that size too.
+    most = min(measured[-1], sizes_of.forward[-1], samples)
+    least = min(measured[0], most)
     sizes = [size for size in range(least, most + 1) if samples % size == 0] or list(range(least, most + 1))
     if len(sizes) <= MAX_SIZES:
         return sizes

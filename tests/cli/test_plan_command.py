@@ -41,6 +41,7 @@ def test_json_tells_a_schedule_that_takes_what_it_says(files, capsys, mode):
             microbatch_backward=fields["microbatch_backward"],
             packs_backward=tuple(map(tuple, fields["packs_backward"])),
             prefetch=fields["prefetch"],
+            boundary=fields["boundary"],
         )
         assert fields["step_seconds"] == seconds(planned, costs, rules)
         assert fields["peak_bytes"] == round(peak_bytes(planned, costs, rules)) <= 1500

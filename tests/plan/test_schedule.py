@@ -20,7 +20,7 @@ SCHEDULE = Schedule(
 
 
 def test_json_is_the_inverse():
-    schedule = replace(SCHEDULE, kept=(0, 1, 0), prefetch=1)
+    schedule = replace(SCHEDULE, boundary="host", prefetch=1)
     assert Schedule.from_json(schedule.to_json()) == schedule
 
 
@@ -63,7 +63,7 @@ def test_some_devices_may_have_nothing_to_do(mode, devices, minibatch, active):
             "cover the layers before 3, but the last backward pack, .*, begins with layer 5",
         ),
         ({"packs_forward": ()}, "cover the layers before 0"),
-        ({"kept": (1,)}, "kept must have one entry per backward pack, 3, or none; got 1"),
+        ({"boundary": "peer"}, "boundary must be 'device' or 'host', got 'peer'"),
     ],
 )
 def test_impossible_schedules_cannot_be_made(change, message):

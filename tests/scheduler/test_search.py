@@ -102,6 +102,7 @@ def test_no_schedule_is_faster_than_its_bound(layers, server, mode, rules, minib
         microbatch_backward=small,
         packs_backward=backward,
         prefetch=1,
+        boundary=data.draw(st.sampled_from(("device", "host"))),
     )
     setting = Setting(
         costs=costs,
@@ -119,6 +120,10 @@ def test_no_schedule_is_faster_than_its_bound(layers, server, mode, rules, minib
 # Search -----------------------------------------------------------------------------------------------------------------
 
 
+OPEN = ((0, "device"), (1, "device"), (0, "host"), (1, "host"))
+"""Prefetch and boundary: what our rules leave open."""
+
+
 def everything(costs, minibatch, mode, rules):
     """All of the family, without bounds."""
     gpus = costs.machine.gpus
@@ -129,7 +134,7 @@ def everything(costs, minibatch, mode, rules):
         for backward in packings.backward(small):
             for large in (size for size in sizes if size >= small):
                 for forward in {*packings.forward(large, backward[-1][0]), backward[:-1]}:
-                    for prefetch in (0, 1) if rules is Rules.OWN else (0,):
+                    for prefetch, boundary in OPEN if rules is Rules.OWN else OPEN[:1]:
                         yield Schedule(
                             mode=mode,
                             num_devices=gpus,
@@ -139,6 +144,7 @@ def everything(costs, minibatch, mode, rules):
                             microbatch_backward=small,
                             packs_backward=backward,
                             prefetch=prefetch,
+                            boundary=boundary,
                         )
 
 

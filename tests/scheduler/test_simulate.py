@@ -81,6 +81,7 @@ def test_peak_bytes_by_hand():
     assert peak_bytes(schedule(num_devices=2, prefetch=1), costs, Rules.OWN) == 500
     # One device: 20 bytes of 2 samples wait between packs; the fused pack's gradients leave beside the other backward.
     assert peak_bytes(schedule(num_devices=1), costs, Rules.OWN) == 500 + 20
+    assert peak_bytes(schedule(num_devices=1, boundary="host"), costs, Rules.OWN) == 500
     assert peak_bytes(schedule(num_devices=1, prefetch=1), costs, Rules.OWN) == 500 + 20 + 200
 
 
@@ -137,6 +138,7 @@ def cases(draw):
         microbatch_backward=draw(sizes),
         packs_backward=backward,
         prefetch=draw(st.integers(0, 1)),
+        boundary=draw(st.sampled_from(("device", "host"))),
     )
     return planned, costs, draw(st.sampled_from(Rules))
 
