@@ -56,6 +56,9 @@ class Plan(Record):
     """Where inputs of layers wait from forward to backward."""
     prefetch: int
     """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+    keep: tuple[str, ...] = ()
+    """Layers of the last pack that keep their activations until their backward, which is next, instead of making them
+    again."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -69,6 +72,11 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        for name in self.keep:
+            if name not in self.packs[-1].layers:
+                raise ConfigurationError(
+                    f"only layers of the last pack can keep their activations, {name!r} is not in it"
+                )
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""

@@ -280,7 +280,8 @@ class Engine:
             if microbatch.is_cut and not microbatch.is_in_backward:
                 self.trace.record(microbatch.index, site.layer)
         try:
-            return call_layer(site, microbatch.segment, args, kwargs)
+            keeps = microbatch.is_cut and not microbatch.is_in_backward and site.name in self.plan.keep
+            return call_layer(site, microbatch.segment, args, kwargs, keeps)
         except Exception as error:
             add_place(error, f"in layer {site.name}", microbatch.segment)
             raise
@@ -292,8 +293,9 @@ class Engine:
         if self._stash is not None:
             self._stash.before_write(target)
 
-    def _is_in_cut_glue(self) -> bool:
-        return not self.state.depth and self._current is not None and self._current.is_cut
+    def _is_checkpointing(self) -> bool:
+        """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
+        return self.state.depth > 0 or (self._current is not None and self._current.is_cut)
 
     def _stashing_segment(self) -> Segment | None:
         """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
@@ -322,7 +324,7 @@ class Engine:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
-            stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
+            stack.enter_context(transparent_checkpoints(self._is_checkpointing))
             stack.enter_context(Glue(self._current_segment, self.state.is_device, self._before_write))
             yield
 

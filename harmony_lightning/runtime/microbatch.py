@@ -81,7 +81,7 @@ class Microbatch:
     def park(self, pack: int) -> None:
         """Called within the greenlet: wait until the engine has come to `pack`."""
         self.waits_for = pack
-        self.segment.close()  # while this one waits, nothing of the past may stay on the device for it
+        self.segment.leave()  # while this one waits, nothing of the past may stay on the device for it
         assert self._greenlet is not None and self._greenlet.parent is not None
         self._greenlet.parent.switch()
         self.waits_for = None

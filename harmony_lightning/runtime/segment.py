@@ -76,6 +76,7 @@ class Segment:
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
         stashed: what has gone to the host from in here, so that each tensor goes once.
+        on_leave: called when the microbatch goes on to another pack.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class Segment:
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
         self.stashed: dict[Any, Any] = {}
+        self.on_leave: list[Callable[[], None]] = []
         self._deposit = deposit
         self._moved: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         """Copies on this device, by identity of the source; the source is held so that its identity stays taken."""
@@ -120,8 +122,14 @@ class Segment:
             self.state.gradients.add(name, gradient, self.device.index, self.state.slot_pack(name, self.pack))
         self.partial.clear()
 
+    def leave(self) -> None:
+        """The microbatch goes on to another pack, and the weights of this one may go."""
+        for callback in self.on_leave:
+            callback()
+        self.close()
+
     def close(self) -> None:
-        """The microbatch has left; its backward may still come."""
+        """The microbatch's code has left; its backward may still come."""
         self._moved.clear()
         self.stashed.clear()
 

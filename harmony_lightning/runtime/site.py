@@ -49,6 +49,8 @@ class Site:
         """By training flags of the buffers' owners: which places a forward was seen to write."""
         self.mutated_inputs: frozenset[int] | None = None
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self.has_functions: bool | None = None
+        """Whether Python autograd functions of the user's were seen in a forward's graph."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
