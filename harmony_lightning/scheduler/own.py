@@ -72,9 +72,11 @@ class OwnSteps:
             before = (arrived, weights if i == 0 else None, gone[i - 2] if i >= 2 else None)
             done, left = self._compute_forward(turn, i, size, parts, before)
             turn.computed.append(done)
-            if self.is_by_host:
+            if not self.is_pp and (self.is_by_host or turn.span[1] + 1 in self.stash_layers[:-1]):
+                # The next pack's input, which is its first stash too, if backward needs one there.
                 nbytes = self.costs.input_bytes(size, turn.span[1] + 1)
-                left = self._host_copy(turn, Lane.SWAP_OUT, Kind.OUTPUT_OUT, i, nbytes, done)
+                kind = Kind.OUTPUT_OUT if self.is_by_host else Kind.STASH_OUT
+                left = self._host_copy(turn, Lane.SWAP_OUT, kind, i, nbytes, done)
                 turn.sent.append(left)
             gone.append(left)
 
@@ -91,11 +93,11 @@ class OwnSteps:
                     left = self._host_copy(turn, Lane.SWAP_OUT, Kind.STASH_OUT, i, nbytes, done)
                 elif turn.former is None:
                     left = None  # the minibatch itself is on the host
-                elif self.is_by_host:
-                    left = turn.former.sent[i]
-                else:
+                elif self.is_pp:
                     nbytes = self.costs.input_bytes(size, part[0])
                     left = self._host_copy(turn, Lane.SWAP_OUT, Kind.STASH_OUT, i, nbytes, before[0])
+                else:
+                    left = turn.former.sent[i]
                 self.stashed[part[0]].append(left)
             seconds = self.costs.forward_seconds(size, part)
             done = self.run(turn.lane(Lane.COMPUTE), seconds, Kind.FORWARD, turn.index, i, 0, *before)

@@ -12,7 +12,7 @@ had a bound above what was found by then.
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -240,22 +240,25 @@ class _Search:
 def fitting_variants(
     schedule: Schedule, costs: Costs, rules: Rules, memory_bytes: float
 ) -> Iterator[tuple[Schedule, float]]:
-    """What our rules leave open, as far as it fits, each with its peak: where boundaries wait, and prefetch if it fits."""
+    """What our rules leave open, as far as it fits and may be fastest, each with its peak.
+
+    A slot more for weights and gradients, and boundaries on the device, never make a step slower: with both, nothing else
+    need be tried.
+    """
+
+    def fitting(**choices: Any) -> Iterator[tuple[Schedule, float]]:
+        variant = replace(schedule, **choices)
+        peak = peak_bytes(variant, costs, rules)
+        if peak <= memory_bytes:
+            yield variant, peak
+
     if rules is not Rules.OWN:
-        variants: tuple[tuple[Schedule, ...], ...] = ((schedule,),)
-    else:
-        is_dp = schedule.mode == "dp" or schedule.num_devices == 1
-        boundaries: tuple[Literal["device", "host"], ...] = ("device", "host") if is_dp else ("device",)
-        variants = tuple(
-            tuple(replace(schedule, boundary=boundary, prefetch=prefetch) for prefetch in (1, 0))
-            for boundary in boundaries
-        )
-    for choices in variants:
-        for choice in choices:
-            peak = peak_bytes(choice, costs, rules)
-            if peak <= memory_bytes:
-                yield choice, peak
-                break
+        yield from fitting()
+        return
+    found = [*fitting(prefetch=1, boundary="device")]
+    if not found:
+        found = [*fitting(prefetch=1, boundary="host"), *fitting(prefetch=0, boundary="device")]
+    yield from found or fitting(prefetch=0, boundary="host")
 
 
 def num_computations(schedule: Schedule) -> int:

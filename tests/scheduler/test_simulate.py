@@ -190,6 +190,14 @@ def test_bringing_weights_early_never_takes_longer(case):
 
 @given(cases())
 @settings(max_examples=60, deadline=None)
+def test_handing_over_on_the_device_never_takes_longer(case):
+    planned, costs, _ = case
+    far, near = (seconds(replace(planned, boundary=boundary), costs, Rules.OWN) for boundary in ("host", "device"))
+    assert near <= far + 1e-9
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
 def test_no_step_takes_longer_than_the_first(case):
     planned, costs, _ = case
     clock = Clock(planned.num_devices)
