@@ -105,7 +105,7 @@ def search(
         others=tuple(found[1:]),
         num_schedules=sum(one.num_schedules for one in searches),
         num_simulated=sum(one.num_simulated for one in searches),
-        is_proved=all(one.num_computations <= MAX_COMPUTATIONS for one in searches),
+        is_proved=all(one.is_complete for one in searches),
         search_seconds=time.perf_counter() - started,
     )
 
@@ -126,7 +126,8 @@ class _Search:
             num_devices=min(gpus, minibatch) if mode == "dp" else gpus,
             samples=-(-minibatch // gpus) if mode == "dp" else minibatch,
         )
-        self.num_schedules = self.num_simulated = self.num_computations = 0
+        self.num_schedules = self.num_simulated = self.num_computations = self.num_reduced = 0
+        self.is_complete = True
         self.best: dict[tuple[int, int, int, int], Candidate] = {}
         """By four-tuple with packs counted: the best of those."""
         self.least = np.inf
@@ -175,8 +176,11 @@ class _Search:
             # With fewer turns than devices each has more of the host link than bounds assume.
             is_small = len(forward_packs) + len(backward_packs) < self.setting.stride
             is_other = len(self.best) < MIN_CANDIDATES and key not in self.best
-            if not (is_promising or is_small or is_other) or self.num_computations > MAX_COMPUTATIONS:
+            if not (is_promising or is_small or is_other):
                 continue
+            if self.num_computations > MAX_COMPUTATIONS:
+                self.is_complete = False
+                break
             schedule = Schedule(
                 mode=self.mode,
                 num_devices=self.costs.machine.gpus,
@@ -187,9 +191,15 @@ class _Search:
                 packs_backward=backward_packs,
             )
             for variant, peak in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
+                is_reduced = self.rules is Rules.OWN and (not variant.prefetch or variant.boundary == "host")
+                if is_reduced and self.num_reduced > MAX_COMPUTATIONS // 3:
+                    # Bounds say little about what goes without our abilities; leave time for what has them.
+                    self.is_complete = False
+                    continue
                 taken = seconds(variant, self.costs, self.rules)
                 self.num_simulated += 1
                 self.num_computations += num_computations(variant)
+                self.num_reduced += num_computations(variant) if is_reduced else 0
                 if key not in self.best or taken < self.best[key].seconds:
                     self.best[key] = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
                 self.least = min(self.least, taken)
