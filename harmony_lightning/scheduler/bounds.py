@@ -103,9 +103,21 @@ def measure(setting: Setting, direction: str, choices: Sequence[Choice]) -> Turn
         lengths = counts[members]
         turn = np.arange(len(start)) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         at = np.repeat(members, lengths) * shape[1] + turn
-        for name, values in _columns(setting, direction, size, start, end).items():
+        host = np.repeat(_host_shares(setting, direction, lengths), lengths)
+        for name, values in _columns(setting, direction, size, start, end, host).items():
             columns[name].ravel()[at] = values
     return Turns(counts=counts, **columns)
+
+
+def _host_shares(setting: Setting, direction: str, counts: Ints) -> Floats:
+    """Host-link bytes per second of each device, at least as many as it will have: with fewer turns than devices only some
+    are at work, and the packs of the other direction are not known yet."""
+    machine, most = setting.costs.machine, setting.num_devices
+    shares = np.array([machine.host_share(active) for active in range(most + 1)])
+    if not setting.is_pp:
+        return np.full(len(counts), shares[most])
+    others = 1 if direction == "forward" else counts > 1
+    return np.asarray(shares[np.minimum(counts + others, most)])
 
 
 def _by_size(choices: Sequence[Choice]) -> dict[int, list[int]]:
@@ -121,10 +133,9 @@ def _layers(packings: Sequence[Packing]) -> tuple[Ints, Ints]:
     return flat[0::2], flat[1::2] + 1
 
 
-def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints) -> dict[str, Floats]:
+def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints, host: Floats) -> dict[str, Floats]:
     """The columns of `Turns`, for packs of layers from `start` to before `end`."""
     costs, machine, num_devices = setting.costs, setting.costs.machine, setting.num_devices
-    host = machine.host_share(num_devices)
     sizes = split(setting.samples, size)
     size = sizes[0]
     is_backward, is_fused = direction == "backward", end == costs.num_layers

@@ -167,16 +167,15 @@ class _Search:
         self, forward: list[Choice], backward: list[Choice], members: Ints, rows: Ints, bounds: Floats
     ) -> None:
         for pair in np.argsort(bounds, kind="stable"):
+            if bounds[pair] >= self.least and len(self.best) >= MIN_CANDIDATES:
+                break
             (forward_size, forward_packs), (backward_size, backward_packs) = (
                 forward[members[pair]],
                 backward[rows[pair]],
             )
             key = (forward_size, len(forward_packs), backward_size, len(backward_packs))
-            is_promising = bounds[pair] < self.least
-            # With fewer turns than devices each has more of the host link than bounds assume.
-            is_small = len(forward_packs) + len(backward_packs) < self.setting.stride
             is_other = len(self.best) < MIN_CANDIDATES and key not in self.best
-            if not (is_promising or is_small or is_other):
+            if not (bounds[pair] < self.least or is_other):
                 continue
             if self.num_computations > MAX_COMPUTATIONS:
                 self.is_complete = False

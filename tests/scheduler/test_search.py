@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_profiles import (
     kind,
@@ -92,7 +92,6 @@ def test_no_schedule_is_faster_than_its_bound(layers, server, mode, rules, minib
     small, large = data.draw(st.sampled_from(((1, 1), (1, 2), (2, 2), (2, 4), (4, 4))))
     backward = data.draw(st.sampled_from(packings.backward(small)))
     forward = data.draw(st.sampled_from(packings.forward(large, backward[-1][0])))
-    assume(mode == "dp" or len(forward) + len(backward) >= server.gpus)
     planned = Schedule(
         mode=mode,
         num_devices=server.gpus,
@@ -161,7 +160,8 @@ def test_nothing_in_the_family_is_better(layers, server, mode, rules, minibatch,
         if peak_bytes(planned, costs, rules) <= memory_bytes
     ]
     least = seconds_or_inf(costs, memory_bytes, minibatch=minibatch, mode=mode, rules=rules)
-    assert least == pytest.approx(min(taken, default=float("inf")))
+    # It may be better: packs of other backward packings are tried for forward too.
+    assert least <= min(taken, default=float("inf")) * (1 + 1e-9)
 
 
 @given(
