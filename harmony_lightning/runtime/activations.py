@@ -9,9 +9,10 @@ of a transformer block is never computed again, nor any of an embedding's or a h
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from harmony_lightning.errors import UnsupportedError
 
@@ -24,6 +25,10 @@ class _Enough(BaseException):
     """Ends a recompute. Not an `Exception`: user code that catches those must not catch this."""
 
 
+class TakesDerivative(BaseException):
+    """A layer's forward asks for what it has just saved. Not an `Exception`, as above."""
+
+
 class Activations:
     """The saved tensors of one layer call. The layer's graph holds this, so this must hold nothing of the call."""
 
@@ -33,6 +38,7 @@ class Activations:
         """Known while the layer's backward runs."""
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
         self._is_kept = is_kept
+        self._is_in_forward = False
         self._ready: dict[Position, tuple[torch.Tensor, int]] = {}
         """Tensors that backward has not asked for yet, with their versions."""
         self._handed_out: dict[Position, weakref.ref[torch.Tensor]] = {}
@@ -47,6 +53,8 @@ class Activations:
 
     def load(self, position: Position) -> torch.Tensor:
         """Hook of the forward: the operation's backward asks for it. What was handed out is not held any longer."""
+        if self._is_in_forward:
+            raise TakesDerivative
         if self._recompute is None:
             raise UnsupportedError(
                 f"a tensor computed inside layer {self._layer} was used outside of it other than through its result "
@@ -61,6 +69,16 @@ class Activations:
             tensor, _ = self._ready.pop(position)
         self._handed_out[position] = weakref.ref(tensor)
         return tensor
+
+    @contextlib.contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Within, the hooks are in force."""
+        self._is_in_forward = True
+        try:
+            with saved_tensors_hooks(self.save, self.load):
+                yield
+        finally:
+            self._is_in_forward = False
 
     def open(self, recompute: Recompute) -> None:
         """The layer's backward begins: its operations may load."""

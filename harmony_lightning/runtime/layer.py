@@ -8,21 +8,27 @@ the first.
     stash -> [ begin -> ... the layer's own graph ... -> end ] -> results
                  ^                                        |
                  '---- gradients, taken by the node ------'
+
+A layer whose forward takes derivatives by itself needs what it saves at once. The graph of its forward is thrown away, and
+backward differentiates that of the second run.
 """
 
 import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.runtime.activations import Activations
+from harmony_lightning.runtime.activations import Activations, TakesDerivative
+from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
@@ -42,6 +48,7 @@ class LayerCall:
         self.replay: Replay | None = None
         self.buffers_before: dict[int, torch.Tensor] = {}
         """Values of written buffers in front of the forward, by place."""
+        self.weight_versions = self._read_weight_versions()
         self.trained: tuple[str, ...] = ()
         """Weights that get a gradient from this call."""
         self.stash: Callable[[], tuple[torch.Tensor, ...]] | None = None
@@ -56,6 +63,24 @@ class LayerCall:
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
 
+    def _read_weight_versions(self) -> tuple[int, ...]:
+        parameters = self.segment.state.parameters
+        # While a microbatch is cut its weights cannot change: updates follow backward.
+        return () if self.segment.is_cut else tuple(parameters[name]._version for name in self.site.weight_names)
+
+    def check_weights(self) -> None:
+        """In front of backward.
+
+        Raises:
+            UnsupportedError: weights are not those of the forward any more.
+        """
+        if self._read_weight_versions() != self.weight_versions:
+            raise UnsupportedError(
+                f"weights of layer {self.site.name} were changed between its forward and its backward (by an optimizer's "
+                f"step?), so its gradient cannot be computed; torch refuses that, too. Call backward before the step, or "
+                f"the layer again behind it"
+            )
+
 
 def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool = False) -> Any:
     """Run a layer in its segment; the result is part of the microbatch's autograd graph.
@@ -63,6 +88,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     Args:
         keeps: its activations stay on the device until its backward, or until the microbatch leaves the pack.
     """
+    refuse_transforms(site.name)
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
@@ -120,6 +146,12 @@ class _Buffers:
         self._flags = self._site.training_flags()
         self._known = self._site.written_buffers.get(self._flags)
         self._before = {i: b.clone() for i, b in enumerate(self.tensors) if self._known is None or i in self._known}
+
+    def take_back(self) -> None:
+        """The forward will run again: let buffers have their values in front of it."""
+        with torch.no_grad():
+            for index, value in self._before.items():
+                self._held[index].copy_(value)
 
     def report_written(self) -> dict[int, torch.Tensor]:
         """Tell the store what the forward wrote; returns the values in front of it, by place."""
@@ -184,22 +216,32 @@ class LayerFunction(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.call = call
 
-        buffers = _Buffers(call)
         # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
         copied = site.mutated_inputs
-        with torch.enable_grad(), saved_tensors_hooks(call.activations.save, call.activations.load):
-            inner = [
-                _begin(tensor, state.anchor, copied is None or index in copied) for index, tensor in enumerate(tensors)
-            ]
-            call.input_edges = [get_gradient_edge(t) if t.requires_grad else None for t in inner]
-            inner_versions = _versions(inner)
-            args, kwargs = arguments.build(inner)
+        while True:
+            buffers = _Buffers(call)
             replay = Replay(device)
-            weights = state.weights_of(site, device, call.trained)
-            call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
-            result = site.run(weights, buffers.tensors, args, kwargs)
-            replay.keep_what_was_drawn(device)
-            call.replay = replay
+            try:
+                with torch.enable_grad(), _saving(call):
+                    inner = [
+                        _begin(tensor, state.anchor, copied is None or index in copied)
+                        for index, tensor in enumerate(tensors)
+                    ]
+                    call.input_edges = [get_gradient_edge(t) if t.requires_grad else None for t in inner]
+                    inner_versions = _versions(inner)
+                    args, kwargs = arguments.build(inner)
+                    weights = state.weights_of(site, device, call.trained)
+                    call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
+                    result = site.run(weights, buffers.tensors, args, kwargs)
+                break
+            except TakesDerivative:
+                site.differentiates = True
+                buffers.take_back()
+                replay.keep_what_was_drawn(device)
+                replay.begin(device)
+                arguments = call.arguments.snapshot()
+        replay.keep_what_was_drawn(device)
+        call.replay = replay
 
         call.buffers_before = buffers.report_written()
         mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if _versions([t]) != [v]]
@@ -210,8 +252,9 @@ class LayerFunction(torch.autograd.Function):
         del result
         call.tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         results = [leaves[i] for i in call.tensor_positions] + [inner[i] for i in mutated]
-        call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
-        _outlive_slots(results, call)
+        if not site.differentiates:
+            call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
+            _outlive_slots(results, call)
         detached = [state.off_the_arena(result.detach()) for result in results]
         ctx.mark_non_differentiable(
             *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
@@ -224,12 +267,13 @@ class LayerFunction(torch.autograd.Function):
         return tuple(detached)
 
     @staticmethod
-    @once_differentiable  # the inner graph is not part of the outer: a second derivative must fail, not be wrong
+    @first_derivative_only  # the inner graph is not part of the outer: a second derivative must fail, not be wrong
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: LayerCall = ctx.call
         trained = call.trained if reaches_weights(ctx) else ()
         call.stash = lambda: ctx.saved_tensors
         try:
+            call.check_weights()
             with call.segment.state.recomputing(call.segment.device):
                 return (None, None, None, *_differentiate(call, gradients, trained))
         except Exception as error:
@@ -247,7 +291,38 @@ def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch
     return source.clone() if is_copied else source
 
 
-def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
+def _saving(call: LayerCall) -> AbstractContextManager[Any]:
+    """What happens to tensors that operations of the forward save."""
+    return saved_tensors_hooks(_keep, _hand_out) if call.site.differentiates else call.activations.in_forward()
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()  # an operation that saves its own result would hold itself alive for ever
+
+
+def _hand_out(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def is_layer_hook(pack: Any) -> bool:
+    """Whether a saved-tensor hook is that of a layer's forward, which may be taken off the thread.
+
+    Raises:
+        TakesDerivative: it is, but without it the layer's graph would hold weights.
+    """
+    if isinstance(getattr(pack, "__self__", None), Activations):
+        raise TakesDerivative
+    return pack is _keep
+
+
+@dataclass(frozen=True, slots=True)
+class _SecondRun:
+    leaves: list[torch.Tensor]
+    results: list[torch.Tensor]
+    """Tensors in the result, and inputs that the layer has written."""
+
+
+def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     """The layer's forward once more, from the stash, with the random, autocast and buffer state of the first time."""
     site, device = call.site, call.segment.device
     state = call.segment.state
@@ -264,37 +339,66 @@ def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
     present = call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
     try:
-        with torch.enable_grad(), saved_tensors_hooks(save, _unreachable):
+        with torch.enable_grad(), hooks:
             leaves = [t.detach().requires_grad_(e is not None) for t, e in zip(stash, call.input_edges, strict=True)]
             inner = [leaf.clone() if index in copied else leaf for index, leaf in enumerate(leaves)]
-            site.run(weights, buffers, *call.arguments.snapshot().build(inner))
+            result = site.run(weights, buffers, *call.arguments.snapshot().build(inner))
     finally:
         present.begin(device)
         autocast.apply()
+    results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return _SecondRun(leaves, results + [inner[i] for i in call.mutated])
+
+
+def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
+    _run_again(call, saved_tensors_hooks(save, _unreachable))
 
 
 def _differentiate(
     call: LayerCall, gradients: tuple[torch.Tensor | None, ...], trained: tuple[str, ...]
 ) -> list[torch.Tensor | None]:
     """Gradients of the input tensors; those of the `trained` weights go to the segment."""
-    roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
-    input_edges = [edge for edge in call.input_edges if edge is not None]
-    targets = input_edges + [call.weight_edges[name] for name in trained]
-    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
-    values: tuple[torch.Tensor | None, ...] = (None,) * len(targets)
-    call.activations.open(functools.partial(_recompute, call))
-    try:
-        if roots and targets:
-            edges, seeds = zip(*roots, strict=True)
-            values = torch.autograd.grad(edges, targets, seeds, allow_unused=True, retain_graph=not is_last)
-    finally:
-        call.activations.close()
+    values = (_values_by_second_run if call.site.differentiates else _values)(call, gradients, trained)
     is_on_host = call.segment.state.cluster.host_is_device
     ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
-    for name, value, is_ours in zip(trained, values[len(input_edges) :], ours[len(input_edges) :], strict=True):
+    num_inputs = len(values) - len(trained)
+    for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=True):
         call.segment.add_gradient(name, call.site.pack, value, is_ours)
-    by_input = iter(values[: len(input_edges)])
+    by_input = iter(values[:num_inputs])
     return [None if edge is None else next(by_input) for edge in call.input_edges]
+
+
+_Gradients = tuple[torch.Tensor | None, ...]
+"""Of the inputs that have one, and of the weights that train."""
+
+
+def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
+    roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
+    targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
+    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    if not (roots and targets):
+        return (None,) * len(targets)
+    call.activations.open(functools.partial(_recompute, call))
+    try:
+        edges, seeds = zip(*roots, strict=True)
+        return torch.autograd.grad(edges, targets, seeds, allow_unused=True, retain_graph=not is_last)
+    finally:
+        call.activations.close()
+
+
+def _values_by_second_run(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
+    run = _run_again(call, saved_tensors_hooks(_keep, _hand_out))
+    if len(run.results) != len(gradients):
+        raise UnsupportedError(
+            f"layer {call.site.name} returned {len(gradients)} tensors first and {len(run.results)} when it was "
+            f"recomputed: its forward must do the same when it is called again with the same inputs"
+        )
+    weights = call.segment.state.weights_of(call.site, call.segment.device, call.trained)
+    roots = [(t, g) for t, g in zip(run.results, gradients, strict=True) if g is not None and t.requires_grad]
+    targets = [leaf for leaf in run.leaves if leaf.requires_grad] + [weights[name] for name in trained]
+    if not (roots and targets):
+        return (None,) * len(targets)
+    return torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
 
 
 def _unshared(values: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[bool]:

@@ -38,7 +38,10 @@ Replaced = dict[int, tuple[torch.Tensor, torch.Tensor]]
 def reaches_weights(ctx: Any) -> bool:
     """Whether the running backward is for all leaves. `torch.autograd.grad(loss, inputs)` in user code is not, and must
     leave the gradients of weights alone. Told by the anchor, the first input of every node of ours."""
-    return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))  # type: ignore[attr-defined]
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))  # type: ignore[attr-defined]
+    except RuntimeError:  # torch does not say for a leaf whose own gradient is asked for: see `differentiate_weights`
+        return True
 
 
 class Import(torch.autograd.Function):
@@ -101,6 +104,10 @@ class Segment:
 
     def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None, is_ours: bool = False) -> None:
         """One use of a weight has been differentiated; the last one hands the sum on. `is_ours`: nobody else holds it."""
+        if self.state.captured is not None:
+            if gradient is not None:
+                self.state.capture(name, gradient)
+            return
         if not self.is_cut:
             self.state.collect_later()
         self.uses[name] -= 1

@@ -12,6 +12,8 @@ from torch import nn
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.activations import Activations
 
+pytestmark = pytest.mark.usefixtures("devices")
+
 
 class Scaled(torch.autograd.Function):
     """A user's own function, which reads what it saved twice."""
