@@ -2,6 +2,7 @@
 
 The rooms of the house; each imports only rooms below it:
 
+    cli             the command `harmony`
     strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; `lightning` and
                     `pytorch_lightning` hold the class for each of the two packages
     updates         when weights are stepped: just in time, or whole behind backward
@@ -10,11 +11,12 @@ The rooms of the house; each imports only rooms below it:
     overrides, merged_log, merged_profile, compiled, one_task
                     what Lightning expects of a strategy beside training
     observability   what a run did
-    scheduler       sizes -> plan        runtime   carries a plan out; enter at `runtime.engine`
-    plan            the plan itself, as data
+    scheduler       costs -> plan; simulation and search      runtime   carries a plan out; enter at `runtime.engine`
+    plan            plans, schedules, task graphs and timelines, as data
+    profiler        what each layer costs, and what the machine offers
     decomposer      module -> layers
     hardware        devices: CUDA, emulated, the host
-    config, errors, units
+    config, errors, units, record
 
 Glossary:
 
@@ -25,6 +27,8 @@ Glossary:
     glue         user code between layers                  lane        in-order queue of work on a device
     arena, slot  flat memory of a pack, host and device    placement   (pack, microbatch) -> device
     plan         every decision about a run                pp, dp      packs or microbatches dealt over the GPUs
+    schedule     a plan in terms of a profile's layers     turn        all microbatches of one pack, one way, in a step
+    task         one copy or computation of a step         timeline    when each task starts and ends
 """
 
 from typing import TYPE_CHECKING, Any

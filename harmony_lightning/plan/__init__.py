@@ -1,7 +1,23 @@
 """The plan room: what to do, as frozen data. No torch in here."""
 
+from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, Timeline
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
-from harmony_lightning.plan.record import Record
+from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.plan.validate import check_plan
+from harmony_lightning.record import Record
 
-__all__ = ["ALIGNMENT", "Pack", "Plan", "Record", "aligned", "check_plan"]
+__all__ = [
+    "ALIGNMENT",
+    "Kind",
+    "Lane",
+    "Pack",
+    "Plan",
+    "Record",
+    "Schedule",
+    "Span",
+    "Task",
+    "TaskGraph",
+    "Timeline",
+    "aligned",
+    "check_plan",
+]

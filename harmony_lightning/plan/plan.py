@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.plan.record import Record
+from harmony_lightning.record import Record
 
 ALIGNMENT = 64
 """Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""

@@ -1,0 +1,26 @@
+"""The command line: `harmony plan`. Each command is a module with `add` (its arguments) and `run` (its exit code)."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+from harmony_lightning.cli import plan
+from harmony_lightning.errors import CapacityError, HarmonyError
+
+CAPACITY = 1
+"""Exit code: the question was understood, but nothing fits."""
+FAULT = 2
+"""Exit code: arguments or files are faulty."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; errors go to stderr as one line. Returns the exit code."""
+    parser = argparse.ArgumentParser(prog="harmony", description="Plan training that is larger than the GPUs.")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    plan.add(commands)
+    chosen = parser.parse_args(arguments)
+    try:
+        return int(chosen.run(chosen))
+    except HarmonyError as error:
+        print(f"harmony: {error}", file=sys.stderr)
+        return CAPACITY if isinstance(error, CapacityError) else FAULT

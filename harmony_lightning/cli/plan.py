@@ -1,0 +1,149 @@
+"""`harmony plan`: the fastest schedule for a profile on a machine.
+
+With --json it prints one object. Its fields tell the best plan under Harmony's rules with overlap; `own` holds the same
+fields for the best plan under our runtime's rules:
+
+    step_seconds         of one step, simulated
+    peak_bytes           the most that any GPU holds
+    mode                 "pp" or "dp"
+    microbatch_forward, microbatch_backward
+                         samples
+    packs_forward, packs_backward
+                         [first layer, last layer] of each pack, both included, in layer order. The last backward pack runs
+                         forward and backward together, so the forward packs end before it
+    prefetch             packs whose weights come ahead of the running one, and whose gradients leave behind it
+    boundary             where packs hand over in dp: "device" or "host"
+    search_seconds       what the search took
+    is_proved            whether nothing in the searched family is better
+    planner              "bounds", which proves its plan the best of its family, or "genetic", which breeds plans
+    bound_seconds        all computation shared equally by all GPUs: with full recompute at the top, with none in `own`
+
+With --planner genetic, `default` holds the default planner's step_seconds and search_seconds beside each, and the table
+shows both.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harmony_lightning.profiler import read_machine, read_profile
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.explain import bound_seconds, describe, explain
+from harmony_lightning.scheduler.genetic import breed
+from harmony_lightning.scheduler.search import Found, search
+from harmony_lightning.scheduler.simulate import Rules
+from harmony_lightning.units import format_nbytes, parse_nbytes
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command and its arguments."""
+    parser = commands.add_parser(
+        "plan",
+        help="the fastest schedule for a profile on a machine",
+        description="Search the fastest schedule for a profiled model on a machine, under Harmony's rules and our own.",
+        epilog=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--profile", required=True, metavar="FILE", help="JSON: costs of each layer by microbatch size")
+    parser.add_argument("--machine", required=True, metavar="FILE", help="JSON: GPUs, memory, links")
+    parser.add_argument("--minibatch", required=True, type=int, metavar="D", help="samples per step, all GPUs together")
+    parser.add_argument("--mode", choices=("auto", "pp", "dp"), default="auto", help="default: the faster of both")
+    parser.add_argument("--memory", metavar="SIZE", help="per GPU, such as 9e9 or 11GiB; default: the machine's")
+    parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+    parser.add_argument("--explain", action="store_true", help="tell what binds, why others lost, and what would help")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Search and print. Raises ConfigurationError for faulty files and sizes, CapacityError if nothing fits."""
+    machine = read_machine(arguments.machine)
+    memory = parse_nbytes(arguments.memory) if arguments.memory is not None else machine.memory_bytes
+    costs = Costs(read_profile(arguments.profile), machine)
+    question: dict[str, Any] = {"minibatch": arguments.minibatch, "mode": arguments.mode, "memory_bytes": memory}
+    default = {rules: search(costs, rules=rules, **question) for rules in (Rules.HARMONY, Rules.OWN)}
+    found = default
+    if arguments.planner == "genetic":
+        found = {rules: breed(costs, rules=rules, **question) for rules in default}
+    reasons = {
+        rules: list(explain(answer, costs, **question)) if arguments.explain else [] for rules, answer in found.items()
+    }
+    if arguments.json:
+        harmony, own = (
+            {**_fields(found[rules], costs, arguments.minibatch), "planner": arguments.planner} for rules in found
+        )
+        for rules, fields in zip(found, (harmony, own), strict=True):
+            if found is not default:
+                best = default[rules]
+                fields["default"] = {"step_seconds": best.best.seconds, "search_seconds": best.search_seconds}
+            if reasons[rules]:
+                fields["reasons"] = reasons[rules]
+        print(json.dumps({**harmony, "own": own}))
+        return 0
+    rows = [(str(rules), answer) for rules, answer in default.items()]
+    if found is not default:
+        rows += [(f"{rules}, genetic", answer) for rules, answer in found.items()]
+    _show(rows, costs, question, {str(rules): reasons[rules] for rules in found})
+    return 0
+
+
+def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:
+    schedule = found.best.schedule
+    return {
+        "rules": found.rules,
+        "mode": schedule.mode,
+        "step_seconds": found.best.seconds,
+        "bound_seconds": bound_seconds(costs, minibatch, recompute=found.rules != Rules.OWN),
+        "peak_bytes": round(found.best.peak_bytes),
+        "microbatch_forward": schedule.microbatch_forward,
+        "packs_forward": schedule.packs_forward,
+        "microbatch_backward": schedule.microbatch_backward,
+        "packs_backward": schedule.packs_backward,
+        "prefetch": schedule.prefetch,
+        "boundary": schedule.boundary if found.rules == Rules.OWN or schedule.mode == "pp" else "host",
+        "num_schedules": found.num_schedules,
+        "num_simulated": found.num_simulated,
+        "is_proved": found.is_proved,
+        "search_seconds": found.search_seconds,
+    }
+
+
+def _show(
+    rows: Sequence[tuple[str, Found]], costs: Costs, question: dict[str, Any], reasons: dict[str, list[str]]
+) -> None:
+    console = Console()
+    machine, minibatch = costs.machine, question["minibatch"]
+    memory = format_nbytes(question["memory_bytes"])
+    table = Table(title=f"{costs.profile.model}, {minibatch} samples per step, {machine.gpus} GPUs of {memory}")
+    table.add_column("rules")
+    table.add_column("plan")
+    for column in ("step", "samples/s", "bound", "peak per GPU", "search"):
+        table.add_column(column, justify="right")
+    for name, found in rows:
+        bound = bound_seconds(costs, minibatch, recompute=found.rules != Rules.OWN)
+        table.add_row(
+            name,
+            describe(found.best.schedule),
+            f"{found.best.seconds:.3f} s",
+            f"{minibatch / found.best.seconds:.3g}",
+            f"{bound:.3f} s",
+            format_nbytes(found.best.peak_bytes),
+            f"{found.search_seconds:.2f} s",
+        )
+    console.print(table)
+    for name, found in rows:
+        console.print(f"[bold]{name}[/bold]: forward {_packs(found.best.schedule.packs_forward)}")
+        console.print(f"{' ' * len(name)}  backward {_packs(found.best.schedule.packs_backward)}")
+        if not found.is_proved:
+            console.print("A better schedule may exist: nothing proves this one the best.")
+    for rules, sentences in reasons.items():
+        for sentence in sentences:
+            console.print(f"- {rules}: {sentence}", highlight=False)
+
+
+def _packs(packs: tuple[tuple[int, int], ...]) -> str:
+    return " ".join(f"{first}-{last}" for first, last in packs) or "(none)"

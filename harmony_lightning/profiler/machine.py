@@ -1,0 +1,76 @@
+"""The machine that a plan is made for: GPUs, their memory, and the links between them and the host."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.profiler.fields import Fields, read_text
+from harmony_lightning.record import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine(Record):
+    """One server. Its JSON form is that of the machine published beside Harmony's profiles."""
+
+    name: str
+    gpus: int
+    memory_bytes: int
+    """What each GPU offers."""
+    host_link_bytes_per_second: float
+    """Host to device, and as much again from device to host; what `host_link_shared_by` GPUs share."""
+    host_link_shared_by: int
+    """GPUs behind one host link: 1 if each has its own."""
+    peer_bytes_per_second: float
+    """From one GPU to another, each pair on its own."""
+    host_message_bytes_per_second: float
+    """Copies within host memory, shared by all GPUs; a message crosses it twice."""
+    release_seconds: float
+    """What it costs to free a pack's weights where memory is not reused in place."""
+    note: str = ""
+
+    def __post_init__(self) -> None:
+        for field in ("gpus", "memory_bytes", "host_link_shared_by"):
+            if getattr(self, field) < 1:
+                raise ConfigurationError(f"{field} must be at least 1, got {getattr(self, field)}")
+        for field in ("host_link_bytes_per_second", "peer_bytes_per_second", "host_message_bytes_per_second"):
+            if getattr(self, field) <= 0:
+                raise ConfigurationError(f"{field} must be more than 0, got {getattr(self, field)}")
+        if self.release_seconds < 0:
+            raise ConfigurationError(f"release_seconds must be at least 0, got {self.release_seconds}")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """The inverse of `to_json`; fields that we do not know are left aside.
+
+        `host_link_shared_by` is all GPUs and `release_seconds` is 0 where the text does not say.
+
+        Raises:
+            ConfigurationError: a field is missing, is no number, or is out of range.
+        """
+        fields = Fields.parse(text, "a machine")
+        gpus = fields.count("gpus", least=1)
+        return cls(
+            name=fields.text("name"),
+            gpus=gpus,
+            memory_bytes=fields.count("memory_bytes", least=1),
+            host_link_bytes_per_second=fields.number("host_link_bytes_per_second", above=0),
+            host_link_shared_by=fields.count("host_link_shared_by", default=gpus, least=1),
+            peer_bytes_per_second=fields.number("peer_bytes_per_second", above=0),
+            host_message_bytes_per_second=fields.number("host_message_bytes_per_second", above=0),
+            release_seconds=fields.number("release_seconds", default=0.0),
+            note=fields.text("note"),
+        )
+
+    def host_share(self, num_active: int) -> float:
+        """Host-link bytes per second and direction for each of so many GPUs that are at work."""
+        return self.host_link_bytes_per_second / max(1, min(num_active, self.host_link_shared_by))
+
+
+def read_machine(path: str | Path) -> Machine:
+    """A machine from a JSON file. Raises ConfigurationError, naming the file and the faulty field."""
+    text = read_text(path, "a machine")
+    try:
+        return Machine.from_json(text)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error

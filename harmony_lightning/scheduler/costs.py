@@ -1,0 +1,89 @@
+"""What packs cost on a machine: sums over a profile's layers, looked up in constant time.
+
+Sums follow Harmony: times of layers add up; of peak bytes, the input of a layer inside a pack is the output of the one
+before and counts once.
+"""
+
+from functools import cache
+from itertools import accumulate
+
+from harmony_lightning.plan.schedule import Span
+from harmony_lightning.profiler import Machine, Profile, at_size
+
+
+class Costs:
+    """Costs of packs of one profile. Sizes are samples, results seconds or bytes."""
+
+    def __init__(self, profile: Profile, machine: Machine) -> None:
+        self.profile = profile
+        self.machine = machine
+        self.num_layers = profile.num_layers
+        kinds = [profile.kind(layer) for layer in range(self.num_layers)]
+        self.weight_prefix = _prefix([kind.weight_bytes for kind in kinds])
+        self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
+        self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
+        # Lookups by size are many, sizes are few.
+        self.forward_prefix = cache(self._forward_prefix)
+        self.backward_prefix = cache(self._backward_prefix)
+        self.inputs = cache(self._inputs)
+        self._forward_peaks = cache(lambda size: self._peaks("forward", size))
+        self._backward_peaks = cache(lambda size: self._peaks("backward", size))
+
+    def forward_seconds(self, size: int, span: Span) -> float:
+        prefix = self.forward_prefix(size)
+        return prefix[span[1] + 1] - prefix[span[0]]
+
+    def backward_seconds(self, size: int, span: Span) -> float:
+        """Without recompute; never negative, whatever the profile's noise."""
+        prefix = self.backward_prefix(size)
+        return max(0.0, prefix[span[1] + 1] - prefix[span[0]] - self.forward_seconds(size, span))
+
+    def forward_compute_bytes(self, size: int, span: Span) -> float:
+        """Peak on the device while the pack computes, its weights and its input included."""
+        prefix = self._forward_peaks(size)
+        return prefix[span[1] + 1] - prefix[span[0]] + self.inputs(size)[span[0]]
+
+    def backward_compute_bytes(self, size: int, span: Span) -> float:
+        prefix = self._backward_peaks(size)
+        return prefix[span[1] + 1] - prefix[span[0]] + self.inputs(size)[span[0]]
+
+    def peak_prefix(self, direction: str, size: int) -> list[float]:
+        """Sums over layers of peak bytes without their inputs."""
+        return self._forward_peaks(size) if direction == "forward" else self._backward_peaks(size)
+
+    def input_bytes(self, size: int, layer: int) -> float:
+        """Bytes that enter a layer; 0 behind the last one."""
+        return self.inputs(size)[layer]
+
+    def weight_bytes(self, span: Span) -> float:
+        return self.weight_prefix[span[1] + 1] - self.weight_prefix[span[0]]
+
+    def state_bytes(self, span: Span) -> float:
+        """Weights and buffers."""
+        return self.state_prefix[span[1] + 1] - self.state_prefix[span[0]]
+
+    def update_seconds(self, span: Span) -> float:
+        return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]
+
+    def _forward_prefix(self, size: int) -> list[float]:
+        return self._sums("forward", "forward_seconds", size)
+
+    def _backward_prefix(self, size: int) -> list[float]:
+        return self._sums("backward", "backward_seconds", size)
+
+    def _inputs(self, size: int) -> list[float]:
+        pairs = [self.profile.kind(layer).input_bytes for layer in range(self.num_layers)]
+        return [max(0.0, one + (size - 1) * (two - one)) for one, two in pairs] + [0.0]
+
+    def _peaks(self, direction: str, size: int) -> list[float]:
+        sums, inputs = self._sums(direction, f"{direction}_peak_bytes", size), self.inputs(size)
+        return [total - before for total, before in zip(sums, _prefix(inputs[:-1]), strict=True)]
+
+    def _sums(self, direction: str, field: str, size: int) -> list[float]:
+        sizes = getattr(self.profile.microbatch_sizes, direction)
+        by_kind = [at_size(sizes, getattr(kind, field), size) for kind in self.profile.layer_kinds]
+        return _prefix([by_kind[kind] for kind in self.profile.layers])
+
+
+def _prefix(values: list[float]) -> list[float]:
+    return list(accumulate(values, initial=0.0))

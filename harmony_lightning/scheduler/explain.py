@@ -1,0 +1,133 @@
+"""Why a plan takes as long as it does, why the others lost, and what would help.
+
+A step is as long as its critical path: tasks that each began just when the one before ended. Summed up by what they do,
+they say where the seconds go; what binds is the largest part.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+from harmony_lightning.plan.graph import COMPUTATIONS, NUM_LANES, Kind, Lane
+from harmony_lightning.plan.schedule import Schedule
+from harmony_lightning.record import Record
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.search import Found, search
+from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
+from harmony_lightning.units import format_nbytes
+
+_PARTS = {
+    Kind.WEIGHTS_IN: "weights",
+    Kind.WEIGHT_GRADIENTS_OUT: "gradients",
+    Kind.ALL_REDUCE: "gradients",
+    Kind.UPDATE: "updates",
+    Kind.RELEASE: "release",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Breakdown(Record):
+    """Seconds of a step's critical path, by what its tasks do."""
+
+    compute: float = 0.0
+    weights: float = 0.0
+    gradients: float = 0.0
+    activations: float = 0.0
+    updates: float = 0.0
+    release: float = 0.0
+    busy_share: float = 0.0
+    """Of all devices' time, what they compute for."""
+
+    @property
+    def parts(self) -> tuple[tuple[str, float], ...]:
+        """Largest first."""
+        names = ("compute", "weights", "gradients", "activations", "updates", "release")
+        return tuple(sorted(((name, getattr(self, name)) for name in names), key=lambda part: -part[1]))
+
+
+def break_down(schedule: Schedule, costs: Costs, rules: Rules) -> Breakdown:
+    """Where the seconds of one step go."""
+    timeline = simulate(task_graph(schedule, costs, rules))
+    tasks = timeline.graph.tasks
+    seconds: dict[str, float] = {}
+    for index in timeline.critical_path():
+        kind = Kind(tasks[index].kind)
+        part = "compute" if kind in COMPUTATIONS else _PARTS.get(kind, "activations")
+        seconds[part] = seconds.get(part, 0.0) + tasks[index].seconds
+    lanes = {lane for task in tasks for lane in task.lanes if lane % NUM_LANES == Lane.COMPUTE}
+    busy = sum(task.seconds for task in tasks if task.kind in COMPUTATIONS)
+    return Breakdown(**seconds, busy_share=busy / (len(lanes) * timeline.seconds) if timeline.seconds else 0.0)
+
+
+def bound_seconds(costs: Costs, minibatch: int, *, recompute: bool) -> float:
+    """All computation of a step shared equally by all GPUs, at the microbatch sizes where it is fastest.
+
+    With recompute, every layer's forward is counted twice, also that of a fused pack, which need not be.
+    """
+    sizes = costs.profile.microbatch_sizes
+
+    def least(prefix_of: str, measured: tuple[int, ...]) -> float:
+        even = [size for size in measured if minibatch % size == 0]
+        capped = {min(size, minibatch) for size in even or measured}
+        per_sample: list[float] = [getattr(costs, prefix_of)(size)[-1] / size for size in capped]
+        return min(per_sample) * minibatch / costs.machine.gpus
+
+    backward = least("backward_prefix", sizes.backward)
+    return backward + (least("forward_prefix", sizes.forward) if recompute else 0.0)
+
+
+def explain(
+    found: Found,
+    costs: Costs,
+    *,
+    minibatch: int,
+    mode: Literal["pp", "dp", "auto"],
+    memory_bytes: float,
+    num_others: int = 3,
+) -> Iterator[str]:
+    """Sentences on what binds, why the others lost, and what would help. Searches again for the last."""
+    rules = Rules(found.rules)
+    best = break_down(found.best.schedule, costs, rules)
+    total = found.best.seconds
+    listed = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in best.parts if seconds > 0.0005 * total)
+    yield f"The step's critical path: {listed}. GPUs compute {best.busy_share:.0%} of the time."
+    name = best.parts[0][0]
+    yield f"What binds is {name}: {_REMEDIES[name]}."
+    for other in found.others[:num_others]:
+        theirs = break_down(other.schedule, costs, rules)
+        more = max(("compute", "weights", "gradients", "activations", "updates", "release"), key=lambda part: (
+            getattr(theirs, part) - getattr(best, part)
+        ))  # fmt: skip
+        extra = getattr(theirs, more) - getattr(best, more)
+        yield (
+            f"{describe(other.schedule)} takes {other.seconds - total:.3f} s more: {extra:.3f} s more {more}, GPUs compute "
+            f"{theirs.busy_share:.0%} of the time."
+        )
+    machine = costs.machine
+    faster = replace(machine, host_link_bytes_per_second=2 * machine.host_link_bytes_per_second)
+    for what, changed, samples, memory in (
+        (f"twice the memory ({format_nbytes(2 * memory_bytes)} per GPU)", machine, minibatch, 2 * memory_bytes),
+        ("a host link twice as fast", faster, minibatch, memory_bytes),
+        (f"twice the minibatch ({2 * minibatch} samples)", machine, 2 * minibatch, memory_bytes),
+    ):
+        again = search(Costs(costs.profile, changed), minibatch=samples, mode=mode, memory_bytes=memory, rules=rules)
+        gain = 1 - again.best.seconds / samples / (total / minibatch)
+        yield f"With {what} a sample would take {gain:.1%} less time." if gain >= 5e-4 else f"With {what}: no gain."
+
+
+_REMEDIES = {
+    "compute": "faster GPUs, more of them, or a larger minibatch to fill the pipeline would help",
+    "weights": "a faster host link would help, or more microbatches per step, which share each copy of the weights",
+    "gradients": "a faster host link would help, or more microbatches per step, which share each copy of the gradients",
+    "activations": "faster links between GPUs and to the host would help",
+    "updates": "a faster host would help, or more samples per step",
+    "release": "fewer and larger packs would help, for which GPUs need more memory",
+}
+
+
+def describe(schedule: Schedule) -> str:
+    """`pp, forward 8 packs of 2 samples, backward 9 packs of 2`: a schedule in a few words."""
+    return (
+        f"{schedule.mode}, forward {len(schedule.packs_forward)} packs x {schedule.microbatch_forward} samples, "
+        f"backward {len(schedule.packs_backward)} packs x {schedule.microbatch_backward}"
+    )

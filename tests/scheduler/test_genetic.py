@@ -1,0 +1,57 @@
+"""The genetic searcher: what it breeds can be carried out, fits, and is about as good as the default's."""
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_profiles import kind, machine, machines, profile, profiles, published, published_machine, published_profile
+
+from harmony_lightning import CapacityError
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.genetic import breed
+from harmony_lightning.scheduler.search import search
+from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
+
+
+def question(**changes):
+    return {"minibatch": 4, "mode": "pp", "memory_bytes": 2000, "rules": Rules.HARMONY, **changes}
+
+
+@given(
+    profiles(max_layers=5), machines(), st.sampled_from(("pp", "dp", "auto")), st.sampled_from(Rules), st.integers(1, 5)
+)
+@settings(max_examples=8, deadline=None)
+def test_what_is_bred_fits_and_takes_what_it_says(layers, server, mode, rules, minibatch):
+    costs = Costs(layers, server)
+    bred = breed(costs, **question(mode=mode, rules=rules, minibatch=minibatch, memory_bytes=20_000))
+    for candidate in (bred.best, *bred.others):
+        assert candidate.peak_bytes == peak_bytes(candidate.schedule, costs, rules) <= 20_000
+        assert candidate.seconds == seconds(candidate.schedule, costs, rules) >= bred.best.seconds
+    assert not bred.is_proved
+
+
+def test_the_same_seed_breeds_the_same():
+    costs = Costs(profile(*[kind()] * 6), machine())
+    first, second, other = (replace(breed(costs, **question(), seed=seed), search_seconds=0.0) for seed in (3, 3, 4))
+    assert first == second
+    assert first.num_schedules != other.num_schedules
+
+
+def test_it_comes_close_to_the_default_on_small_models():
+    costs = Costs(profile(*[kind(weights=50 * i, seconds=0.5 * i) for i in range(1, 8)]), machine())
+    for rules in Rules:
+        bred, found = (one(costs, **question(rules=rules, minibatch=8)) for one in (breed, search))
+        assert bred.best.seconds <= 1.02 * found.best.seconds
+
+
+def test_nothing_bred_may_fit():
+    with pytest.raises(CapacityError, match="bred schedules fits in 100 bytes per GPU; raise memory"):
+        breed(Costs(profile(), machine()), **question(memory_bytes=100))
+
+
+@published
+def test_it_comes_close_to_the_default_on_a_published_profile():
+    costs = Costs(published_profile("gpt2_xl"), published_machine())
+    wanted = question(minibatch=16, memory_bytes=9e9)
+    assert breed(costs, **wanted).best.seconds <= 1.05 * search(costs, **wanted).best.seconds
