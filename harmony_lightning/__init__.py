@@ -3,13 +3,9 @@
 The rooms of the house; each imports only rooms below it:
 
     cli             the command `harmony`
-    strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; `lightning` and
-                    `pytorch_lightning` hold the class for each of the two packages
-    updates         when weights are stepped: just in time, or whole behind backward
+    strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; enter at `strategy.mixin`.
+                    `lightning` and `pytorch_lightning` hold the class for each of the two packages
     prepare         module -> plan
-    materialise     weights that were declared and not made
-    overrides, merged_log, merged_profile, compiled, one_task
-                    what Lightning expects of a strategy beside training
     observability   what a run did
     scheduler       costs -> plan; simulation and search      runtime   carries a plan out; enter at `runtime.engine`
     plan            plans, schedules, task graphs and timelines, as data

@@ -4,7 +4,7 @@ import lightning.pytorch as pl
 from lightning.fabric.utilities.device_dtype_mixin import _update_properties
 from lightning.pytorch.strategies import SingleDeviceStrategy
 
-from harmony_lightning.strategy import HarmonyMixin
+from harmony_lightning.strategy.mixin import HarmonyMixin
 
 
 class HarmonyStrategy(HarmonyMixin, SingleDeviceStrategy):  # type: ignore[misc]

@@ -4,7 +4,7 @@ import pytorch_lightning as pl
 from lightning_fabric.utilities.device_dtype_mixin import _update_properties
 from pytorch_lightning.strategies import SingleDeviceStrategy
 
-from harmony_lightning.strategy import HarmonyMixin
+from harmony_lightning.strategy.mixin import HarmonyMixin
 
 
 class HarmonyStrategy(HarmonyMixin, SingleDeviceStrategy):  # type: ignore[misc]

@@ -10,7 +10,7 @@ from chain import Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
 from harmony_lightning import ConfigurationError
-from harmony_lightning.materialise import materialise
+from harmony_lightning.strategy.materialise import materialise
 
 
 class Tied(Chain):

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torchmetrics import MeanMetric
 
-from harmony_lightning.merged_log import MergedLog, merged_log
+from harmony_lightning.strategy.merged_log import MergedLog, merged_log
 
 FLAVOURS = ["lightning.pytorch", "pytorch_lightning"]
 

@@ -8,7 +8,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.profilers import AdvancedProfiler, PyTorchProfiler, SimpleProfiler
 
-from harmony_lightning.merged_profile import merged_profile
+from harmony_lightning.strategy.merged_profile import merged_profile
 
 
 class Profiled(Chain):

@@ -9,7 +9,7 @@ from torchmetrics import MeanMetric
 
 from harmony_lightning import ConfigurationError, DeviceOutOfMemoryError, HarmonyConfig, HarmonyStrategy
 from harmony_lightning.config import Environment
-from harmony_lightning.microbatch_check import compare_losses
+from harmony_lightning.strategy.microbatch_check import compare_losses
 
 
 class Losing(Chain):

@@ -17,32 +17,30 @@ import torch
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from harmony_lightning import overrides, precision
-from harmony_lightning.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
 from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
-from harmony_lightning.materialise import materialise, skipped_init
-from harmony_lightning.merged_log import Losses, merged_log, unlogged
-from harmony_lightning.merged_metrics import Twins, merged_metrics
-from harmony_lightning.merged_profile import merged_profile
-from harmony_lightning.microbatch_check import compare_losses, losses_of_pieces, untouched
 from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
-from harmony_lightning.one_task import check_one_task
-from harmony_lightning.plan import Plan, check_plan
-from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without, split_minibatch
+from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without
 from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
-from harmony_lightning.runtime.rows import num_samples
-from harmony_lightning.scheduler import automatic_microbatch_size
-from harmony_lightning.updates import Updates
+from harmony_lightning.strategy import overrides, precision
+from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
+from harmony_lightning.strategy.materialise import materialise, skipped_init
+from harmony_lightning.strategy.merged_log import Losses, merged_log, unlogged
+from harmony_lightning.strategy.merged_metrics import Twins, merged_metrics
+from harmony_lightning.strategy.merged_profile import merged_profile
+from harmony_lightning.strategy.microbatch_check import compare_losses, losses_of_pieces, untouched
+from harmony_lightning.strategy.one_task import check_one_task
+from harmony_lightning.strategy.planning import Planning
+from harmony_lightning.strategy.updates import Updates
 
 log = logging.getLogger(__name__)
 
@@ -111,12 +109,9 @@ class HarmonyMixin:
         self._engine: Engine | None = None
         self._between: Between | None = None
         self._last_plan: Plan | None = None
-        self._has_traced = False
+        self._planning: Planning | None = None
         self._is_uncuttable = False
         """Whether user code was seen to take derivatives across layers."""
-        self._call_order: CallOrder | None = None
-        self._min_samples = 1
-        self._metrics: list[Metric] = []
         self._twins = Twins()
         self._is_checked = False
         """Whether the losses of a minibatch and of its microbatches were compared."""
@@ -225,9 +220,7 @@ class HarmonyMixin:
             self._between = Between(self._engine.cluster, self.root_device)
             self._between.enter()
         self._last_plan = None
-        self._has_traced = False
         self._is_uncuttable = False
-        self._call_order = None
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)  # type: ignore[attr-defined]
             if self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
@@ -235,7 +228,7 @@ class HarmonyMixin:
                     self._updates.probe(optimizer)
         self.setup_precision_plugin()  # type: ignore[attr-defined]
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
-        self._load_plan(Workload(microbatch_size=1, num_microbatches=1))
+        self._planning = Planning(self._engine, self._config, self._given_plan)
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:
@@ -254,20 +247,13 @@ class HarmonyMixin:
                 if isinstance(module, Metric):
                     module.to(self.root_device)
 
-    def _load_plan(self, workload: Workload, call_order: CallOrder | None = None) -> None:
-        engine = self._require_engine()
-        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, call_order)
-        if self._given_plan is not None:
-            plan = self._given_plan
-            check_plan(plan, decomposition, len(engine.cluster.devices))
-        engine.load(plan, decomposition)
-        self._metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
-        self._min_samples = 2 if decomposition.has_batch_statistics else 1
-
     def _require_engine(self) -> Engine:
         if self._engine is None:
             raise ConfigurationError("the strategy is not set up; that happens in fit, validate, test or predict")
         return self._engine
+
+    def _metrics(self) -> list[Metric]:
+        return self._planning.metrics if self._planning is not None else []
 
     def _in_step(self) -> AbstractContextManager[None]:
         return self._between.suspended() if self._between is not None else nullcontext()
@@ -281,7 +267,8 @@ class HarmonyMixin:
             self._last_plan = self.plan
             self._engine.close()
             self._engine = None
-            self._metrics, self._twins = [], Twins()
+            self._planning = None
+            self._twins = Twins()
             vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
         self._root_loss = None
 
@@ -307,7 +294,7 @@ class HarmonyMixin:
             "_engine": None,
             "_between": None,
             "_root_loss": None,
-            "_metrics": [],
+            "_planning": None,
             "_twins": Twins(),
             "_updates": Updates(),
         }
@@ -330,8 +317,11 @@ class HarmonyMixin:
             self._tell_once("manual optimization: each minibatch runs as one microbatch, packs are swapped as called")
             return self._run_in_one_piece(module.trainer.fit_loop.epoch_loop, "train_step_context", step, batch, *args)
         engine = self._require_engine()
-        parts = self._split(batch)
-        self._bring_plan_up_to_date(parts)
+        assert self._planning is not None
+        parts = self._planning.split(batch)
+        if parts.reason is not None:
+            self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
+        self._planning.bring_up_to_date(parts)
         shares = loss_shares(self._config.loss_weight, parts)
         if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
             self._check(batch, args, parts, shares)
@@ -414,7 +404,7 @@ class HarmonyMixin:
             getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
             logging as merged,
             uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
-            merged_metrics(self._metrics, self._require_engine().aside, twins),
+            merged_metrics(self._metrics(), self._require_engine().aside, twins),
         ):
             yield merged
 
@@ -437,39 +427,6 @@ class HarmonyMixin:
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
         with self._around_step(context, log_context):
             return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
-
-    def _split(self, batch: Any) -> Microbatches:
-        size: int | str = self._config.microbatch_size
-        if size == "auto" and self._given_plan is not None:
-            size = self._given_plan.microbatch_size
-        if not isinstance(size, int):
-            cluster = self._require_engine().cluster
-            size = automatic_microbatch_size(
-                num_samples(batch) or 1,
-                len(cluster.devices),
-                min_samples=self._min_samples,
-                host_is_device=cluster.host_is_device,
-            )
-        parts = split_minibatch(batch, size, min_samples=self._min_samples, split=self._config.split_batch)
-        if parts.reason is not None:
-            self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
-        return parts
-
-    def _bring_plan_up_to_date(self, parts: Microbatches) -> None:
-        """Between steps: take up what has changed in the module, and what the first step has shown."""
-        engine = self._require_engine()
-        workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
-        if engine.is_out_of_date():
-            self._load_plan(workload, self._call_order)
-        if engine.trace.is_complete and not self._has_traced:
-            self._has_traced = True
-            order, loops = engine.trace.order(), engine.trace.loops()
-            if self._given_plan is None and not engine.plan.follows(order, loops):
-                log.info("harmony: layers are called in another order than they are registered; planning again")
-                self._call_order = CallOrder(layers=order, loops=loops)
-                self._load_plan(workload, self._call_order)
-        if not engine.trace.is_complete:
-            engine.resize(workload.microbatch_size, workload.num_microbatches)
 
     def _to_root(self, result: Any) -> Any:
         """Results leave the step on the root device, wherever the plan has computed them."""

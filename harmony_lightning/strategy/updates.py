@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from harmony_lightning import overrides
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.separability import Separability
 from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
+from harmony_lightning.strategy import overrides
 
 log = logging.getLogger(__name__)
 

@@ -1,0 +1,84 @@
+"""Which plan the engine is under, and how a minibatch is cut.
+
+A plan is made at set-up, before anything is known of batches and calls. It is made again when the module has changed, and
+once when the first step has shown that layers are called in another order than they are registered.
+"""
+
+import logging
+from typing import Any
+
+from torchmetrics import Metric
+
+from harmony_lightning.config import HarmonyConfig
+from harmony_lightning.plan import Plan, check_plan
+from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.runtime.engine import Engine
+from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
+from harmony_lightning.runtime.rows import num_samples
+from harmony_lightning.scheduler import automatic_microbatch_size
+
+log = logging.getLogger(__name__)
+
+
+class Planning:
+    """The plan of one run, from set-up to teardown.
+
+    Attributes:
+        metrics: `torchmetrics` objects of the module.
+    """
+
+    def __init__(self, engine: Engine, config: HarmonyConfig, given: Plan | None) -> None:
+        """Makes and loads the first plan; `given` is the user's own.
+
+        Raises:
+            ConfigurationError, CapacityError: no plan can be carried out.
+        """
+        self._engine = engine
+        self._config = config
+        self._given = given
+        self._has_traced = False
+        self._call_order: CallOrder | None = None
+        self._min_samples = 1
+        self.metrics: list[Metric] = []
+        self._load(Workload(microbatch_size=1, num_microbatches=1))
+
+    def _load(self, workload: Workload) -> None:
+        engine = self._engine
+        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, self._call_order)
+        if self._given is not None:
+            plan = self._given
+            check_plan(plan, decomposition, len(engine.cluster.devices))
+        engine.load(plan, decomposition)
+        self.metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
+        self._min_samples = 2 if decomposition.has_batch_statistics else 1
+
+    def split(self, batch: Any) -> Microbatches:
+        """The minibatch in microbatches of the planned size, or in one piece with the reason."""
+        size: int | str = self._config.microbatch_size
+        if size == "auto" and self._given is not None:
+            size = self._given.microbatch_size
+        if not isinstance(size, int):
+            cluster = self._engine.cluster
+            size = automatic_microbatch_size(
+                num_samples(batch) or 1,
+                len(cluster.devices),
+                min_samples=self._min_samples,
+                host_is_device=cluster.host_is_device,
+            )
+        return split_minibatch(batch, size, min_samples=self._min_samples, split=self._config.split_batch)
+
+    def bring_up_to_date(self, parts: Microbatches) -> None:
+        """Between steps: take up what has changed in the module, and what the first step has shown."""
+        engine = self._engine
+        workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
+        if engine.is_out_of_date():
+            self._load(workload)
+        if engine.trace.is_complete and not self._has_traced:
+            self._has_traced = True
+            order, loops = engine.trace.order(), engine.trace.loops()
+            if self._given is None and not engine.plan.follows(order, loops):
+                log.info("harmony: layers are called in another order than they are registered; planning again")
+                self._call_order = CallOrder(layers=order, loops=loops)
+                self._load(workload)
+        if not engine.trace.is_complete:
+            engine.resize(workload.microbatch_size, workload.num_microbatches)
