@@ -5,18 +5,18 @@ is arithmetic over tensors, not silicon.
 """
 
 import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.hardware import emulated_copies  # noqa: F401  (registers the operations)
 from harmony_lightning.hardware.emulated_device import EmulatedDevice, Traffic
-from harmony_lightning.hardware.emulated_tensor import EmulatedMode, EmulatedTensor, storage_key
+from harmony_lightning.hardware.emulated_mode import EmulatedMode, literals_on_devices
+from harmony_lightning.hardware.emulated_tensor import EmulatedTensor, storage_key
 from harmony_lightning.units import parse_nbytes
 
 __all__ = ["EmulatedCluster", "EmulatedDevice", "EmulatedMode", "EmulatedTensor", "Traffic", "storage_key"]
@@ -53,7 +53,7 @@ class EmulatedCluster:
         if modes and modes[-1].devices is self.devices:
             yield
         else:
-            with _literals_on_devices(), EmulatedMode(self.devices):
+            with literals_on_devices(), EmulatedMode(self.devices):
                 yield
 
     def close(self) -> None: ...
@@ -63,41 +63,3 @@ class EmulatedCluster:
 
     def __reduce__(self) -> tuple[type[Self], tuple[int, str | int]]:
         return type(self), (self.num_gpus, self.memory)
-
-
-# `torch.tensor(data, device="cpu:0")` drops the index before any dispatch mode sees it, so these names are replaced
-# while a cluster is active on any thread. On threads without one the replacement gives what the original gives.
-_LITERALS: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")
-}
-_literals_lock = threading.Lock()
-_literals_users = 0
-
-
-@contextlib.contextmanager
-def _literals_on_devices() -> Iterator[None]:
-    global _literals_users
-    with _literals_lock:
-        _literals_users += 1
-        if _literals_users == 1:
-            for name, original in _LITERALS.items():
-                setattr(torch, name, _follow_device(original))
-    try:
-        yield
-    finally:
-        with _literals_lock:
-            _literals_users -= 1
-            if _literals_users == 0:
-                for name, original in _LITERALS.items():
-                    setattr(torch, name, original)
-
-
-def _follow_device(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(original)
-    def literal(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = original(*args, **kwargs)
-        if kwargs.get("device") is None or tensor.device == torch.device(kwargs["device"]):
-            return tensor
-        return tensor.detach().to(kwargs["device"]).requires_grad_(tensor.requires_grad)
-
-    return literal

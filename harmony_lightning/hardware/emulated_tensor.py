@@ -16,16 +16,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
 
 aten = torch.ops.aten
-_HOST = torch.device("cpu")
+HOST = torch.device("cpu")
 
-_below_functions = torch._C.DisableTorchFunction
+below_functions = torch._C.DisableTorchFunction
 """Dispatch happens below torch functions: what it calls must not reach function modes again. Autograd's backward comes
 here with them in force."""
 
@@ -70,8 +69,8 @@ class EmulatedTensor(torch.Tensor):
     @classmethod
     @override
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
-        with _below_functions():
-            return _run(func, args, kwargs or {}, None)
+        with below_functions():
+            return run(func, args, kwargs or {}, None)
 
     def __tensor_flatten__(self) -> tuple[list[str], EmulatedDevice]:
         return ["inner_tensor"], self.home
@@ -171,37 +170,13 @@ class EmulatedTensor(torch.Tensor):
 _BASE_DATA: Any = torch.Tensor.data
 
 
-class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives `cpu:i` its meaning on this thread, for operations that no device tensor takes part in."""
-
-    def __init__(self, devices: Sequence[EmulatedDevice]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.devices = devices
-
-    @override
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        with _below_functions():
-            return self._dispatch(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-    def _dispatch(self, func, types, args, kwargs):  # type: ignore[no-untyped-def]
-        if EmulatedTensor in types:
-            return _run(func, args, kwargs or {}, self.devices)
-        if kwargs:
-            # Host memory needs no pinning for an emulated GPU, and pinning fails where there is no real one.
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-            device = kwargs.get("device")
-            if device is not None and device.index is not None:
-                return _run(func, args, kwargs, self.devices)
-            return func(*args, **kwargs)
-        if func is aten._pin_memory.default:
-            return args[0].clone()
-        return func(*args)
-
-
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory: the address of the storage that holds the numbers."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+
+
+SPECIAL: dict[Any, Callable[..., Any]] = {}
+"""Operations that need more than running on the inner tensors; filled in by `emulated_copies`."""
 
 
 class _Recipe:
@@ -211,7 +186,7 @@ class _Recipe:
 
     def __init__(self, func: Any) -> None:
         schema = func._schema
-        self.run: Callable[..., Any] | None = _SPECIAL.get(func)
+        self.run: Callable[..., Any] | None = SPECIAL.get(func)
         self.factory = any(argument.name == "device" for argument in schema.arguments)
         written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
         self.mutates = tuple((index, argument.name) for index, argument in written)
@@ -228,7 +203,7 @@ class _Recipe:
 _RECIPES: dict[Any, _Recipe] = {}
 
 
-def _run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
+def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
     """Run `func` on the inner tensors. `devices` is what the mode in force takes `cpu:i` for, None without a mode."""
     recipe = _RECIPES.get(func)
     if recipe is None:
@@ -242,8 +217,8 @@ def _run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | 
     home = homes[0] if homes else None
     if recipe.factory:
         if kwargs.get("device") is not None:
-            home = _resolve(kwargs["device"], homes, devices)
-            inner_kwargs["device"] = _HOST if home is not None else kwargs["device"]
+            home = resolve(kwargs["device"], homes, devices)
+            inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
     elif hosts or len(homes) > 1:
         _check_same_device(func, recipe, args, kwargs, homes, hosts)
@@ -313,7 +288,7 @@ def _follow(value: Any) -> None:
         _BASE_DATA.__set__(value, EmulatedTensor(inner, value.home))
 
 
-def _resolve(
+def resolve(
     device: torch.device | str, homes: Sequence[EmulatedDevice], devices: Sequence[EmulatedDevice] | None
 ) -> EmulatedDevice | None:
     """The emulated device that `device` names, None for the host and for devices that are not ours (meta)."""
@@ -363,81 +338,6 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
     )
 
 
-def _count(source: EmulatedDevice | None, target: EmulatedDevice | None, nbytes: int) -> None:
-    if source is target:
-        return
-    if target is None:
-        assert source is not None
-        source.traffic.device_to_host_bytes += nbytes
-    elif source is None:
-        target.traffic.host_to_device_bytes += nbytes
-    else:
-        target.traffic.peer_bytes += nbytes
-
-
-def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
-    source = args[0]
-    home = source.home if type(source) is EmulatedTensor else None
-    inner = source.inner_tensor if home is not None else source
-    kwargs = {**kwargs, "pin_memory": None}
-    target = home
-    if kwargs.get("device") is not None:
-        target = _resolve(kwargs["device"], () if home is None else (home,), devices)
-        if target is None and torch.device(kwargs["device"]).type != "cpu":
-            return func(inner, **kwargs)  # type: ignore[no-any-return]
-        kwargs["device"] = _HOST
-    out: torch.Tensor = func(inner, **kwargs)
-    result = out if target is None else EmulatedTensor(out, target)
-    _count(home, target, out.nbytes)
-    return result
-
-
-def _copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
-    target, source = args[0], args[1]
-    is_target_ours, is_source_ours = type(target) is EmulatedTensor, type(source) is EmulatedTensor
-    func(
-        target.inner_tensor if is_target_ours else target,
-        source.inner_tensor if is_source_ours else source,
-        *args[2:],
-        **kwargs,
-    )
-    # The link carries what the target receives: as on CUDA, the source side converts and broadcasts first.
-    _count(source.home if is_source_ours else None, target.home if is_target_ours else None, target.nbytes)
-    return target  # type: ignore[no-any-return]
-
-
-def _foreach_copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> None:
-    for target, source in zip(args[0], args[1], strict=True):
-        _copy_(aten.copy_.default, (target, source), kwargs, devices)
-
-
-def _item(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
-    tensor = args[0]
-    tensor.home.traffic.device_to_host_bytes += tensor.element_size()
-    return func(tensor.inner_tensor)
-
-
-def _pack_padded(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
-    """Lengths and batch sizes live on the host, as with CUDA: recurrent layers read them to plan their loop."""
-    padded, lengths, *rest = args
-    if type(padded) is not EmulatedTensor or type(lengths) is EmulatedTensor:
-        raise RuntimeError(f"{func}: `lengths` must be a host tensor and the padded input a device tensor")
-    data, batch_sizes = func(padded.inner_tensor, lengths, *rest, **kwargs)
-    return EmulatedTensor(data, padded.home), batch_sizes
-
-
-def _refuse_pin(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> NoReturn:
-    raise RuntimeError(f"cannot pin a tensor of shape {tuple(args[0].shape)} on {args[0].home.name}; only host tensors")
-
-
-_SPECIAL: dict[Any, Callable[..., Any]] = {
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-    aten._foreach_copy_.default: _foreach_copy_,
-    aten._local_scalar_dense.default: _item,
-    aten._pack_padded_sequence.default: _pack_padded,
-    aten._pin_memory.default: _refuse_pin,
-}
 _HOST_INDICES = {
     aten.index.Tensor,
     aten.index_put.default,
