@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         ConfigurationError,
         DeviceOutOfMemoryError,
         HarmonyError,
+        RaceError,
         UnsupportedError,
     )
     from harmony_lightning.hardware.emulated import EmulatedCluster
@@ -53,6 +54,7 @@ __all__ = [
     "HarmonyStrategy",
     "Pack",
     "Plan",
+    "RaceError",
     "Statistics",
     "UnsupportedError",
 ]
@@ -61,7 +63,7 @@ __all__ = [
 # wait for it nor be imported by it.
 _HOMES = {
     **dict.fromkeys(("CapacityError", "ConfigurationError", "DeviceOutOfMemoryError"), "errors"),
-    **dict.fromkeys(("HarmonyError", "UnsupportedError"), "errors"),
+    **dict.fromkeys(("HarmonyError", "RaceError", "UnsupportedError"), "errors"),
     "EmulatedCluster": "hardware.emulated",
     "HarmonyConfig": "config",
     "Pack": "plan",

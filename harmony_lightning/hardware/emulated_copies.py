@@ -6,7 +6,9 @@ from typing import Any, NoReturn
 import torch
 
 from harmony_lightning.hardware.emulated_device import EmulatedDevice
-from harmony_lightning.hardware.emulated_tensor import HOST, SPECIAL, EmulatedTensor, resolve
+from harmony_lightning.hardware.emulated_tensor import HOST, EmulatedTensor, resolve
+from harmony_lightning.hardware.operations import SPECIAL
+from harmony_lightning.hardware.race_check import Memory
 
 aten = torch.ops.aten
 
@@ -23,6 +25,13 @@ def _count(source: EmulatedDevice | None, target: EmulatedDevice | None, nbytes:
         target.traffic.peer_bytes += nbytes
 
 
+def _end(tensor: Any) -> tuple[int, torch.Tensor, Memory] | None:
+    """A device tensor as the machine knows it."""
+    if type(tensor) is not EmulatedTensor:
+        return None
+    return tensor.home.index, tensor.inner_tensor, tensor.allocation.memory
+
+
 def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
     source = args[0]
     home = source.home if type(source) is EmulatedTensor else None
@@ -30,28 +39,47 @@ def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice
     kwargs = {**kwargs, "pin_memory": None}
     target = home
     if kwargs.get("device") is not None:
-        target = resolve(kwargs["device"], () if home is None else (home,), devices)
+        target = resolve(kwargs["device"], home, devices)
         if target is None and torch.device(kwargs["device"]).type != "cpu":
             return func(inner, **kwargs)  # type: ignore[no-any-return]
         kwargs["device"] = HOST
     out: torch.Tensor = func(inner, **kwargs)
     result = out if target is None else EmulatedTensor(out, target)
-    _count(home, target, out.nbytes)
+    _move(func, source, result, out.nbytes, is_asynchronous=bool(kwargs.get("non_blocking")))
     return result
 
 
 def _copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
     target, source = args[0], args[1]
-    is_target_ours, is_source_ours = type(target) is EmulatedTensor, type(source) is EmulatedTensor
     func(
-        target.inner_tensor if is_target_ours else target,
-        source.inner_tensor if is_source_ours else source,
+        target.inner_tensor if type(target) is EmulatedTensor else target,
+        source.inner_tensor if type(source) is EmulatedTensor else source,
         *args[2:],
         **kwargs,
     )
     # The link carries what the target receives: as on CUDA, the source side converts and broadcasts first.
-    _count(source.home if is_source_ours else None, target.home if is_target_ours else None, target.nbytes)
+    is_asynchronous = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
+    _move(func, source, target, target.nbytes, is_asynchronous=is_asynchronous)
     return target  # type: ignore[no-any-return]
+
+
+def _move(func: Any, source: torch.Tensor, target: torch.Tensor, nbytes: int, *, is_asynchronous: bool) -> None:
+    """Count a copy that has been made, and tell the machine."""
+    home = source.home if type(source) is EmulatedTensor else None
+    goal = target.home if type(target) is EmulatedTensor else None
+    _count(home, goal, nbytes)
+    device = home or goal
+    if device is None:
+        return
+    machine, ends = device.machine, (_end(source), _end(target))
+    if home is goal:
+        operands = ((tensor, memory, end is ends[1]) for end in ends if end for _, tensor, memory in (end,))
+        agent, what = machine.use(device.index, func, operands)
+        if machine.clock is not None:
+            machine.clock.kernel(agent, what or "kernels", "float32", 0, source.nbytes + nbytes)
+        return
+    host = source if home is None else target if goal is None else None
+    machine.copy(func, *ends, host, nbytes=nbytes, is_asynchronous=is_asynchronous)
 
 
 def _foreach_copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> None:
@@ -62,6 +90,8 @@ def _foreach_copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[Emulated
 def _item(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
     tensor = args[0]
     tensor.home.traffic.device_to_host_bytes += tensor.element_size()
+    machine = tensor.home.machine
+    machine.copy(func, _end(tensor), None, None, nbytes=tensor.element_size(), is_asynchronous=False)
     return func(tensor.inner_tensor)
 
 
@@ -71,6 +101,7 @@ def _pack_padded(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDe
     if type(padded) is not EmulatedTensor or type(lengths) is EmulatedTensor:
         raise RuntimeError(f"{func}: `lengths` must be a host tensor and the padded input a device tensor")
     data, batch_sizes = func(padded.inner_tensor, lengths, *rest, **kwargs)
+    padded.home.machine.use(padded.home.index, func, [(padded.inner_tensor, padded.allocation.memory, False)])
     return EmulatedTensor(data, padded.home), batch_sizes
 
 

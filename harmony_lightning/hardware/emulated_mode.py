@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from harmony_lightning.hardware.emulated_device import EmulatedDevice
 from harmony_lightning.hardware.emulated_tensor import EmulatedTensor, below_functions, run
+from harmony_lightning.hardware.operations import operation, tensors
 
 aten = torch.ops.aten
 
@@ -38,10 +39,28 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
             device = kwargs.get("device")
             if device is not None and device.index is not None:
                 return run(func, args, kwargs, self.devices)
-            return func(*args, **kwargs)
+            return self._run_on_host(func, args, kwargs)
         if func is aten._pin_memory.default:
             return args[0].clone()
-        return func(*args)
+        return self._run_on_host(func, args, {})
+
+    def _run_on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation of the calling thread on host memory, which the machine wants to know of."""
+        out = func(*args, **kwargs)
+        known = operation(func)
+        if not known.is_idle:
+            machine = self.devices[0].machine
+            machine.use_host(func, tensors((args, kwargs.values())), known.written(args, kwargs))
+            if machine.clock is not None:
+                num_updated = sum(tensor.numel() for tensor in args[0]) if known.is_fused_update else 0
+                machine.clock.host_work(
+                    machine.agents.thread(),
+                    "update" if num_updated else "host",
+                    known.flops(args, kwargs, out),
+                    known.nbytes(args, kwargs, out),
+                    num_updated,
+                )
+        return out
 
 
 # `torch.tensor(data, device="cpu:0")` drops the index before any dispatch mode sees it, so these names are replaced

@@ -12,7 +12,7 @@ All of this happens below autograd, which sees ordinary tensors of device `cpu:i
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
@@ -20,6 +20,7 @@ from typing_extensions import override
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
+from harmony_lightning.hardware.operations import Operation, operation
 
 aten = torch.ops.aten
 HOST = torch.device("cpu")
@@ -175,77 +176,71 @@ def storage_key(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
-SPECIAL: dict[Any, Callable[..., Any]] = {}
-"""Operations that need more than running on the inner tensors; filled in by `emulated_copies`."""
-
-
-class _Recipe:
-    """What an operation's schema says that matters here, worked out once per operation."""
-
-    __slots__ = ("factory", "mutates", "returned", "run")
-
-    def __init__(self, func: Any) -> None:
-        schema = func._schema
-        self.run: Callable[..., Any] | None = SPECIAL.get(func)
-        self.factory = any(argument.name == "device" for argument in schema.arguments)
-        written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        self.mutates = tuple((index, argument.name) for index, argument in written)
-        by_set = {frozenset(argument.alias_info.before_set): (i, argument.name) for i, argument in written}
-        # For each return the argument that it is, or None if it is a tensor of its own (or a view, or no tensor).
-        self.returned = tuple(
-            by_set.get(frozenset(r.alias_info.before_set))
-            if r.alias_info is not None and r.alias_info.is_write
-            else None
-            for r in schema.returns
-        )
-
-
-_RECIPES: dict[Any, _Recipe] = {}
-
-
 def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
     """Run `func` on the inner tensors. `devices` is what the mode in force takes `cpu:i` for, None without a mode."""
-    recipe = _RECIPES.get(func)
-    if recipe is None:
-        recipe = _RECIPES[func] = _Recipe(func)
-    if recipe.run is not None:
-        return recipe.run(func, args, kwargs, devices)
-    homes: list[EmulatedDevice] = []
+    known = operation(func)
+    if known.run is not None:
+        return known.run(func, args, kwargs, devices)
+    ours: list[EmulatedTensor] = []
     hosts: list[torch.Tensor] = []
-    inner_args = [_unwrap(arg, homes, hosts) for arg in args]
-    inner_kwargs = {name: _unwrap(arg, homes, hosts) for name, arg in kwargs.items()} if kwargs else kwargs
-    home = homes[0] if homes else None
-    if recipe.factory:
+    inner_args = [_unwrap(arg, ours, hosts) for arg in args]
+    inner_kwargs = {name: _unwrap(arg, ours, hosts) for name, arg in kwargs.items()} if kwargs else kwargs
+    home = ours[0].home if ours else None
+    if known.is_factory:
         if kwargs.get("device") is not None:
-            home = resolve(kwargs["device"], homes, devices)
+            home = resolve(kwargs["device"], home, devices)
             inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
-    elif hosts or len(homes) > 1:
-        _check_same_device(func, recipe, args, kwargs, homes, hosts)
+    elif hosts or any(tensor.home is not home for tensor in ours):
+        _check_same_device(known, args, kwargs, ours, hosts)
     out = func(*inner_args, **inner_kwargs)
     if home is None:
         return out
-    if not recipe.mutates:
+    if not known.is_idle:
+        _account(home, known, args, kwargs, ours, hosts, (inner_args, inner_kwargs, out))
+    if not known.mutates:
         return _wrap(out, home)
-    for index, name in recipe.mutates:
+    for index, name in known.mutates:
         _follow(args[index] if index < len(args) else kwargs.get(name))
-    if not recipe.returned:
+    if not known.returned:
         return out
-    outs = out if len(recipe.returned) > 1 else (out,)
+    outs = out if len(known.returned) > 1 else (out,)
     results = tuple(
         _wrap(value, home) if source is None else args[source[0]] if source[0] < len(args) else kwargs[source[1]]
-        for value, source in zip(outs, recipe.returned, strict=True)
+        for value, source in zip(outs, known.returned, strict=True)
     )
     return results if len(results) > 1 else results[0]
 
 
-def _unwrap(value: Any, homes: list[EmulatedDevice], hosts: list[torch.Tensor]) -> Any:
+def _account(
+    home: EmulatedDevice,
+    known: Operation,
+    args: Any,
+    kwargs: Any,
+    ours: Sequence["EmulatedTensor"],
+    hosts: Sequence[torch.Tensor],
+    inner: tuple[Any, Any, Any],
+) -> None:
+    """Tell the machine what has been read, written and computed."""
+    machine = home.machine
+    written = known.written(args, kwargs) if known.mutates else ()
+    operands = ((t.inner_tensor, t.allocation.memory, any(t is w for w in written)) for t in ours)
+    agent, what = machine.use(home.index, known.func, operands)
+    if hosts:
+        machine.use_host(known.func, hosts)
+    if machine.clock is not None:
+        dtype = str(ours[0].dtype).removeprefix("torch.") if ours else "float32"
+        machine.clock.kernel(agent, what or "kernels", dtype, known.flops(*inner), known.nbytes(*inner))
+    if known.tells_host:
+        machine.synchronize(agent)
+
+
+def _unwrap(value: Any, ours: list[EmulatedTensor], hosts: list[torch.Tensor]) -> Any:
     if type(value) is EmulatedTensor:
-        if value.home not in homes:
-            homes.append(value.home)
+        ours.append(value)
         return value.inner_tensor
     if isinstance(value, (list, tuple)):
-        return [_unwrap(item, homes, hosts) for item in value]
+        return [_unwrap(item, ours, hosts) for item in value]
     if isinstance(value, torch.Tensor):
         hosts.append(value)
     return value
@@ -289,11 +284,11 @@ def _follow(value: Any) -> None:
 
 
 def resolve(
-    device: torch.device | str, homes: Sequence[EmulatedDevice], devices: Sequence[EmulatedDevice] | None
+    device: torch.device | str, home: EmulatedDevice | None, devices: Sequence[EmulatedDevice] | None
 ) -> EmulatedDevice | None:
     """The emulated device that `device` names, None for the host and for devices that are not ours (meta)."""
     device = torch.device(device)
-    known = homes[0].cluster_devices if homes else devices
+    known = home.cluster_devices if home is not None else devices
     if device.type != "cpu" or device.index is None or known is None:
         return None
     if device.index >= len(known):
@@ -305,19 +300,21 @@ def resolve(
 
 
 def _check_same_device(
-    func: Any, recipe: _Recipe, args: Any, kwargs: Any, homes: list[EmulatedDevice], hosts: list[torch.Tensor]
+    known: Operation, args: Any, kwargs: Any, ours: Sequence[EmulatedTensor], hosts: list[torch.Tensor]
 ) -> None:
     """What CUDA asks for: one device, beside which only host scalars and host indices may be read."""
-    if not homes:
+    if not ours:
         return
-    if func in _HOST_INDICES and len(homes) == 1:
+    home, func = ours[0].home, known.func
+    is_mixed = any(tensor.home is not home for tensor in ours)
+    if func in _HOST_INDICES and not is_mixed:
         indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
-        homes[0].traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
+        home.traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
         hosts = [host for host in hosts if all(host is not index for index in indices)]
-    written = [args[index] if index < len(args) else kwargs.get(name) for index, name in recipe.mutates]
-    if len(homes) > 1 or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
+    written = known.written(args, kwargs)
+    if is_mixed or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
         _refuse(func, args, kwargs)
-    homes[0].traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
+    home.traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:

@@ -52,7 +52,7 @@ class Engine:
         self.root = root
         self.cluster = cluster
         self.counters = Counters()
-        self.worker = HostWorker(is_inline=cluster.host_is_device)
+        self.worker = HostWorker(cluster)
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
@@ -176,7 +176,7 @@ class Engine:
         ]
         self._microbatches = microbatches
         try:
-            with self._active(), self._guarded():
+            with self._active(continues=True), self._guarded():
                 with self._visit(0, microbatches, self._next_forward(0, microbatches)):
                     for microbatch in microbatches:
                         self._run(microbatch, shares[microbatch.index], settle, first=True)
@@ -228,7 +228,7 @@ class Engine:
                     self._send(pack, on_complete)
             self.state.gradients.finish(on_complete)
             self.state.buffers.flush()
-        self._end(microbatches)
+            self._end(microbatches)
 
     def run(self, function: Callable[[], Any]) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
@@ -243,7 +243,7 @@ class Engine:
             finally:
                 self._current = None
             self.state.buffers.flush()
-        self._end([microbatch])
+            self._end([microbatch])
         return result
 
     def _end(self, microbatches: Sequence[Microbatch]) -> None:
@@ -314,10 +314,10 @@ class Engine:
     # Visits -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _active(self) -> Iterator[None]:
-        """What is in force on the thread while user code runs."""
+    def _active(self, *, continues: bool = False) -> Iterator[None]:
+        """What is in force on the thread while user code runs. The step `continues` if copies may be left in flight."""
         with ExitStack() as stack:
-            stack.enter_context(self.cluster.activate())
+            stack.enter_context(self.cluster.activate(continues=continues))
             # Several of autograd's device threads at once would share one state of ours.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:

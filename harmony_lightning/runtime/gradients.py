@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Event, Lane
+from harmony_lightning.hardware.device import Cluster, Event, Lane, Mark
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
@@ -39,14 +39,17 @@ class _HostBuffers:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._free: list[torch.Tensor] = []
+        self._free: list[tuple[torch.Tensor, Mark]] = []
+        """With the point at which the last user was done."""
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> torch.Tensor:
         with self._lock:
-            fitting = min((b for b in self._free if b.numel() >= nbytes), key=torch.Tensor.numel, default=None)
+            fitting = min((b for b, _ in self._free if b.numel() >= nbytes), key=torch.Tensor.numel, default=None)
             if fitting is not None and fitting.numel() <= 2 * nbytes:
-                self._free = [buffer for buffer in self._free if buffer is not fitting]
+                returned = next(mark for buffer, mark in self._free if buffer is fitting)
+                self._free = [(buffer, mark) for buffer, mark in self._free if buffer is not fitting]
+                returned.observe()
                 return fitting
         return self._cluster.host_buffer(nbytes)
 
@@ -58,7 +61,7 @@ class _HostBuffers:
 
     def _return(self, buffer: torch.Tensor) -> None:
         with self._lock:
-            self._free.append(buffer)
+            self._free.append((buffer, self._cluster.mark()))
 
 
 class GradientStore:

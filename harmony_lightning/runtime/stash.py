@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harmony_lightning.hardware.device import Device, Lane
+from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
@@ -24,6 +24,8 @@ class _Stashed:
 
     host: torch.Tensor
     device: Device
+    left: Event
+    """Behind the copy to the host."""
 
 
 class _Held:
@@ -83,7 +85,7 @@ class HostStash:
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
         self._leaving.append((device, source))
-        stashed = _Stashed(host, device)
+        stashed = _Stashed(host, device, device.record(Lane.SWAP_OUT))
         segment.stashed[key] = (source, tensor._version, stashed)
         return stashed
 
@@ -96,7 +98,7 @@ class HostStash:
         result = torch.empty_like(held.host, device=device.torch_device, pin_memory=False)
         # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
         device.wait(Lane.SWAP_IN, device.record(Lane.COMPUTE))
-        device.wait(Lane.SWAP_IN, device.record(Lane.SWAP_OUT))
+        device.wait(Lane.SWAP_IN, held.left)
         with device.lane(Lane.SWAP_IN):
             result.copy_(held.host, non_blocking=True)
         device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
