@@ -27,6 +27,7 @@ from harmony_lightning.hardware.host import HostCluster
 from harmony_lightning.merged_log import merged_log
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan, check_plan
+from harmony_lightning.plan.timeline import Span, Timeline
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
@@ -135,6 +136,18 @@ class HarmonyMixin:
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
+
+    def timeline(self) -> Timeline:
+        """What every lane did and when, by the virtual clock of an emulated cluster.
+
+        Raises:
+            ConfigurationError: there is no emulated cluster, or it has no preset.
+        """
+        if self._emulated is None:
+            raise ConfigurationError(
+                "only emulated GPUs have a timeline: HarmonyStrategy(cluster=EmulatedCluster(...))"
+            )
+        return Timeline(spans=tuple(Span(**activity._asdict()) for activity in self._emulated.activities()))
 
     # Set-up and teardown --------------------------------------------------------------------------------------------
 
@@ -370,8 +383,10 @@ class HarmonyMixin:
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         self._stepping = optimizer
         try:
-            # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
-            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
+            # Seen by the cluster, because the optimizer may write masters and read gradients itself.
+            with self._require_engine().cluster.activate():
+                # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
+                return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
         finally:
             self._stepping = None
 

@@ -230,7 +230,7 @@ class GradientStore:
         buffer = self._buffers.take(nbytes)
         lane_owner = self._devices[device]
         lane_owner.wait(Lane.SWAP_OUT, lane_owner.record(Lane.COMPUTE))
-        with lane_owner.lane(Lane.SWAP_OUT):
+        with lane_owner.lane(Lane.SWAP_OUT, f"gradients of pack {slot.pack}"):
             if len(slot.written) == len(layout):
                 buffer[:nbytes].copy_(slot.bytes[:nbytes], non_blocking=True)
             else:

@@ -115,7 +115,7 @@ class DeviceWeights:
             slot.released = None
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
         arena.refresh()
-        with self._device.lane(Lane.SWAP_IN):
+        with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
             slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)

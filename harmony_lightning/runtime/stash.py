@@ -81,7 +81,7 @@ class HostStash:
             host = torch.empty_like(tensor, device="cpu", pin_memory=device.torch_device.type == "cuda")
         source = tensor.detach()
         device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
-        with device.lane(Lane.SWAP_OUT):
+        with device.lane(Lane.SWAP_OUT, "stash"):
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
         self._leaving.append((device, source))
@@ -99,7 +99,7 @@ class HostStash:
         # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
         device.wait(Lane.SWAP_IN, device.record(Lane.COMPUTE))
         device.wait(Lane.SWAP_IN, held.left)
-        with device.lane(Lane.SWAP_IN):
+        with device.lane(Lane.SWAP_IN, "stash"):
             result.copy_(held.host, non_blocking=True)
         device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
         return result

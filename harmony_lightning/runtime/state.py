@@ -147,7 +147,7 @@ class RuntimeState:
     def _collect(self) -> None:
         self._is_collecting = False
         # User code may be running, and its function mode would take our tensors for its own.
-        with self.cluster.activate(), torch._C.DisableTorchFunction():
+        with self.cluster.activate(continues=True), torch._C.DisableTorchFunction():
             self.gradients.finish(lambda names: None)
             self.release_all()  # most likely an update follows: the copies will be out of date
         self._worker.drain()
