@@ -31,7 +31,9 @@ class EmulatedCluster:
     """Emulated GPUs `cpu:0 .. cpu:num_gpus-1`, each with `memory` ("64MiB", or bytes; the default without a preset).
 
     With `check_races`, memory that is used without being waited for raises `RaceError`. With a `preset` ("3090", see
-    `hardware.presets`, or a model of your own) the run is timed as on these GPUs in that `host`: `activities`.
+    `hardware.presets`, or a model of your own) the run is timed as on these GPUs in that `host`: `activities`. With `fake`,
+    large tensors have shapes and no numbers, and take no memory: models of any size can be timed anywhere. Build them on
+    the meta device and call `to_empty(device="cpu")`.
 
     Raises:
         ConfigurationError: no GPU, or a memory that is not a size.
@@ -42,6 +44,7 @@ class EmulatedCluster:
     preset: str | GpuModel | None = None
     host: str | HostModel | None = None
     check_races: bool = True
+    fake: bool = False
     devices: tuple[EmulatedDevice, ...] = field(init=False)
     machine: Machine = field(init=False)
 
@@ -55,7 +58,7 @@ class EmulatedCluster:
             object.__setattr__(self, "memory", gpu.memory_bytes if gpu is not None else "64MiB")
         assert self.memory is not None
         memory_bytes = parse_nbytes(self.memory)
-        machine = Machine(self.num_gpus, is_checked=self.check_races)
+        machine = Machine(self.num_gpus, is_checked=self.check_races, is_fake=self.fake)
         if gpu is not None:
             machine.clock = VirtualClock(machine.agents, gpu, host_model(self.host or DEFAULT_HOST))
         devices = tuple(EmulatedDevice(index, memory_bytes, machine) for index in range(self.num_gpus))
@@ -107,4 +110,4 @@ class EmulatedCluster:
         return f"EmulatedCluster(num_gpus={self.num_gpus}, memory={self.memory!r}{preset})"
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), (self.num_gpus, self.memory, self.preset, self.host, self.check_races)
+        return type(self), (self.num_gpus, self.memory, self.preset, self.host, self.check_races, self.fake)

@@ -7,8 +7,9 @@ import torch
 
 from harmony_lightning.hardware.emulated_device import EmulatedDevice
 from harmony_lightning.hardware.emulated_tensor import HOST, EmulatedTensor, resolve
-from harmony_lightning.hardware.operations import SPECIAL
+from harmony_lightning.hardware.operations import SPECIAL, operation
 from harmony_lightning.hardware.race_check import Memory
+from harmony_lightning.hardware.shapes import run_on_shapes
 
 aten = torch.ops.aten
 
@@ -43,7 +44,9 @@ def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice
         if target is None and torch.device(kwargs["device"]).type != "cpu":
             return func(inner, **kwargs)  # type: ignore[no-any-return]
         kwargs["device"] = HOST
-    out: torch.Tensor = func(inner, **kwargs)
+    device = home or target
+    is_fake = device is not None and device.machine.is_fake
+    out: torch.Tensor = run_on_shapes(operation(func), (inner,), kwargs) if is_fake else func(inner, **kwargs)
     result = out if target is None else EmulatedTensor(out, target)
     _move(func, source, result, out.nbytes, is_asynchronous=bool(kwargs.get("non_blocking")))
     return result
@@ -51,12 +54,14 @@ def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice
 
 def _copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
     target, source = args[0], args[1]
-    func(
-        target.inner_tensor if type(target) is EmulatedTensor else target,
-        source.inner_tensor if type(source) is EmulatedTensor else source,
-        *args[2:],
-        **kwargs,
-    )
+    home = next(tensor.home for tensor in (target, source) if type(tensor) is EmulatedTensor)
+    if not home.machine.is_fake:
+        func(
+            target.inner_tensor if type(target) is EmulatedTensor else target,
+            source.inner_tensor if type(source) is EmulatedTensor else source,
+            *args[2:],
+            **kwargs,
+        )
     # The link carries what the target receives: as on CUDA, the source side converts and broadcasts first.
     is_asynchronous = bool(args[2] if len(args) > 2 else kwargs.get("non_blocking"))
     _move(func, source, target, target.nbytes, is_asynchronous=is_asynchronous)
@@ -92,7 +97,7 @@ def _item(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] |
     tensor.home.traffic.device_to_host_bytes += tensor.element_size()
     machine = tensor.home.machine
     machine.copy(func, _end(tensor), None, None, nbytes=tensor.element_size(), is_asynchronous=False)
-    return func(tensor.inner_tensor)
+    return func(tensor.inner_tensor) if not machine.is_fake or tensor.dtype is not torch.bool else True
 
 
 def _pack_padded(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:

@@ -13,6 +13,7 @@ from typing_extensions import override
 from harmony_lightning.hardware.emulated_device import EmulatedDevice
 from harmony_lightning.hardware.emulated_tensor import EmulatedTensor, below_functions, run
 from harmony_lightning.hardware.operations import operation, tensors
+from harmony_lightning.hardware.shapes import is_real, run_on_shapes
 
 aten = torch.ops.aten
 
@@ -46,10 +47,12 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _run_on_host(self, func: Any, args: Any, kwargs: Any) -> Any:
         """An operation of the calling thread on host memory, which the machine wants to know of."""
-        out = func(*args, **kwargs)
-        known = operation(func)
+        known, machine = operation(func), self.devices[0].machine
+        if machine.is_fake and not is_real((args, kwargs.values())):
+            out = run_on_shapes(known, args, kwargs)
+        else:
+            out = func(*args, **kwargs)
         if not known.is_idle:
-            machine = self.devices[0].machine
             machine.use_host(func, tensors((args, kwargs.values())), known.written(args, kwargs))
             if machine.clock is not None:
                 num_updated = sum(tensor.numel() for tensor in args[0]) if known.is_fused_update else 0

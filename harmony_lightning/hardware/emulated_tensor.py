@@ -21,6 +21,7 @@ from typing_extensions import override
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
 from harmony_lightning.hardware.operations import Operation, operation
+from harmony_lightning.hardware.shapes import run_on_shapes
 
 aten = torch.ops.aten
 HOST = torch.device("cpu")
@@ -193,7 +194,10 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
         inner_kwargs.pop("pin_memory", None)
     elif hosts or any(tensor.home is not home for tensor in ours):
         _check_same_device(known, args, kwargs, ours, hosts)
-    out = func(*inner_args, **inner_kwargs)
+    if home is not None and home.machine.is_fake:
+        out = run_on_shapes(known, inner_args, inner_kwargs)
+    else:
+        out = func(*inner_args, **inner_kwargs)
     if home is None:
         return out
     if not known.is_idle:

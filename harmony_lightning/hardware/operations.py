@@ -60,6 +60,7 @@ class Operation:
         tells_host: the calling thread waits for the result.
         is_factory: takes a device.
         is_fused_update: steps the parameters in its first argument.
+        returns_tensor: some result is a tensor, not a number.
         mutates: index and name of each argument that is written.
         returned: for each return the argument that it is, or None if it is a tensor of its own (or a view, or no tensor).
     """
@@ -72,6 +73,7 @@ class Operation:
         "is_idle",
         "mutates",
         "returned",
+        "returns_tensor",
         "run",
         "tells_host",
     )
@@ -93,6 +95,7 @@ class Operation:
             else None
             for r in schema.returns
         )
+        self.returns_tensor = any("Tensor" in str(r.type) for r in schema.returns)
         packet = func._overloadpacket
         self._flops: Callable[..., int] | None = flop_registry.get(packet) or _FLOPS.get(packet)
 

@@ -73,7 +73,8 @@ class Engine:
     def load(self, plan: Plan, decomposition: Decomposition) -> None:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
         self.worker.drain()
-        self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+        with self.cluster.activate():
+            self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
         self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
