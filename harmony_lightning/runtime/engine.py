@@ -290,6 +290,7 @@ class Engine:
         return None if self.state.depth or self._current is None else self._current.segment
 
     def _before_write(self, target: torch.Tensor) -> None:
+        self.state.before_write(target)
         if self._stash is not None:
             self._stash.before_write(target)
 
