@@ -4,7 +4,11 @@ The rooms of the house; each imports only rooms below it:
 
     strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; `lightning` and
                     `pytorch_lightning` hold the class for each of the two packages
+    updates         when weights are stepped: just in time, or whole behind backward
     prepare         module -> plan
+    materialise     weights that were declared and not made
+    overrides, merged_log, merged_profile, compiled, one_task
+                    what Lightning expects of a strategy beside training
     observability   what a run did
     scheduler       sizes -> plan        runtime   carries a plan out; enter at `runtime.engine`
     plan            the plan itself, as data

@@ -9,6 +9,7 @@ from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.units import parse_nbytes
 
 SplitBatch = Callable[[Any, int], Sequence[Any]]
+LossWeight = Literal["mean", "sum"] | Callable[[Any], float]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +28,13 @@ class HarmonyConfig:
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
+    loss_weight: LossWeight = "mean"
+    """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
+    (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
+    of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`. One that counts 0 has no backward."""
+    check_microbatches: bool = False
+    """Run the first minibatch in one piece and in microbatches, in evaluation mode and without gradients, and raise a
+    ConfigurationError if the losses differ by more than rounding. `training_step` is called for both, once."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "pp", "dp"):
@@ -45,6 +53,11 @@ class HarmonyConfig:
                 f"split_batch must be a function of (batch, num_microbatches), got {self.split_batch!r}"
             )
 
+        if self.loss_weight not in ("mean", "sum") and not callable(self.loss_weight):
+            raise ConfigurationError(
+                f"loss_weight must be 'mean', 'sum' or a function of a microbatch, got {self.loss_weight!r}"
+            )
+
     @property
     def memory_bytes(self) -> int | None:
         """The limit in bytes; None for auto."""
@@ -56,7 +69,8 @@ class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH set the knobs of those names;
-    HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each.
+    HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each; HARMONY_CHECK=1 sets
+    check_microbatches.
     """
 
     mode: str | None
@@ -64,6 +78,7 @@ class Environment:
     memory: str | None
     stash: str | None
     emulated_gpus: int | None
+    check_microbatches: bool | None
 
     @classmethod
     def read(cls, variables: Mapping[str, str] = os.environ) -> "Environment":
@@ -71,19 +86,23 @@ class Environment:
         gpus = variables.get("HARMONY_EMULATED_GPUS")
         if gpus is not None and not gpus.isdecimal():
             raise ConfigurationError(f"HARMONY_EMULATED_GPUS must be a number of GPUs, got {gpus!r}")
+        check = variables.get("HARMONY_CHECK")
+        if check not in (None, "0", "1"):
+            raise ConfigurationError(f"HARMONY_CHECK must be 0 or 1, got {check!r}")
         return cls(
             mode=variables.get("HARMONY_MODE"),
             microbatch_size=variables.get("HARMONY_MICROBATCH_SIZE"),
             memory=variables.get("HARMONY_MEMORY"),
             stash=variables.get("HARMONY_STASH"),
             emulated_gpus=int(gpus) if gpus else None,
+            check_microbatches=None if check is None else check == "1",
         )
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
         knobs: dict[str, Any] = {
             name: value
-            for name in ("mode", "microbatch_size", "memory", "stash")
+            for name in ("mode", "microbatch_size", "memory", "stash", "check_microbatches")
             if (value := getattr(self, name)) is not None
         }
         if knobs.get("microbatch_size", "auto") != "auto":

@@ -25,7 +25,7 @@ class CapacityError(HarmonyError, RuntimeError):
 
 
 class DeviceOutOfMemoryError(HarmonyError, RuntimeError):
-    """A device refused an allocation. The text holds "out of memory", which tools look for."""
+    """A device refused an allocation. The text holds "CUDA" and "out of memory", by which tools know such an error."""
 
 
 class RaceError(HarmonyError, RuntimeError):

@@ -10,13 +10,14 @@ during the step a stand-in takes the collection's place. It buffers, and on succ
 
 Without the user's own `batch_size` none is passed: Lightning then reads it from the whole batch, as it always does.
 
-Not merged: the step's value of a `torchmetrics.Metric` is that of the last microbatch (its epoch value is right, it was
-updated by all). Wrong arguments are reported by Lightning when the step ends, in its own words. A value logged with `sum`
-is summed over the microbatches, a constant too.
+A `torchmetrics.Metric` is one object that all microbatches have updated; `merged_metrics` sees to the step's value. Wrong
+arguments are reported by Lightning when the step ends, in its own words. A value logged with `sum` is summed over the
+microbatches, a constant too.
 
 Nothing of Lightning is imported, so both of its packages are served.
 """
 
+import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -45,6 +46,7 @@ _REDUCTIONS: dict[Any, str] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Call:
+    microbatch: int
     fx: str
     name: str
     value: Any
@@ -62,7 +64,7 @@ class MergedLog:
         device: where logged values are brought; None leaves them where they are.
     """
 
-    __slots__ = ("_calls", "_current", "_device", "_microbatch", "_results", "_seen")
+    __slots__ = ("_calls", "_current", "_device", "_losses", "_microbatch", "_results", "_seen")
 
     _results: Any
     _microbatch: Callable[[], tuple[int, int]] | None
@@ -70,6 +72,7 @@ class MergedLog:
     _current: tuple[int, int]
     _calls: dict[tuple[str, str, int], list[_Call]]
     _seen: Counter[tuple[int, str, str]]
+    _losses: "Losses | None"
 
     def __init__(
         self,
@@ -84,12 +87,17 @@ class MergedLog:
             ("_current", (0, 1)),
             ("_calls", {}),
             ("_seen", Counter()),
+            ("_losses", None),
         ):
             object.__setattr__(self, name, value)
 
     def set_microbatch(self, index: int, num_samples: int) -> None:
         """Whose calls come next."""
         object.__setattr__(self, "_current", (index, num_samples))
+
+    def know_losses(self, losses: "Losses") -> None:
+        """What equals the loss in each microbatch is the loss, and is logged as that of the minibatch."""
+        object.__setattr__(self, "_losses", losses)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
@@ -103,7 +111,7 @@ class MergedLog:
         # A key may be logged several times within one training_step: the n-th calls of all microbatches belong together.
         nth = self._seen[index, fx, name]
         self._seen[index, fx, name] += 1
-        call = _Call(fx=fx, name=name, value=value, num_samples=num_samples, kwargs=kwargs)
+        call = _Call(microbatch=index, fx=fx, name=name, value=value, num_samples=num_samples, kwargs=kwargs)
         self._calls.setdefault((fx, name, nth), []).append(call)
 
     def replay(self) -> None:
@@ -112,7 +120,7 @@ class MergedLog:
         self._calls.clear()
         self._seen.clear()
         for calls in groups:
-            for call in _merge(calls):
+            for call in _merge(calls, self._losses):
                 self._results.log(call.fx, call.name, call.value, **call.kwargs)
 
     def __getattr__(self, name: str) -> Any:
@@ -135,6 +143,16 @@ class MergedLog:
         return self._results[key]
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Losses:
+    """Of a step whose losses do not count by samples."""
+
+    parts: dict[int, Tensor]
+    """By microbatch, without those that have none."""
+    total: Tensor
+    """Of the minibatch."""
+
+
 @contextmanager
 def merged_log(
     loop: Any,
@@ -155,7 +173,18 @@ def merged_log(
     merged.replay()
 
 
-def _merge(calls: list[_Call]) -> list[_Call]:
+@contextmanager
+def unlogged(loop: Any) -> Iterator[None]:
+    """Within, what is logged is dropped."""
+    results = loop._results
+    loop._results = MergedLog(results, lambda: (0, 1))
+    try:
+        yield
+    finally:
+        loop._results = results
+
+
+def _merge(calls: list[_Call], losses: Losses | None) -> list[_Call]:
     """One call for all; unmerged where Lightning has to judge them: unlike arguments, a reduction it does not know."""
     first, last = calls[0], calls[-1]
     if len(calls) == 1:
@@ -174,9 +203,13 @@ def _merge(calls: list[_Call]) -> list[_Call]:
     known = [size for size in sizes if size is not None]
     is_explicit = len(known) == len(sizes)
     value = _reduce(reduction, [call.value for call in calls], known if is_explicit else [c.num_samples for c in calls])
+    if losses is not None and reduction == _MEAN and {call.microbatch for call in calls} == set(losses.parts):
+        logged = torch.stack([call.value.to(value) for call in calls])
+        found = torch.stack([losses.parts[call.microbatch].to(value) for call in calls])
+        is_loss = ((logged == found) | (logged.isnan() & found.isnan())).all()
+        value = torch.where(is_loss, losses.total.to(value), value)
     batch_size = sum(known) if is_explicit else None
-    kwargs = {**first.kwargs, "batch_size": batch_size}
-    return [_Call(fx=first.fx, name=first.name, value=value, num_samples=first.num_samples, kwargs=kwargs)]
+    return [dataclasses.replace(first, value=value, kwargs={**first.kwargs, "batch_size": batch_size})]
 
 
 def _reduce(reduction: str, values: list[Tensor], weights: list[int]) -> Tensor:

@@ -10,23 +10,52 @@ _BETWEEN_BACKWARD_AND_STEP = (
     "on_after_backward",
     "on_before_optimizer_step",
     "configure_gradient_clipping",
+    "clip_gradients",
     "optimizer_step",
     "on_before_zero_grad",
     "optimizer_zero_grad",
 )
 _CALLBACKS_BETWEEN = ("on_after_backward", "on_before_optimizer_step", "on_before_zero_grad")
+_PRECISION_BETWEEN = (
+    "backward",
+    "post_backward",
+    "optimizer_step",
+    "clip_gradients",
+    "clip_grad_by_value",
+    "main_params",
+)
 _TRANSFERS = ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer")
+_BEHIND_STEP = ("on_train_batch_end",)
 
 
-def sees_gradients(module: Any, pl: Any) -> bool:
-    """Whether anything may look at, or change, gradients between backward and step: it must find all of them."""
+def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | None:
+    """What may look at, or change, gradients between backward and step, and so must find all of them; None if nothing
+    does. Clipping by value is no such thing: each gradient is clipped by itself."""
     trainer = module.trainer
-    return (
-        bool(trainer.gradient_clip_val)
-        or any(_is_overridden(module, hook, pl.LightningModule) for hook in _BETWEEN_BACKWARD_AND_STEP)
-        or any(
-            _is_overridden(callback, hook, pl.Callback) for callback in trainer.callbacks for hook in _CALLBACKS_BETWEEN
-        )
+    if trainer.gradient_clip_val and trainer.gradient_clip_algorithm != "value":
+        return "gradients are clipped by their common norm"
+    if getattr(precision_plugin, "scaler", None) is not None:
+        return "the gradient scaler looks for infinities in all gradients"
+    for hook in _BETWEEN_BACKWARD_AND_STEP:
+        if _is_overridden(module, hook, pl.LightningModule):
+            return f"{type(module).__name__}.{hook} sees gradients"
+    for callback in trainer.callbacks:
+        for hook in _CALLBACKS_BETWEEN:
+            if _is_overridden(callback, hook, pl.Callback):
+                return f"{type(callback).__name__}.{hook} sees gradients"
+    if not _is_of_package(type(precision_plugin), pl):
+        for hook in _PRECISION_BETWEEN:
+            if _is_overridden(precision_plugin, hook, pl.plugins.Precision):
+                return f"{type(precision_plugin).__name__}.{hook} sees gradients"
+    return None
+
+
+def looks_back(module: Any, pl: Any) -> bool:
+    """Whether the user's code may look at gradients when the step is over."""
+    return any(_is_overridden(module, hook, pl.LightningModule) for hook in _BEHIND_STEP) or any(
+        not _is_of_package(type(callback), pl) and _is_overridden(callback, hook, pl.Callback)
+        for callback in module.trainer.callbacks
+        for hook in _BEHIND_STEP
     )
 
 
@@ -40,3 +69,9 @@ def expects_batch_on_device(module: Any, pl: Any) -> bool:
 
 def _is_overridden(owner: Any, hook: str, base: type) -> bool:
     return hook in vars(owner) or getattr(type(owner), hook, None) is not getattr(base, hook, None)
+
+
+def _is_of_package(kind: type, pl: Any) -> bool:
+    """Whether a class is the Lightning package's own."""
+    package: str = pl.__name__
+    return kind.__module__.partition(".")[0] == package.partition(".")[0]

@@ -50,7 +50,7 @@ def prepare(
         if parameter.device.type != "cpu":
             raise ConfigurationError(
                 f"weight {name} is on {parameter.device}; the strategy needs the module on the host, because there its "
-                f"masters live: build it on the CPU and materialise meta tensors before training"
+                f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
     memory_bytes = min(device.memory_bytes for device in cluster.devices)
     if config.memory_bytes is not None:

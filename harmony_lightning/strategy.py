@@ -8,33 +8,40 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 import functools
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch.optim import Optimizer
-from torch.utils import _pytree as pytree
 from torchmetrics import Metric
 
-from harmony_lightning import overrides
-from harmony_lightning.config import Environment, HarmonyConfig, SplitBatch
+from harmony_lightning import overrides, precision
+from harmony_lightning.compiled import uncompiled_step, what_runs_eagerly
+from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
 from harmony_lightning.errors import ConfigurationError, UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
-from harmony_lightning.merged_log import merged_log
+from harmony_lightning.materialise import materialise, skipped_init
+from harmony_lightning.merged_log import Losses, merged_log, unlogged
+from harmony_lightning.merged_metrics import Twins, merged_metrics
+from harmony_lightning.merged_profile import merged_profile
+from harmony_lightning.microbatch_check import compare_losses, losses_of_pieces, untouched
+from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
+from harmony_lightning.one_task import check_one_task
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.plan.timeline import Span, Timeline
 from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
-from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
+from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without, split_minibatch
+from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.runtime.rows import num_samples
-from harmony_lightning.runtime.update import JustInTimeUpdate, is_separable
 from harmony_lightning.scheduler import automatic_microbatch_size
+from harmony_lightning.updates import Updates
 
 log = logging.getLogger(__name__)
 
@@ -59,6 +66,8 @@ class HarmonyMixin:
         stash: Literal["auto", "device", "host"] | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
+        loss_weight: LossWeight = "mean",
+        check_microbatches: bool | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -75,9 +84,17 @@ class HarmonyMixin:
         """
         super().__init__(**lightning)
         environment = Environment.read()
-        given = {"mode": mode, "microbatch_size": microbatch_size, "memory": memory, "stash": stash}
+        given = {
+            "mode": mode,
+            "microbatch_size": microbatch_size,
+            "memory": memory,
+            "stash": stash,
+            "check_microbatches": check_microbatches,
+        }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
-        self._config = HarmonyConfig(**knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch)
+        self._config = HarmonyConfig(
+            **knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch, loss_weight=loss_weight
+        )
         if cluster is None and environment.emulated_gpus is not None:
             cluster = EmulatedCluster(environment.emulated_gpus, self._config.memory_bytes or "64MiB")
         if cluster is not None and not isinstance(cluster, EmulatedCluster):
@@ -85,13 +102,22 @@ class HarmonyMixin:
         self._emulated = cluster
         self._given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
         self.parallel_devices: list[torch.device] | None = None
+        self._cluster_environment: Any = None
         self._engine: Engine | None = None
         self._last_plan: Plan | None = None
         self._has_traced = False
+        self._is_uncuttable = False
+        """Whether user code was seen to take derivatives across layers."""
         self._call_order: CallOrder | None = None
         self._min_samples = 1
+        self._metrics: list[Metric] = []
+        self._twins = Twins()
+        self._is_checked = False
+        """Whether the losses of a minibatch and of its microbatches were compared."""
+        self._loss_scale = 1.0
+        """What the loss counts more because microbatches returned none."""
         self._root_loss: torch.Tensor | None = None
-        self._stepping: Optimizer | None = None
+        self._updates = Updates()
         self._told: set[str] = set()
         self._last_statistics = Statistics(**dict.fromkeys(_COUNTS, 0), peak_device_bytes=())
 
@@ -114,6 +140,16 @@ class HarmonyMixin:
             raise ConfigurationError(f"strategy='harmony' trains on one server, got num_nodes={value}")
 
     @property
+    def cluster_environment(self) -> Any:
+        """Who started this process; Lightning sets it when the Trainer is made."""
+        return self._cluster_environment
+
+    @cluster_environment.setter
+    def cluster_environment(self, environment: Any) -> None:
+        check_one_task(environment)
+        self._cluster_environment = environment
+
+    @property
     def plan(self) -> Plan | None:
         """The plan in use; None before set-up."""
         return self._engine.plan if self._engine is not None and self._engine.is_loaded else self._last_plan
@@ -133,6 +169,8 @@ class HarmonyMixin:
             stash_in_bytes=counters.stash_in_bytes,
             stash_out_bytes=counters.stash_out_bytes,
             input_bytes=counters.input_bytes,
+            updates_just_in_time=counters.updates_just_in_time,
+            updates_whole=counters.updates_whole,
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
@@ -154,7 +192,7 @@ class HarmonyMixin:
     @contextmanager
     def tensor_init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """Modules are built on the host, where their masters stay."""
-        with self._host_as_root(), super().tensor_init_context(empty_init):  # type: ignore[misc]
+        with self._host_as_root(), super().tensor_init_context(empty_init), skipped_init(bool(empty_init)):  # type: ignore[misc]
             yield
 
     @contextmanager
@@ -165,21 +203,41 @@ class HarmonyMixin:
         finally:
             self.parallel_devices = devices
 
+    def setup_environment(self) -> None:
+        if self.root_device.type not in ("cpu", "cuda"):
+            raise ConfigurationError(
+                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}; pass "
+                f"accelerator='cpu' or 'cuda'"
+            )
+        super().setup_environment()  # type: ignore[misc]
+
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
         self._close_engine()
+        precision.check_plugin(self.precision_plugin)  # type: ignore[attr-defined]
         self.accelerator.setup(trainer)  # type: ignore[attr-defined]
         self.model = self.precision_plugin.convert_module(self.model)  # type: ignore[attr-defined,has-type]
+        materialise(self.model)
         self.model_to_device()
         self._engine = Engine(self.model, self._cluster())
+        if not self._engine.cluster.host_is_device:
+            accelerator: Any = self.accelerator  # type: ignore[attr-defined]
+            accelerator.get_device_stats = with_all_devices(accelerator.get_device_stats, self._engine.cluster.devices)
+        if (text := what_runs_eagerly(self.lightning_module, self._emulated is not None)) is not None:  # type: ignore[attr-defined]
+            self._tell_once(text)
         for device in self._engine.cluster.devices:
             device.reset_peak()
         self._last_plan = None
         self._has_traced = False
+        self._is_uncuttable = False
         self._call_order = None
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)  # type: ignore[attr-defined]
+            if self.lightning_module.automatic_optimization:  # type: ignore[attr-defined]
+                for optimizer in self.optimizers:  # type: ignore[attr-defined]
+                    self._updates.probe(optimizer)
         self.setup_precision_plugin()  # type: ignore[attr-defined]
+        precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._load_plan(Workload(microbatch_size=1, num_microbatches=1))
 
     def _cluster(self) -> Cluster:
@@ -188,10 +246,6 @@ class HarmonyMixin:
         if self.root_device.type == "cuda":
             assert self.parallel_devices is not None
             return CudaCluster(self.parallel_devices, self._config.memory_bytes)
-        if self.root_device.type != "cpu":
-            raise ConfigurationError(
-                f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}"
-            )
         return HostCluster()
 
     def model_to_device(self) -> None:
@@ -210,6 +264,7 @@ class HarmonyMixin:
             plan = self._given_plan
             check_plan(plan, decomposition, len(engine.cluster.devices))
         engine.load(plan, decomposition)
+        self._metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
     def _require_engine(self) -> Engine:
@@ -223,8 +278,9 @@ class HarmonyMixin:
             self._last_plan = self.plan
             self._engine.close()
             self._engine = None
+            self._metrics, self._twins = [], Twins()
+            vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
         self._root_loss = None
-        self._stepping = None
 
     def on_exception(self, exception: BaseException) -> None:
         if self._engine is not None:
@@ -233,11 +289,24 @@ class HarmonyMixin:
 
     def teardown(self) -> None:
         self._close_engine()
-        super().teardown()  # type: ignore[misc]
+        module: Any = self.lightning_module  # type: ignore[attr-defined]
+        if module is not None and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+            self._lightning_module = None  # set-up has failed; what has no values cannot be moved to the host
+        try:
+            super().teardown()  # type: ignore[misc]
+        finally:
+            self._lightning_module = module
 
     def __getstate__(self) -> dict[str, Any]:
         state: Any = super().__getstate__()
-        return {**state, "_engine": None, "_root_loss": None}
+        return {
+            **state,
+            "_engine": None,
+            "_root_loss": None,
+            "_metrics": [],
+            "_twins": Twins(),
+            "_updates": Updates(),
+        }
 
     # Batches and steps ------------------------------------------------------------------------------------------------
 
@@ -259,6 +328,31 @@ class HarmonyMixin:
         engine = self._require_engine()
         parts = self._split(batch)
         self._bring_plan_up_to_date(parts)
+        shares = loss_shares(self._config.loss_weight, parts)
+        if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
+            self._check(batch, args, parts, shares)
+        functions = [functools.partial(step, part, *args) for part in parts.batches]
+        try:
+            output = self._run_microbatches(functions, parts, shares)
+        except Uncuttable:
+            self._is_uncuttable = True
+            self._tell_once(
+                "training_step takes derivatives across layers itself (torch.autograd.grad, backward): each microbatch "
+                "runs in one piece, and packs are swapped for every microbatch; this minibatch began once before"
+            )
+            output = self._run_microbatches(functions, parts, shares)
+        loss = loss_of(output)
+        if loss is None or not engine.has_loss:
+            return output
+        # Whatever is done to the result, this leaf's gradient will say how much the minibatch's loss counts.
+        self._root_loss = loss.detach().requires_grad_()
+        return with_loss(output, self._root_loss * 1)
+
+    def _run_microbatches(
+        self, functions: Sequence[Callable[[], Any]], parts: Microbatches, shares: Sequence[float]
+    ) -> Any:
+        """The output for the minibatch, its loss detached."""
+        engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
         differentiable = []
 
         def settle(result: Any) -> tuple[torch.Tensor | None, Any]:
@@ -268,23 +362,56 @@ class HarmonyMixin:
             differentiable.append(loss)
             return differentiable.pop(), with_loss(result, loss.detach())
 
+        logging_merged = merged_log(
+            module.trainer.fit_loop.epoch_loop,
+            lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
+            self.root_device,
+        )
         with (
-            merged_log(
-                module.trainer.fit_loop.epoch_loop,
-                lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
-                self.root_device,
-            ),
-            self.precision_plugin.train_step_context(),  # type: ignore[attr-defined]
+            self._around_step("train_step_context", logging_merged, len(functions)) as merged,
+            merged_profile(module.trainer.profiler),
         ):
-            functions = [functools.partial(step, part, *args) for part in parts.batches]
-            outputs = engine.forward(functions, parts.weights, settle, self._expected_factor())
-        output = merge_outputs([self._to_root(output) for output in outputs], parts.num_samples)
-        loss = loss_of(output)
-        if loss is None or not engine.has_loss:
+            outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=not self._is_uncuttable)
+            outputs = [self._to_root(output) for output in outputs]
+            self._loss_scale = scale_without(shares, [loss_of(output) is None for output in outputs])
+            shares = [share * self._loss_scale for share in shares]
+            output = merge_outputs(outputs, parts.num_samples, shares)
+            if self._config.loss_weight != "mean" and (total := loss_of(output)) is not None:
+                losses = {m: loss for m, output in enumerate(outputs) if (loss := loss_of(output)) is not None}
+                merged.know_losses(Losses(parts=losses, total=total))
             return output
-        # Whatever is done to the result, this leaf's gradient will say how much the minibatch's loss counts.
-        self._root_loss = loss.detach().requires_grad_()
-        return with_loss(output, self._root_loss * 1)
+
+    def _check(self, batch: Any, args: tuple[Any, ...], parts: Microbatches, shares: Sequence[float]) -> None:
+        """Compare the loss of the minibatch in one piece with that of its microbatches, once."""
+        self._is_checked = True
+        engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
+        loop = module.trainer.fit_loop.epoch_loop
+        with (
+            self._around_step("train_step_context", unlogged(loop)),
+            untouched(module, engine.cluster.devices),
+        ):
+            losses = losses_of_pieces(engine, lambda piece: module.training_step(piece, *args), (batch, *parts.batches))
+        if isinstance(losses, str):
+            self._tell_once(f"check of microbatches left out: {losses}")
+            return
+        is_exact = self.precision_plugin.precision in ("32-true", "64-true")  # type: ignore[attr-defined]
+        compare_losses(losses[0], losses[1:], shares, parts.num_samples, 1e-3 if is_exact else 2e-2)
+        log.info("harmony: check of microbatches passed: loss %.6g", losses[0])
+
+    @contextmanager
+    def _around_step(
+        self, context: str, logging: AbstractContextManager[Any], num_microbatches: int = 1
+    ) -> Iterator[Any]:
+        """What is in force while the user's step runs. What is logged is replayed within the context of the precision, in
+        which the user logged it."""
+        twins = self._twins if num_microbatches > 1 else None
+        with (
+            getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
+            logging as merged,
+            uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
+            merged_metrics(self._metrics, self._require_engine().aside, twins),
+        ):
+            yield merged
 
     def validation_step(self, *args: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
@@ -303,8 +430,8 @@ class HarmonyMixin:
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._require_engine()
         log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
-        with log_context, getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
-            return self._to_root(engine.run(lambda: step(*args)))
+        with self._around_step(context, log_context):
+            return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
     def _split(self, batch: Any) -> Microbatches:
         size: int | str = self._config.microbatch_size
@@ -346,15 +473,15 @@ class HarmonyMixin:
         def move(tensor: torch.Tensor) -> torch.Tensor:
             return tensor.to(self.root_device) if is_device(tensor.device) else tensor
 
-        return pytree.tree_map_only(torch.Tensor, move, result)
+        return map_tensors(move, result)
 
     # Backward and update ----------------------------------------------------------------------------------------------
 
     def _expected_factor(self) -> float:
         """The gradient that the minibatch's loss will most likely get, so that nothing has to be scaled later."""
-        accumulate = self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined]
         scaler = getattr(self.precision_plugin, "scaler", None)  # type: ignore[attr-defined]
-        return float(torch.tensor(1.0) / accumulate) * (scaler.get_scale() if scaler is not None else 1.0)
+        scale: float = scaler.get_scale() if scaler is not None else 1.0
+        return scale / self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined,no-any-return]
 
     def backward(
         self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
@@ -362,7 +489,15 @@ class HarmonyMixin:
         module = self.lightning_module  # type: ignore[attr-defined]
         self.pre_backward(closure_loss)  # type: ignore[attr-defined]
         closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
-        self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        try:
+            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+        except RuntimeError as error:
+            if self._root_loss is not None:
+                error.add_note(
+                    "harmony: the loss that backward is given stands for those of all microbatches and has no graph of "
+                    "its own; call loss.backward(), or use torch.autograd.grad inside training_step"
+                )
+            raise
         engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
         if root is None:
@@ -374,35 +509,24 @@ class HarmonyMixin:
                 "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
             )
         else:
-            engine.backward(float(root.grad), self._update())
+            on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
+            engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
             engine.worker.drain()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
         self.post_backward(closure_loss)  # type: ignore[attr-defined]
         return closure_loss
 
+    def _factor(self, gradient: torch.Tensor) -> float:
+        """What the loss counts; the expected number where the loss's type can only hold it rounded."""
+        expected = self._expected_factor()
+        return expected if bool(gradient == gradient.new_tensor(expected)) else float(gradient)
+
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
-        self._stepping = optimizer
-        try:
+        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
+        with self._updates.stepping(optimizer, closure, self._require_engine(), trainer) as closure:
             # Seen by the cluster, because the optimizer may write masters and read gradients itself.
             with self._require_engine().cluster.activate():
-                # Weights that were updated just in time have no gradient any more: the optimizer passes them by.
                 return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
-        finally:
-            self._stepping = None
-
-    def _update(self) -> Callable[[list[str]], None]:
-        """What happens to weights as soon as their gradients are complete: their step, if nothing has to see all
-        gradients first; otherwise nothing, and the optimizer steps the whole model after backward."""
-        optimizer = self._stepping
-        if (
-            optimizer is None
-            or len(self.optimizers) != 1  # type: ignore[attr-defined]
-            or not is_separable(optimizer)
-            or getattr(self.precision_plugin, "scaler", None) is not None  # type: ignore[attr-defined]
-            or overrides.sees_gradients(self.lightning_module, self._pl)  # type: ignore[attr-defined]
-        ):
-            return lambda names: None
-        return JustInTimeUpdate(optimizer, self._require_engine().state.parameters)
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In the order of the parameters, though packs were first updated from the last to the first."""
@@ -413,6 +537,11 @@ class HarmonyMixin:
             ordered = {key: entries[key] for key in positions if key in entries}
             state["state"] = ordered | entries
         return state
+
+    def load_model_state_dict(self, checkpoint: Any, strict: bool = True) -> None:
+        """What the checkpoint brings needs no other values first."""
+        materialise(self.lightning_module, frozenset(checkpoint["state_dict"]))  # type: ignore[attr-defined]
+        super().load_model_state_dict(checkpoint, strict=strict)  # type: ignore[misc]
 
     def load_optimizer_state_dict(self, checkpoint: Any) -> None:
         """Optimizer states live on the host, beside the masters."""

@@ -1,8 +1,9 @@
-"""What many tests share: a small module, its data, a quiet Trainer."""
+"""What many tests share: a small module, its data, a quiet Trainer, a two-step optimizer."""
 
 import copy
 
 import lightning as L
+import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -10,6 +11,9 @@ from torch.utils.data import DataLoader, TensorDataset
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 
 WIDTH = 64
+
+on_cuda = False
+"""Whether `harmony` means real GPUs and `trainer` trains on one; the fixture `devices` sets it."""
 
 
 class Chain(L.LightningModule):
@@ -56,13 +60,22 @@ def trainer(strategy="auto", **options):
         "enable_checkpointing": False,
         "enable_progress_bar": False,
         "enable_model_summary": False,
-        "accelerator": "cpu",
+        "accelerator": "gpu" if on_cuda else "cpu",
+        "devices": getattr(strategy, "num_gpus", 1),
     }
     return L.Trainer(strategy=strategy, **{**quiet, **options})
 
 
 def harmony(num_gpus=2, memory="120KiB", microbatch_size=2, **options):
-    return HarmonyStrategy(microbatch_size=microbatch_size, cluster=EmulatedCluster(num_gpus, memory), **options)
+    """GPUs of so little memory that the chain has to be swapped: emulated ones, or as many real ones, whose plan is made
+    for that little memory."""
+    if not on_cuda:
+        return HarmonyStrategy(microbatch_size=microbatch_size, cluster=EmulatedCluster(num_gpus, memory), **options)
+    if num_gpus > torch.cuda.device_count():
+        pytest.skip(f"needs {num_gpus} GPUs")
+    strategy = HarmonyStrategy(microbatch_size=microbatch_size, memory=memory, **options)
+    strategy.num_gpus = num_gpus
+    return strategy
 
 
 def twins(**options):
@@ -73,4 +86,60 @@ def twins(**options):
 
 
 def same_weights(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one.state_dict().values(), other.state_dict().values(), strict=True))
+    """To the bit on the host. On a GPU plain training also updates there, and its division and root round otherwise."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    if on_cuda:
+        return all(torch.allclose(a.cpu(), b.cpu(), rtol=1e-5, atol=1e-6) for a, b in pairs)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+def stays_within(statistics, memory_bytes):
+    """Whether no device had more in use. Real GPUs also hold the workspaces of CUDA's libraries; `test_gpu` limits them."""
+    return on_cuda or max(statistics.peak_device_bytes) <= memory_bytes
+
+
+def assert_same_optimizers(ours, reference):
+    for mine, theirs in zip(ours, reference, strict=True):
+        mine, theirs = mine.state_dict(), theirs.state_dict()
+        assert mine["param_groups"] == theirs["param_groups"]
+        torch.testing.assert_close(mine["state"], theirs["state"], rtol=0, atol=0)
+
+
+class Sam(torch.optim.Optimizer):
+    """Sharpness-aware: a step up along the gradient, a new gradient there, and from the old place a step with it."""
+
+    def __init__(self, parameters, lr=0.1, rho=0.05):
+        super().__init__(parameters, {"lr": lr, "rho": rho})
+        self.base = torch.optim.SGD(self.param_groups, lr=lr, momentum=0.9)
+        self.param_groups = self.base.param_groups
+
+    def weights(self):
+        return [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+
+    @torch.no_grad()
+    def first_step(self, zero_grad=False):
+        norm = torch.norm(torch.stack([p.grad.norm(p=2) for _, p in self.weights()]), p=2)
+        for group, parameter in self.weights():
+            self.state[parameter]["old"] = parameter.data.clone()
+            parameter.add_(parameter.grad * (group["rho"] / (norm + 1e-12)).to(parameter))
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad=False):
+        for _, parameter in self.weights():
+            parameter.data = self.state[parameter]["old"]
+        self.base.step()
+        if zero_grad:
+            self.zero_grad()
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        assert closure is not None, "needs a closure"
+        with torch.enable_grad():
+            loss = closure()
+        self.first_step(zero_grad=True)
+        with torch.enable_grad():
+            closure()
+        self.second_step()
+        return loss

@@ -1,5 +1,6 @@
 """What no test may leave behind."""
 
+import chain
 import pytest
 import torch
 
@@ -12,3 +13,15 @@ def _leave_nothing_behind():
     assert not torch._C._len_torch_function_stack()
     assert torch.is_grad_enabled()
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+@pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
+def devices(request, monkeypatch):
+    """Runs a test twice: on emulated GPUs, and on real ones where there are any."""
+    if request.param == "emulated":
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+    monkeypatch.setattr(chain, "on_cuda", True)
+    # The plan is for kilobytes; CUDA's own context and libraries would not fit such a limit.
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda *args: None)

@@ -8,6 +8,8 @@ from chain import Chain, harmony, loader, same_weights, trainer
 
 from harmony_lightning import HarmonyStrategy
 
+pytestmark = pytest.mark.usefixtures("devices")
+
 
 def fit(module, strategy, path=None, max_epochs=1, batch_size=8, **options):
     fitted = trainer(strategy, max_epochs=max_epochs, **options)

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import re
+import threading
 import time
 
 import pytest
@@ -11,6 +12,8 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
 from harmony_lightning import DeviceOutOfMemoryError
+
+pytestmark = pytest.mark.usefixtures("devices")
 
 NUM_MICROBATCHES = 4
 NOTE = re.compile(r"harmony: .+, pack (\d+), microbatch (\d+), gpu([01])")
@@ -252,20 +255,22 @@ def test_modes_and_stashes_fail_alike(mode, stash):
 def test_an_error_on_the_host_worker_arrives_too():
     """Updates run there."""
 
+    threads = []
+
     class Failing(torch.optim.SGD):
-        pass
+        def step(self, closure=None):
+            loss = closure() if closure is not None else None
+            if any(p.grad is not None and len(p) == WIDTH for group in self.param_groups for p in group["params"]):
+                threads.append(threading.current_thread().name)
+                raise Broken("in the optimizer")
+            return loss  # of the strategy's trial with tiny weights: separable
 
-    Failing.__module__ = torch.optim.SGD.__module__  # separable, as far as can be seen
-
-    def step(self, closure=None):
-        raise Broken("in the optimizer")
-
-    Failing.step = step
     torch.manual_seed(0)
     module = Chain(optimizer=Failing)
     before = [parameter.clone() for parameter in module.parameters()]
     error, cluster = fit_and_fail(module, Broken)
     assert error.args == ("in the optimizer",)
+    assert threads == ["harmony-host-worker"]
     assert all(torch.equal(a, b) for a, b in zip(before, module.parameters(), strict=True))
     del error
     assert_nothing_is_left_behind(module, cluster)

@@ -1,9 +1,14 @@
 """Both copies of Lightning are served, by name and by class, in one process."""
 
+import importlib
+import os
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from harmony_lightning import EmulatedCluster
 
 SCRIPT = """
 import torch
@@ -54,3 +59,114 @@ def test_the_public_class_is_that_of_the_lightning_in_use():
 
     assert issubclass(harmony_lightning.HarmonyStrategy, pl.strategies.SingleDeviceStrategy)
     assert harmony_lightning.pytorch_lightning.HarmonyStrategy is not harmony_lightning.HarmonyStrategy
+
+
+def run(code, **environment):
+    environment = {**os.environ, **environment}
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, env=environment)
+
+
+def test_a_broken_installation_of_ours_breaks_neither_torch_nor_lightning():
+    """A dependency is missing: only who asks for the strategy hears of it."""
+    done = run(
+        """
+import sys
+sys.modules["greenlet"] = None
+import torch, lightning.pytorch as first, pytorch_lightning as second
+for pl in first, second:
+    pl.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False)
+    try:
+        pl.Trainer(strategy="harmony", accelerator="cpu")
+    except ImportError as error:
+        print("told", error)
+"""
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("told") == done.stdout.count("greenlet") == 2
+
+
+def test_with_the_hook_disabled_one_import_is_enough_for_both():
+    done = run(
+        """
+import torch, lightning.pytorch as first
+assert "harmony" not in first.strategies.StrategyRegistry
+import harmony_lightning
+import pytorch_lightning as second
+for pl in first, second:
+    print(type(pl.Trainer(strategy="harmony", accelerator="cpu", logger=False).strategy).__module__)
+""",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["harmony_lightning.lightning", "harmony_lightning.pytorch_lightning"]
+
+
+def test_lightning_s_own_error_is_left_where_the_hook_is_disabled_and_nothing_is_imported():
+    done = run(
+        """
+import lightning.pytorch as pl
+try:
+    pl.Trainer(strategy="harmony", accelerator="cpu")
+except ValueError as error:
+    print("told", error)
+""",
+        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "told" in done.stdout
+
+
+@pytest.mark.parametrize("package", ["lightning.pytorch", "pytorch_lightning"])
+def test_callbacks_and_profilers_of_both(package, tmp_path):
+    """The same run plainly and under harmony, with what reaches into the strategy from outside."""
+    pl = importlib.import_module(package)
+    callbacks = importlib.import_module(f"{package}.callbacks")
+    profilers = importlib.import_module(f"{package}.profilers")
+    home = importlib.import_module(f"harmony_lightning.{package.partition('.')[0]}")
+
+    class Module(pl.LightningModule):
+        def __init__(self):
+            super().__init__()
+            self.net = torch.nn.Sequential(*(torch.nn.Linear(16, 16) for _ in range(12)))
+            self.lr = 0.1
+
+        def training_step(self, batch, batch_idx):
+            with self.trainer.profiler.profile("own"):
+                loss = self.net(batch).pow(2).mean()
+            self.log("loss", loss)
+            return loss
+
+        def configure_optimizers(self):
+            return torch.optim.SGD(self.parameters(), lr=self.lr)
+
+    torch.manual_seed(1)
+    data = torch.randn(24, 16)
+    runs = []
+    for strategy in ("auto", home.HarmonyStrategy(microbatch_size=2, cluster=EmulatedCluster(2, "8KiB"))):
+        batch_size = 2 if strategy == "auto" else 8
+        batches = torch.utils.data.DataLoader(data, batch_size=batch_size)
+        torch.manual_seed(0)
+        module = Module()
+        folder = tmp_path / ("plain" if strategy == "auto" else "ours")
+        run = pl.Trainer(
+            strategy=strategy,
+            accelerator="cpu",
+            max_epochs=2,
+            accumulate_grad_batches=8 // batch_size,
+            callbacks=[
+                callbacks.EMAWeightAveraging(decay=0.5),
+                callbacks.ModelCheckpoint(folder, monitor="loss", save_top_k=-1),
+            ],
+            profiler=profilers.SimpleProfiler(),
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        run.fit(module, batches)
+        assert sorted(path.name for path in folder.iterdir()) == ["epoch=0-step=3.ckpt", "epoch=1-step=6.ckpt"]
+        runs.append(module)
+    reference, ours = runs
+    assert type(run.strategy).__module__ == home.__name__
+    assert run.strategy.statistics().num_packs > 4
+    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), reference.parameters(), strict=True))
+    assert len(run.profiler.recorded_durations["own"]) == 6

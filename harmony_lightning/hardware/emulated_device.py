@@ -124,8 +124,9 @@ class EmulatedDevice:
         allocated = self._allocated + nbytes
         if allocated > self.memory_bytes and nbytes > 0:
             raise DeviceOutOfMemoryError(
-                f"{self.name} out of memory: tried to allocate {_exact(nbytes)} with {_exact(self._allocated)} in use; "
-                f"the limit is {_exact(self.memory_bytes)}. Make the tensors smaller or raise the cluster's memory"
+                f"{self.name} (emulated CUDA) out of memory: tried to allocate {_exact(nbytes)} with "
+                f"{_exact(self._allocated)} in use; the limit is {_exact(self.memory_bytes)}. Make the tensors smaller "
+                f"or raise the cluster's memory"
             )
         self._allocated = allocated
         if allocated > self._peak:

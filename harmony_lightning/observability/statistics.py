@@ -25,5 +25,9 @@ class Statistics:
     """Layer inputs that went to the host to wait for backward."""
     input_bytes: int
     """Minibatches and module buffers brought to devices."""
+    updates_just_in_time: int
+    """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
+    updates_whole: int
+    """Optimizer steps over all weights at once, because something had to see all gradients first."""
     peak_device_bytes: tuple[int, ...]
     """The most bytes that were alive at once, per device."""

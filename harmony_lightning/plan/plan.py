@@ -56,6 +56,9 @@ class Plan(Record):
     """Where inputs of layers wait from forward to backward."""
     prefetch: int
     """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+    keep: tuple[str, ...] = ()
+    """Layers of the last pack that keep their activations until their backward, which is next, instead of making them
+    again."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -69,6 +72,11 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        for name in self.keep:
+            if name not in self.packs[-1].layers:
+                raise ConfigurationError(
+                    f"only layers of the last pack can keep their activations, {name!r} is not in it"
+                )
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
@@ -90,23 +98,27 @@ class Plan(Record):
         """Devices that a pack visits in one step, ascending."""
         return tuple(sorted({self.device(pack, m) for m in range(self.num_microbatches)}))
 
+    def has_backward(self, pack: int) -> bool:
+        """Whether gradients go through a pack: it trains, or one before it does. Weights outside layers do not count."""
+        return any(other.trainable_nbytes for other in self.packs[: pack + 1])
+
     @property
     def swap_in_bytes_per_step(self) -> int:
-        """Bytes of weights that one step must bring in when every pack trains and is called once.
+        """Bytes of weights that one step must bring in when every pack is called once.
 
-        Twice each pack and visited device, less the packs at which forward and backward meet: the last pack on each
-        device is still there when its backward begins.
+        Once for each pack and visited device, and once more for each that has a backward, less the packs at which forward
+        and backward meet: the last pack on each device is still there when its backward begins.
         """
         total = 0
         for index, pack in enumerate(self.packs):
             for device in self.visitors(index):
                 is_last = not any(device in self.visitors(later) for later in range(index + 1, len(self.packs)))
-                total += pack.nbytes * (1 if is_last else 2)
+                total += pack.nbytes * (1 if is_last or not self.has_backward(index) else 2)
         return total
 
     @property
     def swap_out_bytes_per_step(self) -> int:
-        """Bytes of gradients that one step must bring out: each once."""
+        """Bytes of gradients that one step must bring out: each once, none of frozen weights."""
         return sum(pack.trainable_nbytes for pack in self.packs)
 
     def arena_nbytes(self) -> int:

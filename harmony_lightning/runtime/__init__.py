@@ -8,6 +8,8 @@ layer       one layer's forward and backward as one autograd node
 residency   weights on devices        gradients  their way back
 buffers     module buffers            stash      what waits from forward to backward
 arena       flat memory               worker     the host's thread; update  what it does to weights
+separability  whether an optimizer may update pack by pack
+derivatives, host_arithmetic          what user code differentiates, and computes with masters, by itself
 randomness, thread_state, structure   what is kept per microbatch and per call
 minibatch, outputs                    cutting the batch, merging the results
 trace, counters                       what a step shows

@@ -5,6 +5,8 @@ forward that writes it makes its device the holder. So microbatches see the writ
 on whichever devices they run, as in plain training. At the end of a pass written buffers go home to the module.
 """
 
+import sys
+from collections import Counter
 from dataclasses import dataclass, field
 
 import torch
@@ -26,11 +28,20 @@ class _Buffer:
 
 
 class BufferStore:
-    """Device copies of the buffers of interposed modules during one pass."""
+    """Device copies of the buffers of interposed modules during one pass.
 
-    def __init__(self, counters: Counters) -> None:
+    Args:
+        counters: of bytes.
+        limit_nbytes: what clean copies may take on each device before the oldest give way. A module whose weights are
+            buffers (a quantised one) belongs to no pack, and nothing else would end its stay.
+    """
+
+    def __init__(self, counters: Counters, limit_nbytes: int = sys.maxsize) -> None:
         self._buffers: dict[tuple[int, str], tuple[Place, _Buffer]] = {}
         self._counters = counters
+        self._limit_nbytes = limit_nbytes
+        self._clean_nbytes: Counter[int] = Counter()
+        """By device: of copies that were fetched and are still held."""
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -46,6 +57,8 @@ class BufferStore:
             holder = next(iter(buffer.copies.values()), None)
             source = module._buffers[name] if holder is None else holder
             assert source is not None
+            if not buffer.is_written:
+                self._make_room(device.index, source.nbytes)
             copy = source.to(device.torch_device)
             if copy is source:
                 copy = source.clone()
@@ -56,10 +69,22 @@ class BufferStore:
             buffer.copies[device.index] = copy
         return copy
 
+    def _make_room(self, device: int, nbytes: int) -> None:
+        """Account for a clean copy to come; the oldest ones go for it. Who works with one holds it himself."""
+        for _, buffer in list(self._buffers.values()):
+            if self._clean_nbytes[device] + nbytes <= self._limit_nbytes:
+                break
+            if not buffer.is_written and (copy := buffer.copies.pop(device, None)) is not None:
+                self._clean_nbytes[device] -= copy.nbytes
+        self._clean_nbytes[device] += nbytes
+
     def written(self, place: Place, device: Device, value: torch.Tensor) -> None:
         """A forward has written the buffer: `value` on `device` is the only current one."""
         module, name = place
         buffer = self._buffers[id(module), name][1]
+        if not buffer.is_written:
+            for holder, copy in buffer.copies.items():
+                self._clean_nbytes[holder] -= copy.nbytes
         buffer.copies = {device.index: value}
         buffer.is_written = True
 
@@ -76,12 +101,14 @@ class BufferStore:
                 home.copy_(value)
             else:
                 module._buffers[name] = value.cpu()
-        self._buffers.clear()
+        self.discard()
 
     def drop_clean(self) -> None:
         """Free the device copies that nobody wrote; written ones stay until `flush`."""
         self._buffers = {key: entry for key, entry in self._buffers.items() if entry[1].is_written}
+        self._clean_nbytes.clear()
 
     def discard(self) -> None:
-        """Drop everything, writes too: the pass has failed."""
+        """Drop everything, writes too."""
         self._buffers.clear()
+        self._clean_nbytes.clear()

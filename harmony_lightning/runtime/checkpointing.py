@@ -1,8 +1,8 @@
-"""The user's `torch.utils.checkpoint` around layers, made transparent.
+"""The user's `torch.utils.checkpoint`, made transparent where the runtime recomputes by itself.
 
-Layers recompute by themselves, and the glue between them is cheap. A checkpoint of the user's around several layers
-would recompute them all within the backward of one segment, on one device, though they belong to several. So while a
-microbatch is cut into segments, checkpoints in glue run their function as it is; those within a layer work as always.
+Layers recompute, and the glue between them is cheap. A checkpoint of the user's around several layers would recompute
+them all within the backward of one segment, on one device, though they belong to several; one within a layer would
+recompute with the masters on the host. So both run their function as it is.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,19 +16,19 @@ _NON_REENTRANT = "_checkpoint_without_reentrant_generator"
 
 
 @contextmanager
-def transparent_checkpoints(is_in_glue: Callable[[], bool]) -> Iterator[None]:
-    """Within, `torch.utils.checkpoint.checkpoint` called where `is_in_glue` holds just calls its function."""
+def transparent_checkpoints(is_transparent: Callable[[], bool]) -> Iterator[None]:
+    """Within, `torch.utils.checkpoint.checkpoint` called where `is_transparent()` holds just calls its function."""
     reentrant = getattr(torch_checkpoint, _REENTRANT)
     non_reentrant = getattr(torch_checkpoint, _NON_REENTRANT)
 
     class Transparent:
         @staticmethod
         def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-            return function(*args) if is_in_glue() else reentrant.apply(function, preserve_rng_state, *args)
+            return function(*args) if is_transparent() else reentrant.apply(function, preserve_rng_state, *args)
 
     def transparent(*args: Any, **kwargs: Any) -> Iterator[None]:
         # torch runs the checkpointed function between the two halves of this generator.
-        if is_in_glue():
+        if is_transparent():
             yield
         else:
             yield from non_reentrant(*args, **kwargs)

@@ -22,13 +22,16 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.hardware.device import Cluster, Lane
+from harmony_lightning.hardware.device import Cluster, Device, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
+from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.gradients import OnComplete
-from harmony_lightning.runtime.layer import call_layer
+from harmony_lightning.runtime.host_arithmetic import HostArithmetic
+from harmony_lightning.runtime.layer import call_layer, is_layer_hook
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.segment import Segment, add_place
@@ -56,7 +59,11 @@ class Engine:
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
+        self.is_cut = True
+        """Whether the microbatches of the step are cut at pack borders."""
         self._interposition = Interposition(root)
+        self._host_arithmetic = HostArithmetic()
+        self._derived: list[Derived] = []
         self._state: RuntimeState | None = None
         self._stash: HostStash | None = None
         self._current: Microbatch | None = None
@@ -67,6 +74,8 @@ class Engine:
         self._uses_left: Counter[str] = Counter()
         """By weight: segments that use it and whose backward has not run."""
         self._expected_factor = 1.0
+        self._interrupted_seed: int | None = None
+        """Of a step that was given up and will be run again in one piece."""
 
     # Between steps ------------------------------------------------------------------------------------------------
 
@@ -75,6 +84,7 @@ class Engine:
         self.worker.drain()
         with self.cluster.activate():
             self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+        self._derived = list(find_derived(self.root))
         self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
@@ -149,8 +159,13 @@ class Engine:
         shares: Sequence[float],
         settle: Settle,
         factor: float = 1.0,
+        *,
+        is_cut: bool = True,
     ) -> list[Any]:
         """Run every function as a microbatch, to its end, with the backward of its last segment.
+
+        With `is_cut` False microbatches run one after the other, each in one piece with its whole backward: packs are
+        swapped for every microbatch, but user code may take derivatives of anything.
 
         Args:
             functions: one call of user code per microbatch.
@@ -160,27 +175,40 @@ class Engine:
 
         Returns:
             The results; losses in them are detached.
+
+        Raises:
+            Uncuttable: user code cannot be cut. Everything is as before the step, but for what user code itself has
+                written; the next step must be the same with `is_cut` False.
         """
         self.abort()
         self._expected_factor = factor
         self.has_loss = False
+        self.is_cut = is_cut
         streams: list[Stream | None] = [None]
+        step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
-            step_seed = draw_step_seed()
+            if step_seed is None:
+                step_seed = draw_step_seed()
             streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
         own = Stream(None)
         own.suspend()
         own_on_devices = [(device, device.random_state()) for device in self.cluster.devices]
         microbatches = [
-            Microbatch(self.state, m, function, stream, is_cut=True)
+            Microbatch(self.state, m, function, stream, is_cut=is_cut)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
         ]
         self._microbatches = microbatches
         try:
             with self._active(continues=True), self._guarded():
-                with self._visit(0, microbatches, self._next_forward(0, microbatches)):
+                if not is_cut:
                     for microbatch in microbatches:
                         self._run(microbatch, shares[microbatch.index], settle, first=True)
+                        self._leave()
+                        self.state.release_all()
+                else:
+                    with self._visit(0, microbatches, self._next_forward(0, microbatches)):
+                        for microbatch in microbatches:
+                            self._run(microbatch, shares[microbatch.index], settle, first=True)
                 while waiting := [m for m in microbatches if not m.is_done]:
                     pack = min(m.waits_for for m in waiting if m.waits_for is not None)
                     visitors = [m for m in waiting if m.waits_for == pack]
@@ -188,12 +216,18 @@ class Engine:
                         for microbatch in visitors:
                             self._run(microbatch, shares[microbatch.index], settle)
                 self.state.buffers.flush()
+            derive_on_host(self._derived)
+        except Uncuttable:
+            self._interrupted_seed = step_seed
+            if not self.trace.is_complete:
+                self.trace = Trace()
+            own.resume()
+            _restore(own_on_devices)
+            raise
         finally:
             if len(functions) > 1:
                 own.resume()
-                for device, random_state in own_on_devices:
-                    if random_state is not None:
-                        device.set_random_state(random_state)
+                _restore(own_on_devices)
         for microbatch in microbatches:
             microbatch.replaced.clear()  # no user code will ask any more
         self.counters.steps += 1
@@ -231,12 +265,12 @@ class Engine:
             self.state.buffers.flush()
             self._end(microbatches)
 
-    def run(self, function: Callable[[], Any]) -> Any:
+    def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
-        differentiates by itself."""
+        differentiates and updates by itself (`trains`)."""
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
-        with self._active(), self._guarded():
+        with self._active(self._host_arithmetic if trains else None), self._guarded():
             microbatch.open(0)
             self._current = microbatch
             try:
@@ -245,7 +279,41 @@ class Engine:
                 self._current = None
             self.state.buffers.flush()
             self._end([microbatch])
+        derive_on_host(self._derived)
         return result
+
+    @contextmanager
+    def beside(self, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+        """For an optimizer's step: the code within works on the host, on masters, though it may be called from user code.
+        The closure, in the form that is given back, is user code again."""
+        current = self._current
+
+        def user_code() -> Any:
+            self._put_current(current)
+            try:
+                return closure()
+            finally:
+                self._current = None
+
+        self._current = None
+        try:
+            yield user_code
+        finally:
+            self._put_current(current)
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The code within is not between layers, though it may be called from there: it computes where its tensors are."""
+        current, self._current = self._current, None
+        try:
+            yield
+        finally:
+            self._current = current
+
+    def _put_current(self, microbatch: Microbatch | None) -> None:
+        self._current = microbatch
+        if microbatch is not None:
+            self.state.release_all()  # masters have been written
 
     def _end(self, microbatches: Sequence[Microbatch]) -> None:
         for microbatch in microbatches:
@@ -270,7 +338,7 @@ class Engine:
             return site.run_plain(args, kwargs)
         if self._is_aborting:
             raise greenlet.GreenletExit
-        if site.has_hooks_inside():
+        if site.has_hooks_inside() or not site.has_own_weights(self.state.parameters):
             return site.run_plain(args, kwargs)  # as glue: the modules within are call sites of their own
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
@@ -281,10 +349,12 @@ class Engine:
             if microbatch.is_cut and not microbatch.is_in_backward:
                 self.trace.record(microbatch.index, site.layer)
         try:
-            return call_layer(site, microbatch.segment, args, kwargs)
+            keeps = microbatch.is_cut and not microbatch.is_in_backward and site.name in self.plan.keep
+            result = call_layer(site, microbatch.segment, args, kwargs, keeps)
         except Exception as error:
             add_place(error, f"in layer {site.name}", microbatch.segment)
             raise
+        return site.run_forward_hooks(args, kwargs, result)
 
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
@@ -294,8 +364,9 @@ class Engine:
         if self._stash is not None:
             self._stash.before_write(target)
 
-    def _is_in_cut_glue(self) -> bool:
-        return not self.state.depth and self._current is not None and self._current.is_cut
+    def _is_checkpointing(self) -> bool:
+        """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
+        return self.state.depth > 0 or (self._current is not None and self._current.is_cut)
 
     def _stashing_segment(self) -> Segment | None:
         """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
@@ -312,11 +383,12 @@ class Engine:
         if not torch.is_grad_enabled():
             microbatch.segments.clear()
         microbatch.open(pack)
+        microbatch.follow(microbatch.segment.device)
 
     # Visits -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _active(self, *, continues: bool = False) -> Iterator[None]:
+    def _active(self, host_arithmetic: HostArithmetic | None = None, *, continues: bool = False) -> Iterator[None]:
         """What is in force on the thread while user code runs. The step `continues` if copies may be left in flight."""
         with ExitStack() as stack:
             stack.enter_context(self.cluster.activate(continues=continues))
@@ -324,8 +396,11 @@ class Engine:
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
-            stack.enter_context(transparent_checkpoints(self._is_in_cut_glue))
-            stack.enter_context(Glue(self._current_segment, self.state.is_device, self._before_write))
+            stack.enter_context(yielding_hooks(_steps_aside))
+            stack.enter_context(transparent_checkpoints(self._is_checkpointing))
+            glue = Glue(self._current_segment, self.state.is_device, self._before_write)
+            glue.host_arithmetic = host_arithmetic
+            stack.enter_context(glue)
             yield
 
     @contextmanager
@@ -355,11 +430,19 @@ class Engine:
         if not microbatch.is_done:
             return
         loss, microbatch.result = settle(microbatch.result)
+        if share == 0:
+            loss = None  # it counts nothing, and may be 0 / 0
         if loss is not None and loss.grad_fn is not None:
             seed = torch.full_like(loss.detach(), share * self._expected_factor)
             microbatch.deposit(get_gradient_edge(loss), seed)
         self.has_loss |= loss is not None
         del loss  # only nodes hold the graph from here on, so that backward frees it
+        if not microbatch.is_cut:
+            del microbatch.segments[:-1]
+            self.state.is_holding = True
+            self._backward_segment(microbatch)
+            self.state.is_holding = False
+            return
         for segment in microbatch.segments:
             self._segments_left[segment.pack] += 1
             self._uses_left.update(segment.uses.keys())
@@ -388,12 +471,12 @@ class Engine:
         yield
         self.state.upcoming = {}
         self._leave()
-        self.state.buffers.drop_clean()
         for device in leaving:
             self.state.release(pack, device)
 
     def _leave(self) -> None:
         self.state.release_glue()
+        self.state.buffers.drop_clean()
         if self._stash is not None:
             self._stash.let_go()
 
@@ -424,3 +507,14 @@ class Engine:
         self.state.gradients.scale(ratio)
         for microbatch in self._microbatches:
             microbatch.pending = {key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()}
+
+
+def _steps_aside(pack: Any) -> bool:
+    """Whether a saved-tensor hook may be taken off for a while."""
+    return isinstance(getattr(pack, "__self__", None), HostStash) or is_layer_hook(pack)
+
+
+def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:
+    for device, random_state in random_states:
+        if random_state is not None:
+            device.set_random_state(random_state)

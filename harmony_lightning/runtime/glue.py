@@ -13,11 +13,19 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
+from harmony_lightning.runtime.derivatives import (
+    DERIVATIVES,
+    Uncuttable,
+    crosses_cuts,
+    differentiate_weights,
+    inputs_of,
+)
+from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
     """__get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
-    __deepcopy__ __reduce_ex__ _set_grad_enabled backward grad data_ptr dense_dim detach dim element_size get_device
+    __deepcopy__ __reduce_ex__ _set_grad_enabled data_ptr dense_dim detach dim element_size get_device
     has_names item ndimension nelement numel numpy register_hook register_post_accumulate_grad_hook requires_grad_
     retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
 )
@@ -40,6 +48,8 @@ class Glue(TorchFunctionMode):
     ) -> None:
         super().__init__()
         self._before_write = before_write
+        self.host_arithmetic: HostArithmetic | None = None
+        """While user code may work on gradients and masters by itself."""
         self._current = current
         self._is_device = is_device
 
@@ -51,13 +61,30 @@ class Glue(TorchFunctionMode):
         if segment is None:
             return func(*args, **kwargs)
         kind = _KINDS.get(func) or _classify(func)
+        if kind == "derivative":
+            with torch._C.DisableTorchFunction():
+                of_weights = any(segment.state.weight_name(tensor) for tensor in inputs_of(func, args, kwargs))
+                outputs = args[0] if args else kwargs.get("outputs", kwargs.get("tensors", ()))
+                if segment.is_cut and (of_weights or crosses_cuts(outputs)):
+                    raise Uncuttable
+            if of_weights:
+                gradients = differentiate_weights(segment.state, func, args, kwargs)
+                if self.host_arithmetic is not None:
+                    self.host_arithmetic.note(gradients)
+                return gradients
         if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
             # A master stays on the host, wherever its new value was computed.
             func(args[0], args[1].detach().to("cpu"))
             segment.state.notice_write(args[0])
             return None
-        if kind in ("read", "exchange"):
-            return func(*_originals(segment, args), **kwargs)
+        if kind in ("read", "exchange", "derivative"):
+            return self._read(segment, func, _originals(segment, args), kwargs)
+        if (host := self.host_arithmetic) is not None:
+            with torch._C.DisableTorchFunction():
+                if host.concerns(segment.state, args, kwargs, is_write=kind == "write"):
+                    if kind == "write":
+                        _map_tensors(self._before_write, args[0])
+                    return host.run(segment.state, func, args, kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
                 return func(*_originals(segment, args), **kwargs)
@@ -68,6 +95,14 @@ class Glue(TorchFunctionMode):
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
         return func(*args, **kwargs)
+
+    def _read(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        result = func(*args, **kwargs)
+        if self.host_arithmetic is not None and isinstance(result, torch.Tensor):
+            with torch._C.DisableTorchFunction():
+                if not result.requires_grad and self.host_arithmetic.descends(segment.state, args[0]):
+                    self.host_arithmetic.note(result)
+        return result
 
     def _write(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         target, others = args[0], (args[1:], kwargs)
@@ -100,6 +135,8 @@ def _classify(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
         kind = "exchange"
+    elif func in DERIVATIVES:
+        kind = "derivative"
     elif name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
         kind = "compute"
     elif name in _READS or name.startswith("is_"):
@@ -130,7 +167,7 @@ def _move(value: Any, device: torch.device) -> Any:
     return _map_tensors(lambda tensor: tensor.detach().to(device), value)
 
 
-def _map_tensors(function: Callable[[torch.Tensor], torch.Tensor], value: Any) -> Any:
+def _map_tensors(function: Callable[[torch.Tensor], Any], value: Any) -> Any:
     """Arguments of torch functions are tensors, and lists, tuples and dicts of them."""
     if isinstance(value, torch.Tensor):
         return function(value)

@@ -3,6 +3,9 @@
 Order of arithmetic is that of plain training: within a microbatch the uses of a weight are summed first, then
 microbatches are added in their order. A weight that several packs use (tied) has a part on each and is complete when
 the last part has arrived; parts are added on the host.
+
+Hooks on parameters are given what one backward over the whole minibatch would give them: its complete gradient, once, on
+the host, where the parameter is. They run on the controller, at the end of backward, through autograd itself.
 """
 
 import threading
@@ -88,11 +91,13 @@ class GradientStore:
         ]
         self._slots: list[list[_Slot]] = [[] for _ in self._devices]
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
-        """Gradients outside slots, by name and device: of glue weights, and all where the host is the device."""
+        """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
         self._owned: set[tuple[str, int]] = set()
         """Which of those are ours alone."""
         self._parts: dict[str, torch.Tensor] = {}
         """On the host: what has arrived of gradients that are not complete. Only the worker touches it."""
+        self._for_hooks: dict[str, torch.Tensor] = {}
+        """Complete, but hooks of the user's come before `Parameter.grad`. The worker adds, `deliver` takes."""
         self._clock = 0
 
     @torch.no_grad()
@@ -101,7 +106,8 @@ class GradientStore:
 
         The tensor may be kept, but is written only if it `is_ours`: autograd hands the same one to several takers.
         """
-        if pack is None or self._host_is_device or name not in self._layouts[pack]:
+        is_dense = gradient.layout == torch.strided
+        if pack is None or self._host_is_device or name not in self._layouts[pack] or not is_dense:
             self._add_loose((name, device), gradient, is_ours)
             return
         slot = self._slot(pack, device)
@@ -155,17 +161,32 @@ class GradientStore:
             self._reduce(holders)
             self._swap_out(*holders[0], is_complete, on_complete)
 
+    def hold(self) -> None:
+        """Bring everything to the host; nothing becomes complete."""
+        for pack in sorted({slot.pack for slots in self._slots for slot in slots if slot.pack is not None}):
+            self.send(pack, lambda name: False, _ignore)
+        self.send(None, lambda name: False, _ignore)
+
     def finish(self, on_complete: OnComplete) -> None:
         """End of a backward: whatever has not become complete by now never gets more."""
-        for pack in sorted({slot.pack for slots in self._slots for slot in slots if slot.pack is not None}):
-            self.send(pack, lambda name: False, on_complete)
-        self.send(None, lambda name: False, on_complete)
+        self.hold()
 
         def complete_parts() -> None:
             parts, self._parts = self._parts, {}
             self._receive(parts, frozenset(parts), on_complete)
 
         self._worker.submit(complete_parts)
+        if any(has_hooks(parameter) for parameter in self._parameters.values()):
+            self._worker.drain()
+            self._deliver(on_complete)
+
+    def _deliver(self, on_complete: OnComplete) -> None:
+        """Let autograd put gradients of parameters with hooks into `Parameter.grad`: it runs all kinds of hooks in its
+        order, and all in one backward, which is what hooks for several parameters wait for."""
+        arrived, self._for_hooks = self._for_hooks, {}
+        if arrived:
+            torch.autograd.backward([self._parameters[name] for name in arrived], list(arrived.values()))
+            on_complete(list(arrived))
 
     def _forget_loose(self) -> None:
         self._loose.clear()
@@ -180,6 +201,7 @@ class GradientStore:
         self._forget_loose()
         self._worker.drain()
         self._parts.clear()
+        self._for_hooks.clear()
 
     def _slot(self, pack: int, device: int) -> _Slot:
         slots = self._slots[device]
@@ -195,7 +217,7 @@ class GradientStore:
             slot = next((slot for slot in slots if slot.pack is None), None)
             if slot is None:  # a pack is visited again later: what it has so far waits on the host
                 slot = min(slots, key=lambda slot: slot.last_use)
-                self._swap_out(device, slot, lambda name: False, lambda names: None)
+                self._swap_out(device, slot, lambda name: False, _ignore)
             if slot.left is not None:
                 self._devices[device].wait(Lane.COMPUTE, slot.left)
                 slot.left = None
@@ -258,10 +280,10 @@ class GradientStore:
         home, total = held[0]
         for _, gradient in held[1:]:
             arrived = gradient.to(self._devices[home].torch_device)
-            self._counters.p2p_bytes += arrived.nbytes
+            self._counters.p2p_bytes += _payload_nbytes(arrived)
             total = total + arrived
         if not self._host_is_device:
-            self._counters.swap_out_bytes += total.nbytes
+            self._counters.swap_out_bytes += _payload_nbytes(total)
             total = total.cpu()
         complete = frozenset((name,)) if is_complete else frozenset[str]()
         arrived_on_host = {name: total}
@@ -279,11 +301,27 @@ class GradientStore:
                 self._parts[name] = gradient
                 continue
             parameter = self._parameters[name]
-            if parameter.grad is None:
+            if has_hooks(parameter):
+                self._for_hooks[name] = gradient
+            elif parameter.grad is None:
                 parameter.grad = gradient
             else:
                 parameter.grad.add_(gradient)
-        on_complete(self._in_order(complete))
+        on_complete(self._in_order(complete - self._for_hooks.keys()))
 
     def _in_order(self, names: frozenset[str]) -> list[str]:
         return [name for name in self._parameters if name in names]
+
+
+def has_hooks(parameter: nn.Parameter) -> bool:
+    """Whether the user watches the gradient of this parameter, and it trains at present."""
+    return parameter.requires_grad and bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
+def _payload_nbytes(gradient: torch.Tensor) -> int:
+    if gradient.layout == torch.sparse_coo:
+        return gradient._values().nbytes + gradient._indices().nbytes
+    return gradient.nbytes
+
+
+def _ignore(names: list[str]) -> None: ...

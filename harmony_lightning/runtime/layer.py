@@ -1,66 +1,107 @@
 """Forward and backward of one layer as a single autograd node that keeps no weights and no activations.
 
-Forward runs the module with the weights that are on the device now and stashes its inputs; backward runs it again from
-the stash, with the random state, autocast state and written buffers of the forward, and differentiates that.
+Forward runs the module with the weights that are on the device now and stashes its inputs. The operations inside build
+a graph of their own, which holds no tensors (`activations`). Backward differentiates that graph; what it needs of the
+forward's values comes from a second run, from the stash, with the random state, autocast state and written buffers of
+the first.
 
-Forward runs with gradients enabled although its graph is thrown away (its saved tensors are never kept): user code and
-torch itself choose other paths, kernels and results when gradients are off.
+    stash -> [ begin -> ... the layer's own graph ... -> end ] -> results
+                 ^                                        |
+                 '---- gradients, taken by the node ------'
+
+A layer whose forward takes derivatives by itself needs what it saves at once. The graph of its forward is thrown away, and
+backward differentiates that of the second run.
 """
 
+import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import GradientEdge, get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
+from harmony_lightning.runtime.activations import Activations, TakesDerivative
+from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
 from harmony_lightning.runtime.randomness import Replay
-from harmony_lightning.runtime.segment import Segment, add_place, reaches_weights
+from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments
 from harmony_lightning.runtime.thread_state import Autocast
-
-_DROPPED = object()
 
 
 class LayerCall:
     """One call of a layer by one microbatch, from its forward to its backward."""
 
-    def __init__(self, site: Site, segment: Segment, arguments: Arguments) -> None:
+    def __init__(self, site: Site, segment: Segment, arguments: Arguments, *, is_kept: bool) -> None:
         self.site = site
         self.segment = segment
         self.arguments = arguments
+        self.activations = Activations(site.name, is_kept=is_kept)
         self.autocast = Autocast.capture()
         self.replay: Replay | None = None
         self.buffers_before: dict[int, torch.Tensor] = {}
         """Values of written buffers in front of the forward, by place."""
+        self.weight_versions = self._read_weight_versions()
         self.trained: tuple[str, ...] = ()
         """Weights that get a gradient from this call."""
+        self.stash: Callable[[], tuple[torch.Tensor, ...]] | None = None
+        """The inputs, during backward."""
+        self.input_edges: list[GradientEdge | None] = []
+        self.weight_edges: dict[str, GradientEdge] = {}
+        self.result_edges: list[GradientEdge | None] = []
+        """Where the layer's own graph begins and ends; None for tensors that are not part of it."""
         self.result_spec: Any = None
         self.result_leaves: list[Any] = []
         self.tensor_positions: list[int] = []
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
 
+    def _read_weight_versions(self) -> tuple[int, ...]:
+        parameters = self.segment.state.parameters
+        # While a microbatch is cut its weights cannot change: updates follow backward.
+        return () if self.segment.is_cut else tuple(parameters[name]._version for name in self.site.weight_names)
 
-def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any) -> Any:
-    """Run a layer in its segment; the result is part of the microbatch's autograd graph."""
+    def check_weights(self) -> None:
+        """In front of backward.
+
+        Raises:
+            UnsupportedError: weights are not those of the forward any more.
+        """
+        if self._read_weight_versions() != self.weight_versions:
+            raise UnsupportedError(
+                f"weights of layer {self.site.name} were changed between its forward and its backward (by an optimizer's "
+                f"step?), so its gradient cannot be computed; torch refuses that, too. Call backward before the step, or "
+                f"the layer again behind it"
+            )
+
+
+def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool = False) -> Any:
+    """Run a layer in its segment; the result is part of the microbatch's autograd graph.
+
+    Args:
+        keeps: its activations stay on the device until its backward, or until the microbatch leaves the pack.
+    """
+    refuse_transforms(site.name)
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
         tensors = [segment.bring(tensor) for tensor in originals]
     state = segment.state
     trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
-    call = LayerCall(site, segment, arguments.snapshot())
+    call = LayerCall(site, segment, arguments.snapshot(), is_kept=keeps)
     if not torch.is_grad_enabled() or not (trained or any(tensor.requires_grad for tensor in tensors)):
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained
     segment.has_graph = True
+    if keeps:
+        segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
     with state.inside_layer(segment.device):
@@ -106,6 +147,12 @@ class _Buffers:
         self._known = self._site.written_buffers.get(self._flags)
         self._before = {i: b.clone() for i, b in enumerate(self.tensors) if self._known is None or i in self._known}
 
+    def take_back(self) -> None:
+        """The forward will run again: let buffers have their values in front of it."""
+        with torch.no_grad():
+            for index, value in self._before.items():
+                self._held[index].copy_(value)
+
     def report_written(self) -> dict[int, torch.Tensor]:
         """Tell the store what the forward wrote; returns the values in front of it, by place."""
         written = set(self._known or ())
@@ -128,19 +175,33 @@ def _follow_kept_results(call: LayerCall, results: list[torch.Tensor], detached:
             replaced[id(results[index])] = (results[index], outer)
 
 
-def _drop(tensor: torch.Tensor) -> object:
-    return _DROPPED
+def _outlive_slots(results: Sequence[torch.Tensor], call: LayerCall) -> None:
+    """Autograd functions of the user's may hold weights as attributes. Their slot will be overwritten, so they get copies
+    of their own. Whether a layer has such functions is learned from its first call."""
+    site, state = call.site, call.segment.state
+    if state.cluster.host_is_device or site.has_functions is False:
+        return
+    site.has_functions = False
+    for function in _functions(results):
+        site.has_functions = True
+        for name, held in vars(function).items():
+            setattr(function, name, pytree.tree_map_only(torch.Tensor, state.off_the_arena, held))
 
 
-def _refuse(site: Site) -> Callable[[object], torch.Tensor]:
-    def unpack(_: object) -> torch.Tensor:
-        raise UnsupportedError(
-            f"a tensor computed inside layer {site.name} was used outside of it other than through its result (was "
-            f"it kept in an attribute?); its gradient is not available. Choose smaller layers, so that it becomes "
-            f"the result of one: HarmonyStrategy(layers=[...])"
-        )
+def _functions(results: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Nodes of Python autograd functions in the graph of these tensors."""
+    nodes, seen = [result.grad_fn for result in results], set[Any]()
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            if isinstance(node, torch.autograd.function.BackwardCFunction):
+                yield node
+            nodes += [following for following, _ in node.next_functions]
 
-    return unpack
+
+def _unreachable(_: Any) -> Any:
+    raise AssertionError("gradients of a layer's inputs are taken where its graph begins, and a second run has none")
 
 
 class LayerFunction(torch.autograd.Function):
@@ -154,23 +215,33 @@ class LayerFunction(torch.autograd.Function):
         state = call.segment.state
         ctx.set_materialize_grads(False)
         ctx.call = call
-        ctx.needs = [tensor.requires_grad for tensor in tensors]
-
-        buffers = _Buffers(call)
 
         # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
         copied = site.mutated_inputs
-        with torch.enable_grad(), saved_tensors_hooks(_drop, _refuse(site)):
-            inner = [
-                _leaf(tensor, needs, copied is None or index in copied)
-                for index, (tensor, needs) in enumerate(zip(tensors, ctx.needs, strict=True))
-            ]
-            inner_versions = _versions(inner)
-            args, kwargs = arguments.build(inner)
+        while True:
+            buffers = _Buffers(call)
             replay = Replay(device)
-            result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
-            replay.keep_what_was_drawn(device)
-            call.replay = replay
+            try:
+                with torch.enable_grad(), _saving(call):
+                    inner = [
+                        _begin(tensor, state.anchor, copied is None or index in copied)
+                        for index, tensor in enumerate(tensors)
+                    ]
+                    call.input_edges = [get_gradient_edge(t) if t.requires_grad else None for t in inner]
+                    inner_versions = _versions(inner)
+                    args, kwargs = arguments.build(inner)
+                    weights = state.weights_of(site, device, call.trained)
+                    call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
+                    result = site.run(weights, buffers.tensors, args, kwargs)
+                break
+            except TakesDerivative:
+                site.differentiates = True
+                buffers.take_back()
+                replay.keep_what_was_drawn(device)
+                replay.begin(device)
+                arguments = call.arguments.snapshot()
+        replay.keep_what_was_drawn(device)
+        call.replay = replay
 
         call.buffers_before = buffers.report_written()
         mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if _versions([t]) != [v]]
@@ -181,6 +252,9 @@ class LayerFunction(torch.autograd.Function):
         del result
         call.tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
         results = [leaves[i] for i in call.tensor_positions] + [inner[i] for i in mutated]
+        if not site.differentiates:
+            call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
+            _outlive_slots(results, call)
         detached = [state.off_the_arena(result.detach()) for result in results]
         ctx.mark_non_differentiable(
             *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
@@ -193,78 +267,138 @@ class LayerFunction(torch.autograd.Function):
         return tuple(detached)
 
     @staticmethod
-    @once_differentiable  # the recompute is not part of any graph: a second derivative must fail, not be wrong
+    @first_derivative_only  # the inner graph is not part of the outer: a second derivative must fail, not be wrong
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: LayerCall = ctx.call
-        stash = ctx.saved_tensors
         trained = call.trained if reaches_weights(ctx) else ()
-        state = call.segment.state
+        call.stash = lambda: ctx.saved_tensors
         try:
-            with state.recomputing(call.segment.device):
-                return (None, None, None, *_differentiate(call, stash, ctx.needs, gradients, trained))
+            call.check_weights()
+            with call.segment.state.recomputing(call.segment.device):
+                return (None, None, None, *_differentiate(call, gradients, trained))
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
             raise
+        finally:
+            call.stash = None
 
 
-def _leaf(tensor: torch.Tensor, needs_gradient: bool, is_copied: bool) -> torch.Tensor:
-    leaf = tensor.detach()
-    if needs_gradient:
-        leaf.requires_grad_()
-    return leaf.clone() if is_copied else leaf
+def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch.Tensor:
+    """An input as the layer's own graph begins with it. The graph does not hold the tensor, as a leaf would."""
+    source = tensor.detach()
+    if tensor.requires_grad:
+        return Import.apply(anchor, source, _unreachable, is_copied)  # type: ignore[no-any-return,no-untyped-call]
+    return source.clone() if is_copied else source
 
 
-def _differentiate(
-    call: LayerCall,
-    stash: tuple[torch.Tensor, ...],
-    needs: list[bool],
-    gradients: tuple[torch.Tensor | None, ...],
-    trained: tuple[str, ...],
-) -> list[torch.Tensor | None]:
-    """Gradients of the input tensors; those of the `trained` weights go to the segment."""
-    site, segment = call.site, call.segment
-    state, device = segment.state, segment.device
-    stash = tuple(tensor.to(device.torch_device) for tensor in stash)
-    leaves = [tensor.detach().requires_grad_(need) for tensor, need in zip(stash, needs, strict=True)]
+def _saving(call: LayerCall) -> AbstractContextManager[Any]:
+    """What happens to tensors that operations of the forward save."""
+    return saved_tensors_hooks(_keep, _hand_out) if call.site.differentiates else call.activations.in_forward()
+
+
+def _keep(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()  # an operation that saves its own result would hold itself alive for ever
+
+
+def _hand_out(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def is_layer_hook(pack: Any) -> bool:
+    """Whether a saved-tensor hook is that of a layer's forward, which may be taken off the thread.
+
+    Raises:
+        TakesDerivative: it is, but without it the layer's graph would hold weights.
+    """
+    if isinstance(getattr(pack, "__self__", None), Activations):
+        raise TakesDerivative
+    return pack is _keep
+
+
+@dataclass(frozen=True, slots=True)
+class _SecondRun:
+    leaves: list[torch.Tensor]
+    results: list[torch.Tensor]
+    """Tensors in the result, and inputs that the layer has written."""
+
+
+def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
+    """The layer's forward once more, from the stash, with the random, autocast and buffer state of the first time."""
+    site, device = call.site, call.segment.device
+    state = call.segment.state
+    assert call.stash is not None and call.replay is not None
+    stash = [tensor.to(device.torch_device) for tensor in call.stash()]
     weights = state.weights_of(site, device, call.trained)
     buffers = [
         (call.buffers_before[index] if index in call.buffers_before else state.buffers.fetch(place, device)).clone()
         for index, place in enumerate(site.buffer_places)
     ]
-    assert call.replay is not None
     autocast = Autocast.capture()
     call.autocast.apply()
     torch.set_autocast_cache_enabled(False)
     present = call.replay.begin(device)
+    copied = site.mutated_inputs or frozenset()
     try:
-        with torch.enable_grad():
-            copied = site.mutated_inputs or frozenset()
+        with torch.enable_grad(), hooks:
+            leaves = [t.detach().requires_grad_(e is not None) for t, e in zip(stash, call.input_edges, strict=True)]
             inner = [leaf.clone() if index in copied else leaf for index, leaf in enumerate(leaves)]
-            args, kwargs = call.arguments.snapshot().build(inner)
-            result = site.run(weights, buffers, args, kwargs)
-        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-        found += [inner[i] for i in call.mutated]
-        if len(found) != len(gradients):
-            raise UnsupportedError(
-                f"layer {site.name} returned {len(gradients)} tensors in forward and {len(found)} when it was "
-                f"recomputed: its forward must do the same when it is called again with the same inputs"
-            )
-        roots = [(t, g) for t, g in zip(found, gradients, strict=True) if g is not None and t.requires_grad]
-        targets = [leaf for leaf in leaves if leaf.requires_grad] + [weights[name] for name in trained]
-        values: tuple[torch.Tensor | None, ...] = (
-            torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
-            if roots and targets
-            else (None,) * len(targets)
-        )
+            result = site.run(weights, buffers, *call.arguments.snapshot().build(inner))
     finally:
         present.begin(device)
         autocast.apply()
-    num_inputs = sum(needs)
-    ours = _unshared(values, gradients) if state.cluster.host_is_device else [False] * len(values)
+    results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    return _SecondRun(leaves, results + [inner[i] for i in call.mutated])
+
+
+def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
+    _run_again(call, saved_tensors_hooks(save, _unreachable))
+
+
+def _differentiate(
+    call: LayerCall, gradients: tuple[torch.Tensor | None, ...], trained: tuple[str, ...]
+) -> list[torch.Tensor | None]:
+    """Gradients of the input tensors; those of the `trained` weights go to the segment."""
+    values = (_values_by_second_run if call.site.differentiates else _values)(call, gradients, trained)
+    is_on_host = call.segment.state.cluster.host_is_device
+    ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
+    num_inputs = len(values) - len(trained)
     for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=True):
-        segment.add_gradient(name, site.pack, value, is_ours)
+        call.segment.add_gradient(name, call.site.pack, value, is_ours)
     by_input = iter(values[:num_inputs])
-    return [next(by_input) if need else None for need in needs]
+    return [None if edge is None else next(by_input) for edge in call.input_edges]
+
+
+_Gradients = tuple[torch.Tensor | None, ...]
+"""Of the inputs that have one, and of the weights that train."""
+
+
+def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
+    roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
+    targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
+    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
+    if not (roots and targets):
+        return (None,) * len(targets)
+    call.activations.open(functools.partial(_recompute, call))
+    try:
+        edges, seeds = zip(*roots, strict=True)
+        return torch.autograd.grad(edges, targets, seeds, allow_unused=True, retain_graph=not is_last)
+    finally:
+        call.activations.close()
+
+
+def _values_by_second_run(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
+    run = _run_again(call, saved_tensors_hooks(_keep, _hand_out))
+    if len(run.results) != len(gradients):
+        raise UnsupportedError(
+            f"layer {call.site.name} returned {len(gradients)} tensors first and {len(run.results)} when it was "
+            f"recomputed: its forward must do the same when it is called again with the same inputs"
+        )
+    weights = call.segment.state.weights_of(call.site, call.segment.device, call.trained)
+    roots = [(t, g) for t, g in zip(run.results, gradients, strict=True) if g is not None and t.requires_grad]
+    targets = [leaf for leaf in run.leaves if leaf.requires_grad] + [weights[name] for name in trained]
+    if not (roots and targets):
+        return (None,) * len(targets)
+    return torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)
 
 
 def _unshared(values: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[bool]:

@@ -12,7 +12,7 @@ import greenlet
 import torch
 from torch.autograd.graph import GradientEdge
 
-from harmony_lightning.hardware.device import Lane
+from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
@@ -47,6 +47,8 @@ class Microbatch:
         self._in_backward: Segment | None = None
         self._function = function
         self._stream = stream
+        self._device: Device | None = None
+        """Where the random stream is while the greenlet runs."""
         self._parked: Parked | None = None
         self._greenlet: greenlet.greenlet | None = None
 
@@ -81,7 +83,7 @@ class Microbatch:
     def park(self, pack: int) -> None:
         """Called within the greenlet: wait until the engine has come to `pack`."""
         self.waits_for = pack
-        self.segment.close()  # while this one waits, nothing of the past may stay on the device for it
+        self.segment.leave()  # while this one waits, nothing of the past may stay on the device for it
         assert self._greenlet is not None and self._greenlet.parent is not None
         self._greenlet.parent.switch()
         self.waits_for = None
@@ -91,7 +93,7 @@ class Microbatch:
         """Called by the engine: let the greenlet run to its next switch or its end."""
         assert self._greenlet is not None
         pack = self.segment.pack if self.waits_for is None else self.waits_for
-        device = self._state.device_of(pack, self.index)
+        device = self._device = self._state.device_of(pack, self.index)
         base = ThreadState()
         if self._stream is not None:
             self._stream.resume()
@@ -106,7 +108,15 @@ class Microbatch:
             self._parked = base.park()
             if self._stream is not None:
                 self._stream.suspend()
-                self._stream.leave_device(device)
+                self._stream.leave_device(self._device)
+
+    def follow(self, device: Device) -> None:
+        """Called within the greenlet, which goes on without a switch: the random stream comes along to the device."""
+        if self._stream is not None and device is not self._device:
+            assert self._device is not None
+            self._stream.leave_device(self._device)
+            self._stream.enter_device(device)
+            self._device = device
 
     def kill(self) -> None:
         """End the user's code where it stands; its `finally` blocks and context managers run."""

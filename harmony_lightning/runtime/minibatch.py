@@ -4,9 +4,11 @@ Torch and numpy only: nothing here knows Lightning. Slices are views; they keep 
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from harmony_lightning.config import LossWeight
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.runtime.rows import Refusal, leading_sizes, num_samples, read_rows
 
@@ -21,13 +23,31 @@ class Microbatches:
     reason: str | None
     """Why there is a single microbatch although more were asked for."""
 
-    @property
-    def weights(self) -> tuple[float, ...]:
-        """n_m / N: what each microbatch's mean contributes to the mean over the minibatch."""
-        total = sum(self.num_samples)
-        if total == 0:
-            return tuple(1 / len(self.num_samples) for _ in self.num_samples)
-        return tuple(count / total for count in self.num_samples)
+
+def loss_shares(loss_weight: LossWeight, parts: Microbatches) -> tuple[float, ...]:
+    """What the loss of each microbatch counts in that of the minibatch; `HarmonyConfig.loss_weight` says by what.
+
+    Raises:
+        ConfigurationError: the user's function gives no usable numbers.
+    """
+    if loss_weight == "sum":
+        return (1.0,) * len(parts.batches)
+    if loss_weight == "mean":
+        counts: list[float] = list(parts.num_samples)
+    else:
+        assert callable(loss_weight)
+        counts = [float(loss_weight(batch)) for batch in parts.batches]
+        if not all(0 <= count < math.inf for count in counts):
+            raise ConfigurationError(f"loss_weight must give finite numbers of at least 0, got {counts}")
+    total = sum(counts)
+    return tuple(count / total if total else 1 / len(counts) for count in counts)
+
+
+def scale_without(shares: Sequence[float], is_missing: Sequence[bool]) -> float:
+    """How much more the other losses count where some microbatches returned none: shares that add up to 1 still do."""
+    kept = sum(share for share, missing in zip(shares, is_missing, strict=True) if not missing)
+    is_sum = all(share == 1.0 for share in shares)
+    return 1.0 if not any(is_missing) or not kept or is_sum else 1 / kept
 
 
 def split_minibatch(

@@ -37,7 +37,7 @@ class WeightStore:
             self.borrowed.append(tuple(name for name in pack.parameters if name not in names))
             # Own weights first, in the arena's order, so that they arrive in one copy.
             self.layouts.append(lay_out(parameters, (*names, *self.borrowed[-1])))
-        return_freed_memory()
+            return_freed_memory()  # pack by pack: else the host would hold the weights twice for a moment
 
 
 @dataclass(slots=True, eq=False)

@@ -38,7 +38,10 @@ Replaced = dict[int, tuple[torch.Tensor, torch.Tensor]]
 def reaches_weights(ctx: Any) -> bool:
     """Whether the running backward is for all leaves. `torch.autograd.grad(loss, inputs)` in user code is not, and must
     leave the gradients of weights alone. Told by the anchor, the first input of every node of ours."""
-    return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))  # type: ignore[attr-defined]
+    try:
+        return bool(torch._C._will_engine_execute_node(ctx.next_functions[0][0]))  # type: ignore[attr-defined]
+    except RuntimeError:  # torch does not say for a leaf whose own gradient is asked for: see `differentiate_weights`
+        return True
 
 
 class Import(torch.autograd.Function):
@@ -76,6 +79,7 @@ class Segment:
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
         stashed: what has gone to the host from in here, so that each tensor goes once.
+        on_leave: called when the microbatch goes on to another pack.
     """
 
     def __init__(
@@ -93,12 +97,17 @@ class Segment:
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
         self.stashed: dict[Any, Any] = {}
+        self.on_leave: list[Callable[[], None]] = []
         self._deposit = deposit
         self._moved: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
         """Copies on this device, by identity of the source; the source is held so that its identity stays taken."""
 
     def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None, is_ours: bool = False) -> None:
         """One use of a weight has been differentiated; the last one hands the sum on. `is_ours`: nobody else holds it."""
+        if self.state.captured is not None:
+            if gradient is not None:
+                self.state.capture(name, gradient)
+            return
         if not self.is_cut:
             self.state.collect_later()
         self.uses[name] -= 1
@@ -120,8 +129,14 @@ class Segment:
             self.state.gradients.add(name, gradient, self.device.index, self.state.slot_pack(name, self.pack))
         self.partial.clear()
 
+    def leave(self) -> None:
+        """The microbatch goes on to another pack, and the weights of this one may go."""
+        for callback in self.on_leave:
+            callback()
+        self.close()
+
     def close(self) -> None:
-        """The microbatch has left; its backward may still come."""
+        """The microbatch's code has left; its backward may still come."""
         self._moved.clear()
         self.stashed.clear()
 

@@ -4,12 +4,15 @@ Running a site means: hang device-resident tensors into the module's own places,
 called, and hang the user's `Parameter`s and buffers back, whatever happens. The user's objects are never changed.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+
+from harmony_lightning.runtime.derived import find_derived
 
 Call = Callable[..., Any]
 
@@ -49,12 +52,22 @@ class Site:
         """By training flags of the buffers' owners: which places a forward was seen to write."""
         self.mutated_inputs: frozenset[int] | None = None
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self.differentiates = False
+        """Whether a forward was seen to take derivatives by itself."""
+        self.has_functions: bool | None = None
+        """Whether Python autograd functions of the user's were seen in a forward's graph."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
+        self._derived = [(one.owner, one.attribute) for one in find_derived(module)]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
     def has_hooks_inside(self) -> bool:
         """Whether somebody watches results of modules within this one now. They must be results of layers then."""
         return any(self._hooks_inside)
+
+    def has_own_weights(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether the masters hang in their places. `torch.func.functional_call` hangs others there for one call, and the
+        module must be run with those."""
+        return all(owner._parameters.get(attribute) is parameters[name] for owner, attribute, name in self._weights)
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)
@@ -64,18 +77,40 @@ class Site:
         return self._call(*args, **kwargs)
 
     def run(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
-        """Call the module on other weights and buffers.
+        """Call the module on other weights and buffers, without its own forward hooks: see `run_forward_hooks`.
 
         `buffers` follow `buffer_places`; an entry is replaced if the module hangs a new tensor into that place.
         """
-        with self._hung(weights, buffers):
-            return self._call(*args, **kwargs)
+        hooks = self.module._forward_hooks
+        try:
+            if self._hooks_follow():
+                self.module._forward_hooks = OrderedDict()
+            with self._hung(weights, buffers):
+                return self._call(*args, **kwargs)
+        finally:
+            self.module._forward_hooks = hooks
+
+    def run_forward_hooks(self, args: Any, kwargs: Any, result: Any) -> Any:
+        """The user's forward hooks on this very module, as part of the code around it. So they run once, though the module
+        is recomputed, and what they keep is the layer's real result."""
+        if self._hooks_follow():
+            for key, hook in list(self.module._forward_hooks.items()):
+                takes_kwargs = key in self.module._forward_hooks_with_kwargs
+                answer = hook(self.module, args, kwargs, result) if takes_kwargs else hook(self.module, args, result)
+                if answer is not None:
+                    result = answer
+        return result
+
+    def _hooks_follow(self) -> bool:
+        # Hooks that want to be called on errors too stay where errors are.
+        return bool(self.module._forward_hooks) and not self.module._forward_hooks_always_called
 
     @contextmanager
     def _hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
         own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]
+        own_derived = [owner.__dict__.get(attribute) for owner, attribute in self._derived]
         try:
             for owner, attribute, name in self._weights:
                 owner._parameters[attribute] = weights[name]  # type: ignore[assignment]
@@ -93,6 +128,8 @@ class Site:
                 owner._parameters[attribute] = parameter
             for (owner, attribute), own in zip(self.buffer_places, own_buffers, strict=True):
                 owner._buffers[attribute] = own
+            for (owner, attribute), weight in zip(self._derived, own_derived, strict=True):
+                owner.__dict__[attribute] = weight
             for recurrent, flat in zip(self._recurrent, own_flat, strict=True):
                 recurrent._flat_weights = flat
 

@@ -28,6 +28,7 @@ class RuntimeState:
     Attributes:
         depth: how many layers the running code is inside of; 0 in glue.
         is_recomputing: a layer is being run again for its backward.
+        is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         upcoming: by device, the pack to swap in behind the running one.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
@@ -39,13 +40,17 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
-        self.buffers = BufferStore(counters)
+        self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
         self.depth = 0
         self.is_recomputing = False
+        self.is_holding = False
         self.upcoming: dict[int, int] = {}
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
+        self.captured: dict[str, torch.Tensor] | None = None
+        """Gradients of weights that user code has asked for, on the host, while it does."""
+        self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False
         self._torch_devices = frozenset(device.torch_device for device in cluster.devices)
@@ -148,6 +153,23 @@ class RuntimeState:
         finally:
             self.is_recomputing = before
 
+    @contextmanager
+    def capturing(self, names: frozenset[str]) -> Iterator[dict[str, torch.Tensor]]:
+        """Gradients of these weights that are computed within are kept apart; those of all others are dropped."""
+        self.captured, self._wanted = {}, names
+        try:
+            yield self.captured
+        finally:
+            self.captured = None
+
+    @torch.no_grad()
+    def capture(self, name: str, gradient: torch.Tensor) -> None:
+        """One use of a weight has been differentiated while user code asked for it."""
+        assert self.captured is not None
+        if name in self._wanted:
+            arrived = gradient.detach().to("cpu")
+            self.captured[name] = self.captured[name] + arrived if name in self.captured else arrived
+
     def collect_later(self) -> None:
         """Called within a backward that user code runs by itself: at its end, gradients go to `Parameter.grad`."""
         if not self._is_collecting:
@@ -158,7 +180,10 @@ class RuntimeState:
         self._is_collecting = False
         # User code may be running, and its function mode would take our tensors for its own.
         with self.cluster.activate(continues=True), torch._C.DisableTorchFunction():
-            self.gradients.finish(lambda names: None)
+            if self.is_holding:
+                self.gradients.hold()
+            else:
+                self.gradients.finish(lambda names: None)
             self.release_all()  # most likely an update follows: the copies will be out of date
         self._worker.drain()
 
@@ -181,6 +206,8 @@ class RuntimeState:
         """Drop what a step has left behind when it is given up; masters stay as they are."""
         self.depth = 0
         self.is_recomputing = False
+        self.is_holding = False
+        self.captured = None
         self._is_collecting = False
         self.upcoming = {}
         self.buffers.discard()

@@ -2,59 +2,96 @@
 
 The user's own optimizer does it, on the host worker, while other packs still compute. The step runs on a shadow of the
 optimizer: the same class, the same state, the hyper-parameters of this moment, but only the weights at hand. For an
-optimizer whose update is separable per parameter this is its ordinary step to the bit; `is_separable` knows which are.
+optimizer whose update is separable per parameter this is its ordinary step to the bit; `separability` finds out.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-_WHOLE_MODEL = (torch.optim.LBFGS,)
-
-
-def is_separable(optimizer: Optimizer) -> bool:
-    """Whether stepping parameters one after the other equals stepping them together.
-
-    True for what torch ships except LBFGS, without step hooks; others are stepped as a whole, which is always right.
-    """
-    kind = type(optimizer)
-    return (
-        kind.__module__.startswith("torch.optim.")
-        and not isinstance(optimizer, _WHOLE_MODEL)
-        and not optimizer._optimizer_step_pre_hooks
-        and not optimizer._optimizer_step_post_hooks
-    )
+Group = dict[str, Any]
+Prepare = Callable[[Sequence[nn.Parameter]], None]
+"""Done to weights between their backward and their step, such as clipping by value."""
 
 
 class JustInTimeUpdate:
     """One step's update, pack by pack. Made on the controller: it remembers the hyper-parameters of that moment."""
 
-    def __init__(self, optimizer: Optimizer, parameters: Mapping[str, nn.Parameter]) -> None:
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        parameters: Mapping[str, nn.Parameter],
+        *,
+        prepare: Prepare | None = None,
+        keeps_gradients: bool = False,
+    ) -> None:
+        """`keeps_gradients`: hold what was stepped with, for `give_back`, instead of freeing it."""
         self._optimizer = optimizer
         self._parameters = parameters
-        self._groups = [
-            ({key: value for key, value in group.items() if key != "params"}, {id(p) for p in group["params"]})
-            for group in optimizer.param_groups
-        ]
+        self._prepare = prepare
+        self._kept: list[tuple[nn.Parameter, torch.Tensor]] | None = [] if keeps_gradients else None
+        self._groups = [({**group}, {id(p) for p in group["params"]}) for group in optimizer.param_groups]
 
     def __call__(self, names: Iterable[str]) -> None:
         """Step these weights and free their gradients. Weights that the optimizer does not know keep theirs."""
         weights = [self._parameters[name] for name in names]
-        groups: list[dict[str, Any]] = []
-        for knobs, members in self._groups:
+        groups: list[Group] = []
+        for group, members in self._groups:
             ours = [weight for weight in weights if id(weight) in members]
             if ours:
-                groups.append({**knobs, "params": ours})
+                groups.append(part_of_group(group, ours))
         if not groups:
             return
-        shadow = object.__new__(type(self._optimizer))
-        shadow.__dict__.update(self._optimizer.__dict__)
-        shadow.__dict__.pop("step", None)  # schedulers wrap the instance's step to count calls
-        shadow.param_groups = groups
-        type(self._optimizer).step(shadow)
+        ours = [weight for group in groups for weight in group["params"]]
+        if self._prepare is not None:
+            self._prepare(ours)
+        step_part(self._optimizer, groups)
+        for weight in ours:
+            if self._kept is not None and weight.grad is not None:
+                self._kept.append((weight, weight.grad))
+            weight.grad = None
+
+    def leaves_gradients(self) -> bool:
+        """Whether the optimizer has weights with a gradient that were not stepped."""
+        return any(weight.grad is not None for group in self._optimizer.param_groups for weight in group["params"])
+
+    def give_back(self) -> None:
+        """After the whole step: let weights have the gradients again that they were stepped with, as in plain training."""
+        for weight, gradient in self._kept or ():
+            weight.grad = gradient
+
+
+def part_of_group(group: Group, members: Sequence[nn.Parameter]) -> Group:
+    """A parameter group with some of its parameters."""
+    part = {**group, "params": list(members)}
+    return part | _HOST_OPTIONS if part.get("capturable") else part
+
+
+def step_part(optimizer: Optimizer, groups: list[Group]) -> None:
+    """One step of the optimizer on these groups alone: its state is shared, its own groups are left as they are."""
+    shadow = object.__new__(type(optimizer))
+    shadow.__dict__.update(optimizer.__dict__)
+    shadow.__dict__.pop("step", None)  # schedulers wrap the instance's step to count calls
+    shadow.param_groups = groups
+    type(optimizer).step(shadow)
+
+
+_HOST_OPTIONS = {"capturable": False}
+"""Options that mean something on a GPU only; torch refuses them for weights on the host."""
+
+
+@contextmanager
+def stepping_on_host(optimizer: Any) -> Iterator[None]:
+    """Within, the optimizer may step weights on the host although its options were written for a GPU."""
+    groups = [group for group in getattr(optimizer, "param_groups", ()) if group.get("capturable")]
+    try:
         for group in groups:
-            for weight in group["params"]:
-                weight.grad = None
+            group.update(_HOST_OPTIONS)
+        yield
+    finally:
+        for group in groups:
+            group["capturable"] = True

@@ -91,6 +91,7 @@ def make_plan(
         packs=tuple(packs),
         stash=stash,
         prefetch=limit.prefetch,
+        keep=packs[-1].layers[-1:],
     )
 
 

@@ -8,7 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -125,12 +125,9 @@ def train_plain(make_module: MakeModule, batches: Sequence[Any], microbatch_size
         )
     num_microbatches = len(parts[0].batches)
     module = _make(make_module, seed)
-    with plain_streams(module, num_microbatches), _recorded_losses(module) as losses:
-        trainer = _trainer(accumulate_grad_batches=num_microbatches)
-        trainer.fit(module, _loader([batch for part in parts for batch in part.batches]))
-    return Run(
-        losses=tuple(losses), weights=_copies(module.named_parameters()), buffers=_copies(module.named_buffers())
-    )
+    with plain_streams(module, num_microbatches):
+        microbatches = [batch for part in parts for batch in part.batches]
+        return _fit(module, microbatches, accumulate_grad_batches=num_microbatches)
 
 
 def train_harmony(
@@ -146,15 +143,7 @@ def train_harmony(
     """Lightning with `HarmonyStrategy` on emulated GPUs. Arguments as in `compare_with_one_device`."""
     module = _make(make_module, seed)
     harmony = HarmonyStrategy(cluster=cluster, mode=mode, microbatch_size=microbatch_size, **strategy)
-    with _recorded_losses(module) as losses:
-        _trainer(strategy=harmony).fit(module, _loader(batches))
-    return Run(
-        losses=tuple(losses),
-        weights=_copies(module.named_parameters()),
-        buffers=_copies(module.named_buffers()),
-        statistics=harmony.statistics(),
-        plan=harmony.plan,
-    )
+    return replace(_fit(module, batches, strategy=harmony), statistics=harmony.statistics(), plan=harmony.plan)
 
 
 def relative_difference(expected: torch.Tensor | None, actual: torch.Tensor | None) -> float:
@@ -177,8 +166,9 @@ def _make(make_module: MakeModule, seed: int) -> LightningModule:
     return module
 
 
-def _trainer(**arguments: Any) -> Trainer:
-    return Trainer(
+def _fit(module: LightningModule, batches: Sequence[Any], **arguments: Any) -> Run:
+    """Train on each of the batches once, with these arguments of the Trainer."""
+    trainer = Trainer(
         max_epochs=1,
         accelerator="cpu",
         logger=False,
@@ -187,10 +177,11 @@ def _trainer(**arguments: Any) -> Trainer:
         enable_model_summary=False,
         **arguments,
     )
-
-
-def _loader(batches: Sequence[Any]) -> DataLoader[Any]:
-    return DataLoader(batches, batch_size=None, collate_fn=_as_it_is)  # type: ignore[arg-type]
+    with _recorded_losses(module) as losses:
+        trainer.fit(module, DataLoader(batches, batch_size=None, collate_fn=_as_it_is))  # type: ignore[arg-type]
+    return Run(
+        losses=tuple(losses), weights=_copies(module.named_parameters()), buffers=_copies(module.named_buffers())
+    )
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -138,3 +138,36 @@ def test_copies_are_no_inference_tensors(cluster, store):
     with torch.inference_mode():
         copy = store.fetch((home, "mean"), cluster.devices[0])
     assert not copy.is_inference()
+
+
+class Many(nn.Module):
+    def __init__(self, count=8):
+        super().__init__()
+        for index in range(count):
+            self.register_buffer(f"b{index}", torch.full((4,), float(index)))
+
+
+def test_the_oldest_clean_copies_give_way(cluster):
+    home, one = Many(), cluster.devices[0]
+    store = BufferStore(Counters(), limit_nbytes=2 * MEAN_BYTES)
+    for index in range(8):
+        assert store.fetch((home, f"b{index}"), one).tolist() == [index] * 4
+        assert one.allocated_bytes() <= 3 * MEAN_BYTES  # the one in hand beside those held
+    assert store.fetch((home, "b7"), one) is store.fetch((home, "b7"), one)
+    assert store._counters.input_bytes == 8 * MEAN_BYTES
+    store.fetch((home, "b0"), one)
+    assert store._counters.input_bytes == 9 * MEAN_BYTES
+
+
+def test_written_copies_stay_whatever_comes(cluster):
+    home, (one, two) = Many(), cluster.devices
+    store = BufferStore(Counters(), limit_nbytes=MEAN_BYTES)
+    for index in range(8):
+        value = store.fetch((home, f"b{index}"), one)
+        value.add_(1)
+        store.written((home, f"b{index}"), one, value)
+    for index in range(8):
+        assert store.fetch((home, f"b{index}"), two).tolist() == [index + 1] * 4
+        assert store.fetch((home, f"b{index}"), one).tolist() == [index + 1] * 4
+    store.flush()
+    assert [getattr(home, f"b{index}")[0].item() for index in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]

@@ -26,7 +26,7 @@ def gradient(function, use_reentrant):
 
 
 @both
-def test_in_glue_the_function_just_runs(use_reentrant):
+def test_where_the_runtime_recomputes_the_function_just_runs(use_reentrant):
     function, outside = Counted(), Counted()
     expected = gradient(outside, use_reentrant)
     assert outside.calls == 2
@@ -36,7 +36,7 @@ def test_in_glue_the_function_just_runs(use_reentrant):
 
 
 @both
-def test_within_a_layer_checkpoints_work_as_always(use_reentrant):
+def test_elsewhere_checkpoints_work_as_always(use_reentrant):
     function = Counted()
     with transparent_checkpoints(lambda: False):
         gradient(function, use_reentrant)

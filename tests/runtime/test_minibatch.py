@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.runtime.minibatch import split_minibatch
+from harmony_lightning.runtime.minibatch import loss_shares, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
 
 Pair = namedtuple("Pair", ["x", "y"])
@@ -58,7 +58,7 @@ def rows(size, *shape):
 def test_the_rest_is_a_microbatch_of_its_own_and_weighs_less():
     parts = split_minibatch(rows(5, 2), 2)
     assert parts.num_samples == (2, 2, 1)
-    assert parts.weights == (0.4, 0.4, 0.2)
+    assert loss_shares("mean", parts) == (0.4, 0.4, 0.2)
     assert parts.reason is None
     assert torch.equal(torch.cat(parts.batches), rows(5, 2))
 
@@ -87,12 +87,12 @@ def test_one_microbatch_needs_no_reason_where_one_is_right(batch):
     assert parts.batches[0] is batch
     assert len(parts.batches) == 1
     assert parts.reason is None
-    assert parts.weights == (1.0,)
+    assert loss_shares("mean", parts) == (1.0,)
 
 
 def test_an_empty_minibatch_stays_whole():
     parts = split_minibatch(rows(0, 3), 1)
-    assert (parts.num_samples, parts.weights, parts.reason) == ((0,), (1.0,), None)
+    assert (parts.num_samples, loss_shares("mean", parts), parts.reason) == ((0,), (1.0,), None)
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.0, True, "2", None])
@@ -306,7 +306,7 @@ def test_the_users_split_comes_first():
     parts = split_minibatch(rows(5), 2, split=split)
     assert asked == [3]
     assert parts.num_samples == (1, 4)
-    assert parts.weights == (0.2, 0.8)
+    assert loss_shares("mean", parts) == (0.2, 0.8)
 
 
 def test_the_users_split_opens_what_the_rules_refuse():
@@ -320,7 +320,7 @@ def test_the_users_split_opens_what_the_rules_refuse():
     parts = split_minibatch(pack_sequence(sequences), 2, split=split)
     assert asked == [2]
     assert parts.num_samples == (1, 1)
-    assert parts.weights == (0.5, 0.5)
+    assert loss_shares("mean", parts) == (0.5, 0.5)
     assert parts.reason is None
 
 

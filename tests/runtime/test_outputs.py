@@ -1,11 +1,12 @@
-from collections import OrderedDict, namedtuple
+import dataclasses
+from collections import OrderedDict, UserDict, namedtuple
 
 import numpy as np
 import pytest
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from harmony_lightning.runtime.outputs import loss_of, merge_outputs, with_loss
+from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
 
 Named = namedtuple("Named", ["logits", "name"])
 
@@ -173,3 +174,53 @@ def test_with_loss_leaves_the_output_alone():
     assert output["loss"] is old
     with pytest.raises(TypeError, match="NoneType carries no loss"):
         with_loss(None, new)
+
+
+@dataclasses.dataclass
+class Report:
+    predictions: torch.Tensor
+    score: torch.Tensor
+    names: list
+    note: str = "same"
+
+
+def test_dataclasses_are_merged_field_by_field():
+    reports = [Report(torch.ones(n, 2) * n, scalar(float(n)), ["x"] * n) for n in (3, 1)]
+    merged = merge_outputs([{"loss": scalar(0.0), "report": report} for report in reports], [3, 1])["report"]
+    assert merged.predictions.shape == (4, 2)
+    assert merged.score.item() == 2.5
+    assert (merged.names, merged.note) == (["x"] * 4, "same")
+    assert reports[0].predictions.shape == (3, 2)
+
+
+def test_lists_that_are_no_samples_are_merged_item_by_item():
+    """`[logits, features]` has two items in the minibatch too, however many samples there are."""
+    for counts in ([3, 2], [2, 2]):
+        outputs = [{"loss": scalar(0.0), "both": [torch.ones(n, 4), torch.ones(n)]} for n in counts]
+        merged = merge_outputs(outputs, counts)["both"]
+        assert [tuple(item.shape) for item in merged] == [(sum(counts), 4), (sum(counts),)]
+    samples = [{"loss": scalar(0.0), "boxes": [torch.ones(k, 4) for k in range(n)]} for n in (2, 2)]
+    assert len(merge_outputs(samples, [2, 2])["boxes"]) == 4
+
+
+def test_shares_say_what_each_loss_counts():
+    outputs = [{"loss": scalar(2.0), "score": scalar(1.0)}, None, {"loss": scalar(float("nan")), "score": scalar(3.0)}]
+    merged = merge_outputs(outputs, [1, 1, 1], [2.0, 1.0, 0.0])
+    assert (merged["loss"].item(), merged["score"].item()) == (4.0, 2.0)
+
+
+def test_tensors_are_replaced_wherever_outputs_hold_them():
+    value = {
+        "named": Named(torch.ones(2), "a"),
+        "user": UserDict({"x": torch.ones(1)}),
+        "report": Report(torch.ones(1), scalar(1.0), [torch.ones(1)]),
+        "model": SequenceClassifierOutput(logits=torch.ones(2, 3)),
+        "size": torch.Size([2]),
+        "text": "x",
+    }
+    found = map_tensors(lambda tensor: tensor + 1, value)
+    assert {key: type(item) for key, item in found.items()} == {key: type(item) for key, item in value.items()}
+    replaced = [found["named"].logits, found["user"]["x"], found["report"].names[0], found["model"].logits]
+    assert all((tensor == 2).all() for tensor in (*replaced, found["model"]["logits"], found["report"].score))
+    assert value["report"].score == 1
+    assert map_tensors(lambda tensor: tensor, value) is value

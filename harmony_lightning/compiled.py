@@ -1,0 +1,35 @@
+"""What of `torch.compile` takes part: modules that are called within the step, not the step as a whole."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_WHOLE = (
+    "torch.compile of the whole module is passed over: a step that goes from pack to pack cannot be one graph. Compile "
+    "what is called within: for block in module.blocks: block.compile()"
+)
+_EMULATED = "compiled modules run eagerly on emulated GPUs, whose tensors torch.compile does not know"
+
+
+def what_runs_eagerly(module: Any, is_emulated: bool) -> str | None:
+    """What of the user's wishes is not met, in words; None if all of it is."""
+    if _is_compiled_as_a_whole(module):
+        return _WHOLE
+    is_compiled = any(inner._compiled_call_impl is not None for inner in module.modules())
+    return _EMULATED if is_compiled and is_emulated else None
+
+
+@contextmanager
+def uncompiled_step(module: Any) -> Iterator[None]:
+    """In force around the user's step: a module that was compiled as a whole runs as it was written."""
+    if _is_compiled_as_a_whole(module):
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    else:
+        yield
+
+
+def _is_compiled_as_a_whole(module: Any) -> bool:
+    return getattr(module, "_compiler_ctx", None) is not None

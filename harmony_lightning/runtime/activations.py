@@ -1,0 +1,124 @@
+"""What the operations inside one layer call save for their backward: made again when that backward comes, or kept.
+
+Forward builds the layer's autograd graph, but in place of each tensor that an operation saves, the graph holds the
+tensor's position in the order of saving. When backward first asks for one, the layer is run a second time, and what its
+operations save then is what backward gets. That run ends as soon as the last of them is there: the last matrix product
+of a transformer block is never computed again, nor any of an embedding's or a head's. (The same order twice is also what
+`torch.utils.checkpoint` relies on.)
+"""
+
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+from harmony_lightning.errors import UnsupportedError
+
+Position = int
+Recompute = Callable[[Callable[[torch.Tensor], Position]], None]
+"""Runs the layer again with the given saved-tensor hook in force."""
+
+
+class _Enough(BaseException):
+    """Ends a recompute. Not an `Exception`: user code that catches those must not catch this."""
+
+
+class TakesDerivative(BaseException):
+    """A layer's forward asks for what it has just saved. Not an `Exception`, as above."""
+
+
+class Activations:
+    """The saved tensors of one layer call. The layer's graph holds this, so this must hold nothing of the call."""
+
+    def __init__(self, layer: str, *, is_kept: bool) -> None:
+        self._layer = layer
+        self._recompute: Recompute | None = None
+        """Known while the layer's backward runs."""
+        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._is_kept = is_kept
+        self._is_in_forward = False
+        self._ready: dict[Position, tuple[torch.Tensor, int]] = {}
+        """Tensors that backward has not asked for yet, with their versions."""
+        self._handed_out: dict[Position, weakref.ref[torch.Tensor]] = {}
+
+    def save(self, tensor: torch.Tensor) -> Position:
+        """Hook of the forward: an operation saves a tensor."""
+        self._kinds.append((tensor.shape, tensor.dtype))
+        position = len(self._kinds) - 1
+        if self._is_kept:
+            self._ready[position] = _held(tensor)
+        return position
+
+    def load(self, position: Position) -> torch.Tensor:
+        """Hook of the forward: the operation's backward asks for it. What was handed out is not held any longer."""
+        if self._is_in_forward:
+            raise TakesDerivative
+        if self._recompute is None:
+            raise UnsupportedError(
+                f"a tensor computed inside layer {self._layer} was used outside of it other than through its result "
+                f"(was it kept in an attribute?); its gradient is not available. Choose smaller layers, so that it "
+                f"becomes the result of one: HarmonyStrategy(layers=[...])"
+            )
+        if (reference := self._handed_out.get(position)) is not None and (again := reference()) is not None:
+            return again
+        tensor, version = self._ready.pop(position, (None, -1))
+        if tensor is None or tensor._version != version:  # not kept, or written since
+            self._ready = self._make(self._recompute)
+            tensor, _ = self._ready.pop(position)
+        self._handed_out[position] = weakref.ref(tensor)
+        return tensor
+
+    @contextlib.contextmanager
+    def in_forward(self) -> Iterator[None]:
+        """Within, the hooks are in force."""
+        self._is_in_forward = True
+        try:
+            with saved_tensors_hooks(self.save, self.load):
+                yield
+        finally:
+            self._is_in_forward = False
+
+    def open(self, recompute: Recompute) -> None:
+        """The layer's backward begins: its operations may load."""
+        self._recompute = recompute
+
+    def close(self) -> None:
+        """The layer's backward is over; another may follow if its graph was retained."""
+        self._recompute = None
+        self._handed_out.clear()
+        self.drop()
+
+    def drop(self) -> None:
+        """Keep nothing any more; what backward needs will be made again."""
+        self._ready = {}
+
+    def _make(self, recompute: Recompute) -> dict[Position, tuple[torch.Tensor, int]]:
+        made: dict[Position, tuple[torch.Tensor, int]] = {}
+
+        def save_again(tensor: torch.Tensor) -> Position:
+            position = len(made)
+            if position == len(self._kinds) or self._kinds[position] != (tensor.shape, tensor.dtype):
+                raise self._differs(f"saved tensor {position} is {tuple(tensor.shape)}, {tensor.dtype} now")
+            made[position] = _held(tensor)
+            if len(made) == len(self._kinds):
+                raise _Enough
+            return position
+
+        with contextlib.suppress(_Enough):
+            recompute(save_again)
+        if len(made) < len(self._kinds):
+            raise self._differs(f"it saved {len(self._kinds)} tensors for its backward first, {len(made)} now")
+        return made
+
+    def _differs(self, how: str) -> UnsupportedError:
+        return UnsupportedError(
+            f"layer {self._layer} did something else when it was recomputed ({how}): its forward must do the same when "
+            f"it is called again with the same inputs"
+        )
+
+
+def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    # Not the tensor itself: an operation that saves its own result would hold itself alive for ever.
+    return tensor.detach(), tensor._version

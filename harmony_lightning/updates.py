@@ -1,0 +1,100 @@
+"""Which update an optimizer's step gets: just in time, pack by pack, or whole, on the host behind backward.
+
+    nothing sees gradients between backward and step, and the optimizer is separable     just in time
+    anything else (norm clipping, a scaler, the user's hooks, LBFGS, several optimizers)  whole
+
+Lightning runs forward and backward inside the optimizer's step, as its closure. Just in time, all weights have been stepped
+and have no gradient left when the closure returns, and the optimizer's own step passes them by.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from harmony_lightning import overrides
+from harmony_lightning.runtime.engine import Engine
+from harmony_lightning.runtime.gradients import OnComplete
+from harmony_lightning.runtime.separability import Separability
+from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
+
+log = logging.getLogger(__name__)
+
+
+class Updates:
+    """Choices of one strategy. Trainer, module and Lightning package come in with each step: they may have changed."""
+
+    def __init__(self) -> None:
+        self._separability = Separability()
+        self._optimizer: Optimizer | None = None
+        self._just_in_time: JustInTimeUpdate | None = None
+        self._told: set[str] = set()
+
+    def probe(self, optimizer: Optimizer) -> None:
+        """Find out now whether an optimizer is separable: the first step need not wait for it."""
+        self._separability.reason_against(optimizer)
+
+    @contextmanager
+    def stepping(
+        self, optimizer: Optimizer, closure: Callable[[], Any], engine: Engine, trainer: Any
+    ) -> Iterator[Callable[[], Any]]:
+        """Around one step of the optimizer, which is to be called with the closure that is given back."""
+        clip_value = trainer.gradient_clip_val
+        self._optimizer, self._just_in_time = optimizer, None
+        try:
+            with stepping_on_host(optimizer), engine.beside(closure) as user_code:
+
+                def closure_with_updates() -> Any:
+                    result = user_code()
+                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients():
+                        trainer.gradient_clip_val = None  # done; torch cannot clip nothing
+                    return result
+
+                yield closure_with_updates
+            if self._just_in_time is None:
+                engine.counters.updates_whole += 1
+            else:
+                engine.counters.updates_just_in_time += 1
+                self._just_in_time.give_back()
+        finally:
+            trainer.gradient_clip_val = clip_value
+            self._optimizer = self._just_in_time = None
+
+    def on_complete(self, engine: Engine, module: Any, precision_plugin: Any, pl: Any) -> OnComplete:
+        """What happens to weights in the coming backward as soon as their gradients are complete."""
+        optimizer, trainer = self._optimizer, module.trainer
+        if optimizer is None:
+            return _wait
+        if (reason := self._reason_for_whole(optimizer, module, precision_plugin, pl)) is not None:
+            self._tell_once(f"{type(optimizer).__name__} updates all weights in one go behind backward: {reason}")
+            return _wait
+        clip_value = trainer.gradient_clip_val
+        self._just_in_time = JustInTimeUpdate(
+            optimizer,
+            engine.state.parameters,
+            prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
+            # A training_step that works with gradients may find those of the step before.
+            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
+        )
+        return self._just_in_time
+
+    def _reason_for_whole(self, optimizer: Optimizer, module: Any, precision_plugin: Any, pl: Any) -> str | None:
+        if len(module.trainer.optimizers) != 1:
+            return "there are several optimizers"
+        if torch.is_anomaly_enabled():
+            return "an anomaly must be found before any weight has changed"
+        observer = overrides.observer_of_gradients(module, precision_plugin, pl)
+        return observer or self._separability.reason_against(optimizer)
+
+    def _tell_once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            log.info("harmony: %s", text)
+
+
+def _wait(names: list[str]) -> None:
+    """The optimizer steps them with all others."""
