@@ -38,6 +38,7 @@ if TYPE_CHECKING:
         ConfigurationError,
         DeviceOutOfMemoryError,
         HarmonyError,
+        RaceError,
         UnsupportedError,
     )
     from harmony_lightning.hardware.emulated import EmulatedCluster
@@ -57,6 +58,7 @@ __all__ = [
     "HarmonyStrategy",
     "Pack",
     "Plan",
+    "RaceError",
     "Statistics",
     "UnsupportedError",
 ]
@@ -65,7 +67,7 @@ __all__ = [
 # wait for it nor be imported by it.
 _HOMES = {
     **dict.fromkeys(("CapacityError", "ConfigurationError", "DeviceOutOfMemoryError"), "errors"),
-    **dict.fromkeys(("HarmonyError", "UnsupportedError"), "errors"),
+    **dict.fromkeys(("HarmonyError", "RaceError", "UnsupportedError"), "errors"),
     "EmulatedCluster": "hardware.emulated",
     "HarmonyConfig": "config",
     "Pack": "plan",

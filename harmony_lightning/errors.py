@@ -4,6 +4,7 @@
     |-- ConfigurationError      a knob or a plan that cannot work; raised before the first step
     |-- CapacityError           a layer or a pack that cannot fit; raised before the first step
     |-- DeviceOutOfMemoryError  an allocation on a device that went over its limit
+    |-- RaceError               an access to memory that is not ordered behind one it depends on; emulated GPUs only
     `-- UnsupportedError        user code that cannot be run layer-major, with the way out
 
 Each message tells what failed, the values, and the remedy. Errors of the user's own code are never replaced: they keep
@@ -25,6 +26,10 @@ class CapacityError(HarmonyError, RuntimeError):
 
 class DeviceOutOfMemoryError(HarmonyError, RuntimeError):
     """A device refused an allocation. The text holds "CUDA" and "out of memory", by which tools know such an error."""
+
+
+class RaceError(HarmonyError, RuntimeError):
+    """An access to memory that nothing orders behind an earlier one. On a real GPU the result would depend on timing."""
 
 
 class UnsupportedError(HarmonyError, RuntimeError):

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.hardware.device import Device, Event, Lane
+from harmony_lightning.hardware.device import Device, Event, Lane, Mark, Reached
 from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)
@@ -71,7 +71,7 @@ class CudaDevice:
             torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
 
     @contextlib.contextmanager
-    def lane(self, lane: Lane) -> Iterator[None]:
+    def lane(self, lane: Lane, what: str = "") -> Iterator[None]:
         outer = self._compute_stream
         self._compute_stream = self._stream(Lane.COMPUTE)
         try:
@@ -140,8 +140,11 @@ class CudaCluster:
     def host_is_device(self) -> bool:
         return False
 
-    def activate(self) -> AbstractContextManager[None]:
+    def activate(self, *, continues: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def mark(self) -> Mark:
+        return Reached()
 
     def close(self) -> None:
         for device in self._devices:

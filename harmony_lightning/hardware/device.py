@@ -31,6 +31,13 @@ class Event(Protocol):
         """Block the calling thread until the lane has reached the point."""
 
 
+class Mark(Event, Protocol):
+    """A point that a host thread has reached."""
+
+    def observe(self) -> None:
+        """The caller knows, by a lock, that the point has been passed: its later work comes behind it."""
+
+
 class Device(Protocol):
     """One GPU, as the runtime sees it. `index` counts from 0 within the cluster."""
 
@@ -43,8 +50,8 @@ class Device(Protocol):
     def name(self) -> str:
         """ "gpu0", for messages."""
 
-    def lane(self, lane: Lane) -> AbstractContextManager[None]:
-        """Work enqueued inside goes to `lane`."""
+    def lane(self, lane: Lane, what: str = "") -> AbstractContextManager[None]:
+        """Work enqueued inside goes to `lane`; `what` it is, in timelines and messages."""
 
     def record(self, lane: Lane) -> Event:
         """The point behind everything enqueued on `lane` so far."""
@@ -69,6 +76,14 @@ class Device(Protocol):
         """Seed the device's own generator, if it has one."""
 
 
+class Reached:
+    """A point that has been reached, where lanes are synchronous or locks give the order already."""
+
+    def synchronize(self) -> None: ...
+
+    def observe(self) -> None: ...
+
+
 class Cluster(Protocol):
     """The GPUs of one server."""
 
@@ -79,8 +94,14 @@ class Cluster(Protocol):
     def host_is_device(self) -> bool:
         """True when the only device is the host itself: nothing to swap."""
 
-    def activate(self) -> AbstractContextManager[None]:
-        """Whatever must be in force on the calling thread while tensors on these devices are worked with."""
+    def activate(self, *, continues: bool = False) -> AbstractContextManager[None]:
+        """Whatever must be in force on the calling thread while tensors on these devices are worked with.
+
+        When it is left, anybody may touch any host memory, so no copy may be in flight; unless the step `continues`.
+        """
+
+    def mark(self) -> Mark:
+        """The point that the calling thread has reached, for another thread to come behind."""
 
     def close(self) -> None:
         """Lift whatever limits were set on the process. The cluster may be used again."""

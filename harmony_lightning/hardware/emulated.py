@@ -5,9 +5,7 @@ is arithmetic over tensors, not silicon.
 """
 
 import contextlib
-import functools
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Self
 
@@ -15,89 +13,101 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.hardware import emulated_copies  # noqa: F401  (registers the operations)
+from harmony_lightning.hardware.device import Mark
 from harmony_lightning.hardware.emulated_device import EmulatedDevice, Traffic
-from harmony_lightning.hardware.emulated_tensor import EmulatedMode, EmulatedTensor, storage_key
+from harmony_lightning.hardware.emulated_machine import Machine
+from harmony_lightning.hardware.emulated_mode import EmulatedMode, literals_on_devices
+from harmony_lightning.hardware.emulated_tensor import EmulatedTensor, storage_key
+from harmony_lightning.hardware.presets import DEFAULT_HOST, GpuModel, HostModel, gpu_model, host_model
+from harmony_lightning.hardware.virtual_clock import Activity, VirtualClock
 from harmony_lightning.units import parse_nbytes
 
 __all__ = ["EmulatedCluster", "EmulatedDevice", "EmulatedMode", "EmulatedTensor", "Traffic", "storage_key"]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class EmulatedCluster:
-    """Emulated GPUs `cpu:0 .. cpu:num_gpus-1`, each with `memory` ("64MiB", or bytes).
+    """Emulated GPUs `cpu:0 .. cpu:num_gpus-1`, each with `memory` ("64MiB", or bytes; the default without a preset).
+
+    With `check_races`, memory that is used without being waited for raises `RaceError`. With a `preset` ("3090", see
+    `hardware.presets`, or a model of your own) the run is timed as on these GPUs in that `host`: `activities`. With `fake`,
+    large tensors have shapes and no numbers, and take no memory: models of any size can be timed anywhere. Build them on
+    the meta device and call `to_empty(device="cpu")`.
 
     Raises:
         ConfigurationError: no GPU, or a memory that is not a size.
     """
 
     num_gpus: int = 1
-    memory: str | int = "64MiB"
-    devices: tuple[EmulatedDevice, ...] = field(init=False, repr=False)
+    memory: str | int | None = None
+    preset: str | GpuModel | None = None
+    host: str | HostModel | None = None
+    check_races: bool = True
+    fake: bool = False
+    devices: tuple[EmulatedDevice, ...] = field(init=False)
+    machine: Machine = field(init=False)
 
     def __post_init__(self) -> None:
         if not isinstance(self.num_gpus, int) or isinstance(self.num_gpus, bool) or self.num_gpus < 1:
             raise ConfigurationError(f"num_gpus must be a whole number of at least 1, got {self.num_gpus!r}")
+        gpu = gpu_model(self.preset) if self.preset is not None else None
+        if gpu is None and self.host is not None:
+            raise ConfigurationError(f"host={self.host!r} says how fast the host is, but not the GPUs; give a preset")
+        if self.memory is None:
+            object.__setattr__(self, "memory", gpu.memory_bytes if gpu is not None else "64MiB")
+        assert self.memory is not None
         memory_bytes = parse_nbytes(self.memory)
-        devices = tuple(EmulatedDevice(index, memory_bytes) for index in range(self.num_gpus))
+        machine = Machine(self.num_gpus, is_checked=self.check_races, is_fake=self.fake)
+        if gpu is not None:
+            machine.clock = VirtualClock(machine.agents, gpu, host_model(self.host or DEFAULT_HOST))
+        devices = tuple(EmulatedDevice(index, memory_bytes, machine) for index in range(self.num_gpus))
         for device in devices:
             device.cluster_devices = devices
         object.__setattr__(self, "devices", devices)
+        object.__setattr__(self, "machine", machine)
 
     @property
     def host_is_device(self) -> bool:
         return False
 
     @contextlib.contextmanager
-    def activate(self) -> Iterator[None]:
+    def activate(self, *, continues: bool = False) -> Iterator[None]:
         modes = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, EmulatedMode)]
+        check = self.machine.check
         if modes and modes[-1].devices is self.devices:
             yield
         else:
-            with _literals_on_devices(), EmulatedMode(self.devices):
+            if check is not None:
+                check.reset()
+            with literals_on_devices(), EmulatedMode(self.devices):
                 yield
+        if check is not None and not continues:
+            check.leave(self.machine.agents.thread())
+
+    def mark(self) -> Mark:
+        return self.machine.mark()
+
+    def activities(self) -> tuple[Activity, ...]:
+        """What every lane and host thread has done, and when: since the start, or since `machine.clock.clear()`.
+
+        Raises:
+            ConfigurationError: the cluster has no preset, so nothing is timed.
+        """
+        if self.machine.clock is None:
+            raise ConfigurationError("nothing is timed: EmulatedCluster(preset=...) says how fast the GPUs are")
+        return self.machine.clock.replay()
 
     def close(self) -> None: ...
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
-    def __reduce__(self) -> tuple[type[Self], tuple[int, str | int]]:
-        return type(self), (self.num_gpus, self.memory)
+    def __repr__(self) -> str:
+        preset = (
+            f", preset={self.preset if isinstance(self.preset, str) else self.preset.name!r}" if self.preset else ""
+        )
+        return f"EmulatedCluster(num_gpus={self.num_gpus}, memory={self.memory!r}{preset})"
 
-
-# `torch.tensor(data, device="cpu:0")` drops the index before any dispatch mode sees it, so these names are replaced
-# while a cluster is active on any thread. On threads without one the replacement gives what the original gives.
-_LITERALS: dict[str, Callable[..., torch.Tensor]] = {
-    name: getattr(torch, name) for name in ("tensor", "as_tensor", "asarray")
-}
-_literals_lock = threading.Lock()
-_literals_users = 0
-
-
-@contextlib.contextmanager
-def _literals_on_devices() -> Iterator[None]:
-    global _literals_users
-    with _literals_lock:
-        _literals_users += 1
-        if _literals_users == 1:
-            for name, original in _LITERALS.items():
-                setattr(torch, name, _follow_device(original))
-    try:
-        yield
-    finally:
-        with _literals_lock:
-            _literals_users -= 1
-            if _literals_users == 0:
-                for name, original in _LITERALS.items():
-                    setattr(torch, name, original)
-
-
-def _follow_device(original: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
-    @functools.wraps(original)
-    def literal(*args: Any, **kwargs: Any) -> torch.Tensor:
-        tensor = original(*args, **kwargs)
-        if kwargs.get("device") is None or tensor.device == torch.device(kwargs["device"]):
-            return tensor
-        return tensor.detach().to(kwargs["device"]).requires_grad_(tensor.requires_grad)
-
-    return literal
+    def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
+        return type(self), (self.num_gpus, self.memory, self.preset, self.host, self.check_races, self.fake)

@@ -1,18 +1,20 @@
-"""An emulated GPU: a memory limit, exact byte counters, and lanes in which everything has already happened.
+"""An emulated GPU: a memory limit, exact byte counters, and lanes whose order the machine watches.
 
 A storage is charged when the first tensor that looks into it is made and given back when the last one dies. Left out:
-the temporaries inside one operation, the allocator's rounding and fragmentation, time.
+the temporaries inside one operation, the allocator's rounding and fragmentation.
 """
 
 import weakref
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
 
 from harmony_lightning.errors import DeviceOutOfMemoryError
 from harmony_lightning.hardware.device import Event, Lane
+from harmony_lightning.hardware.emulated_machine import Machine
+from harmony_lightning.hardware.race_check import Memory
 from harmony_lightning.units import format_nbytes
 
 
@@ -29,24 +31,26 @@ class Traffic:
 class Allocation:
     """One storage on one device. Alive while any tensor looks into the storage; gives the bytes back when it dies."""
 
-    __slots__ = ("__weakref__", "device", "nbytes", "storage")
+    __slots__ = ("__weakref__", "device", "memory", "nbytes", "storage")
 
     def __init__(self, device: "EmulatedDevice", storage: torch.UntypedStorage, nbytes: int) -> None:
         self.device = device
         self.storage = storage  # Held so that its address, the key in the device's table, is not reused too early.
         self.nbytes = nbytes
+        self.memory = device.watch(storage)
 
     def __del__(self) -> None:
         self.device._release(self)
 
 
 class EmulatedDevice:
-    """A GPU in name, memory and traffic. Lanes are synchronous: an event is reached once it is recorded."""
+    """A GPU in name, memory and traffic. What is enqueued is computed at once; its order is the machine's matter."""
 
-    def __init__(self, index: int, memory_bytes: int) -> None:
+    def __init__(self, index: int, memory_bytes: int, machine: Machine) -> None:
         self.index = index
         self.torch_device = torch.device("cpu", index)
         self.memory_bytes = memory_bytes
+        self.machine = machine
         self.traffic = Traffic()
         self.cluster_devices: Sequence[EmulatedDevice] = (self,)
         """What `cpu:i` means to tensors that live here."""
@@ -58,14 +62,14 @@ class EmulatedDevice:
     def name(self) -> str:
         return f"gpu{self.index}"
 
-    def lane(self, lane: Lane) -> AbstractContextManager[None]:
-        return nullcontext()
+    def lane(self, lane: Lane, what: str = "") -> AbstractContextManager[None]:
+        return self.machine.lane(self.index, lane, what)
 
     def record(self, lane: Lane) -> Event:
-        return _REACHED
+        return self.machine.record(self.index, lane)
 
     def wait(self, lane: Lane, event: Event) -> None:
-        pass
+        self.machine.wait(self.index, lane, event)
 
     def allocated_bytes(self) -> int:
         return self._allocated
@@ -108,6 +112,13 @@ class EmulatedDevice:
         nbytes = allocation.storage.nbytes()
         self._charge(nbytes - allocation.nbytes)
         allocation.nbytes = nbytes
+        allocation.memory = self.watch(allocation.storage)
+
+    def watch(self, storage: torch.UntypedStorage) -> Memory:
+        """Memory that the calling thread's lane has just allocated."""
+        agent, what = self.machine.agents.present(self.index)
+        start = storage.data_ptr()
+        return Memory(start, start + storage.nbytes(), agent, ("allocation", what))
 
     def _charge(self, nbytes: int) -> None:
         allocated = self._allocated + nbytes
@@ -124,14 +135,8 @@ class EmulatedDevice:
     def _release(self, allocation: Allocation) -> None:
         del self._allocations[allocation.storage._cdata]
         self._allocated -= allocation.nbytes
-
-
-class _Reached:
-    def synchronize(self) -> None:
-        pass
-
-
-_REACHED = _Reached()
+        if self.machine.check is not None:
+            self.machine.check.free(allocation.memory)
 
 
 def _exact(nbytes: int) -> str:

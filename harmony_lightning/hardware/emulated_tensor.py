@@ -12,20 +12,21 @@ All of this happens below autograd, which sees ordinary tensors of device `cpu:i
 
 import contextlib
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
+from harmony_lightning.hardware.operations import Operation, operation
+from harmony_lightning.hardware.shapes import run_on_shapes
 
 aten = torch.ops.aten
-_HOST = torch.device("cpu")
+HOST = torch.device("cpu")
 
-_below_functions = torch._C.DisableTorchFunction
+below_functions = torch._C.DisableTorchFunction
 """Dispatch happens below torch functions: what it calls must not reach function modes again. Autograd's backward comes
 here with them in force."""
 
@@ -70,8 +71,8 @@ class EmulatedTensor(torch.Tensor):
     @classmethod
     @override
     def __torch_dispatch__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
-        with _below_functions():
-            return _run(func, args, kwargs or {}, None)
+        with below_functions():
+            return run(func, args, kwargs or {}, None)
 
     def __tensor_flatten__(self) -> tuple[list[str], EmulatedDevice]:
         return ["inner_tensor"], self.home
@@ -171,106 +172,79 @@ class EmulatedTensor(torch.Tensor):
 _BASE_DATA: Any = torch.Tensor.data
 
 
-class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Gives `cpu:i` its meaning on this thread, for operations that no device tensor takes part in."""
-
-    def __init__(self, devices: Sequence[EmulatedDevice]) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.devices = devices
-
-    @override
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        with _below_functions():
-            return self._dispatch(func, types, args, kwargs)  # type: ignore[no-untyped-call]
-
-    def _dispatch(self, func, types, args, kwargs):  # type: ignore[no-untyped-def]
-        if EmulatedTensor in types:
-            return _run(func, args, kwargs or {}, self.devices)
-        if kwargs:
-            # Host memory needs no pinning for an emulated GPU, and pinning fails where there is no real one.
-            if kwargs.get("pin_memory"):
-                kwargs = {**kwargs, "pin_memory": False}
-            device = kwargs.get("device")
-            if device is not None and device.index is not None:
-                return _run(func, args, kwargs, self.devices)
-            return func(*args, **kwargs)
-        if func is aten._pin_memory.default:
-            return args[0].clone()
-        return func(*args)
-
-
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory: the address of the storage that holds the numbers."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
 
 
-class _Recipe:
-    """What an operation's schema says that matters here, worked out once per operation."""
-
-    __slots__ = ("factory", "mutates", "returned", "run")
-
-    def __init__(self, func: Any) -> None:
-        schema = func._schema
-        self.run: Callable[..., Any] | None = _SPECIAL.get(func)
-        self.factory = any(argument.name == "device" for argument in schema.arguments)
-        written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
-        self.mutates = tuple((index, argument.name) for index, argument in written)
-        by_set = {frozenset(argument.alias_info.before_set): (i, argument.name) for i, argument in written}
-        # For each return the argument that it is, or None if it is a tensor of its own (or a view, or no tensor).
-        self.returned = tuple(
-            by_set.get(frozenset(r.alias_info.before_set))
-            if r.alias_info is not None and r.alias_info.is_write
-            else None
-            for r in schema.returns
-        )
-
-
-_RECIPES: dict[Any, _Recipe] = {}
-
-
-def _run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
+def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
     """Run `func` on the inner tensors. `devices` is what the mode in force takes `cpu:i` for, None without a mode."""
-    recipe = _RECIPES.get(func)
-    if recipe is None:
-        recipe = _RECIPES[func] = _Recipe(func)
-    if recipe.run is not None:
-        return recipe.run(func, args, kwargs, devices)
-    homes: list[EmulatedDevice] = []
+    known = operation(func)
+    if known.run is not None:
+        return known.run(func, args, kwargs, devices)
+    ours: list[EmulatedTensor] = []
     hosts: list[torch.Tensor] = []
-    inner_args = [_unwrap(arg, homes, hosts) for arg in args]
-    inner_kwargs = {name: _unwrap(arg, homes, hosts) for name, arg in kwargs.items()} if kwargs else kwargs
-    home = homes[0] if homes else None
-    if recipe.factory:
+    inner_args = [_unwrap(arg, ours, hosts) for arg in args]
+    inner_kwargs = {name: _unwrap(arg, ours, hosts) for name, arg in kwargs.items()} if kwargs else kwargs
+    home = ours[0].home if ours else None
+    if known.is_factory:
         if kwargs.get("device") is not None:
-            home = _resolve(kwargs["device"], homes, devices)
-            inner_kwargs["device"] = _HOST if home is not None else kwargs["device"]
+            home = resolve(kwargs["device"], home, devices)
+            inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
-    elif hosts or len(homes) > 1:
-        _check_same_device(func, recipe, args, kwargs, homes, hosts)
-    out = func(*inner_args, **inner_kwargs)
+    elif hosts or any(tensor.home is not home for tensor in ours):
+        _check_same_device(known, args, kwargs, ours, hosts)
+    if home is not None and home.machine.is_fake:
+        out = run_on_shapes(known, inner_args, inner_kwargs)
+    else:
+        out = func(*inner_args, **inner_kwargs)
     if home is None:
         return out
-    if not recipe.mutates:
+    if not known.is_idle:
+        _account(home, known, args, kwargs, ours, hosts, (inner_args, inner_kwargs, out))
+    if not known.mutates:
         return _wrap(out, home)
-    for index, name in recipe.mutates:
+    for index, name in known.mutates:
         _follow(args[index] if index < len(args) else kwargs.get(name))
-    if not recipe.returned:
+    if not known.returned:
         return out
-    outs = out if len(recipe.returned) > 1 else (out,)
+    outs = out if len(known.returned) > 1 else (out,)
     results = tuple(
         _wrap(value, home) if source is None else args[source[0]] if source[0] < len(args) else kwargs[source[1]]
-        for value, source in zip(outs, recipe.returned, strict=True)
+        for value, source in zip(outs, known.returned, strict=True)
     )
     return results if len(results) > 1 else results[0]
 
 
-def _unwrap(value: Any, homes: list[EmulatedDevice], hosts: list[torch.Tensor]) -> Any:
+def _account(
+    home: EmulatedDevice,
+    known: Operation,
+    args: Any,
+    kwargs: Any,
+    ours: Sequence["EmulatedTensor"],
+    hosts: Sequence[torch.Tensor],
+    inner: tuple[Any, Any, Any],
+) -> None:
+    """Tell the machine what has been read, written and computed."""
+    machine = home.machine
+    written = known.written(args, kwargs) if known.mutates else ()
+    operands = ((t.inner_tensor, t.allocation.memory, any(t is w for w in written)) for t in ours)
+    agent, what = machine.use(home.index, known.func, operands)
+    if hosts:
+        machine.use_host(known.func, hosts)
+    if machine.clock is not None:
+        dtype = str(ours[0].dtype).removeprefix("torch.") if ours else "float32"
+        machine.clock.kernel(agent, what or "kernels", dtype, known.flops(*inner), known.nbytes(*inner))
+    if known.tells_host:
+        machine.synchronize(agent)
+
+
+def _unwrap(value: Any, ours: list[EmulatedTensor], hosts: list[torch.Tensor]) -> Any:
     if type(value) is EmulatedTensor:
-        if value.home not in homes:
-            homes.append(value.home)
+        ours.append(value)
         return value.inner_tensor
     if isinstance(value, (list, tuple)):
-        return [_unwrap(item, homes, hosts) for item in value]
+        return [_unwrap(item, ours, hosts) for item in value]
     if isinstance(value, torch.Tensor):
         hosts.append(value)
     return value
@@ -313,12 +287,12 @@ def _follow(value: Any) -> None:
         _BASE_DATA.__set__(value, EmulatedTensor(inner, value.home))
 
 
-def _resolve(
-    device: torch.device | str, homes: Sequence[EmulatedDevice], devices: Sequence[EmulatedDevice] | None
+def resolve(
+    device: torch.device | str, home: EmulatedDevice | None, devices: Sequence[EmulatedDevice] | None
 ) -> EmulatedDevice | None:
     """The emulated device that `device` names, None for the host and for devices that are not ours (meta)."""
     device = torch.device(device)
-    known = homes[0].cluster_devices if homes else devices
+    known = home.cluster_devices if home is not None else devices
     if device.type != "cpu" or device.index is None or known is None:
         return None
     if device.index >= len(known):
@@ -330,21 +304,23 @@ def _resolve(
 
 
 def _check_same_device(
-    func: Any, recipe: _Recipe, args: Any, kwargs: Any, homes: list[EmulatedDevice], hosts: list[torch.Tensor]
+    known: Operation, args: Any, kwargs: Any, ours: Sequence[EmulatedTensor], hosts: list[torch.Tensor]
 ) -> None:
     """What CUDA asks for: one device, beside which only host scalars and host indices may be read."""
-    if not homes:
+    if not ours:
         return
-    if func in _HOST_INDICES and len(homes) == 1:
+    home, func = ours[0].home, known.func
+    is_mixed = any(tensor.home is not home for tensor in ours)
+    if func in _HOST_INDICES and not is_mixed:
         indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
-        homes[0].traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
+        home.traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
         hosts = [host for host in hosts if all(host is not index for index in indices)]
     if func in _HOST_BATCH_SIZES:
         hosts = [host for host in hosts if host is not args[1]]
-    written = [args[index] if index < len(args) else kwargs.get(name) for index, name in recipe.mutates]
-    if len(homes) > 1 or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
+    written = known.written(args, kwargs)
+    if is_mixed or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
         _refuse(func, args, kwargs)
-    homes[0].traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
+    home.traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
@@ -365,90 +341,6 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
     )
 
 
-def _count(source: EmulatedDevice | None, target: EmulatedDevice | None, nbytes: int) -> None:
-    if source is target:
-        return
-    if target is None:
-        assert source is not None
-        source.traffic.device_to_host_bytes += nbytes
-    elif source is None:
-        target.traffic.host_to_device_bytes += nbytes
-    else:
-        target.traffic.peer_bytes += nbytes
-
-
-def _to_copy(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
-    source = args[0]
-    home = source.home if type(source) is EmulatedTensor else None
-    inner = source.inner_tensor if home is not None else source
-    kwargs = {**kwargs, "pin_memory": None}
-    target = home
-    if kwargs.get("device") is not None:
-        target = _resolve(kwargs["device"], () if home is None else (home,), devices)
-        if target is None and torch.device(kwargs["device"]).type != "cpu":
-            return func(inner, **kwargs)  # type: ignore[no-any-return]
-        kwargs["device"] = _HOST
-    out: torch.Tensor = func(inner, **kwargs)
-    result = out if target is None else EmulatedTensor(out, target)
-    _count(home, target, out.nbytes)
-    return result
-
-
-def _copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> torch.Tensor:
-    target, source = args[0], args[1]
-    is_target_ours, is_source_ours = type(target) is EmulatedTensor, type(source) is EmulatedTensor
-    func(
-        target.inner_tensor if is_target_ours else target,
-        source.inner_tensor if is_source_ours else source,
-        *args[2:],
-        **kwargs,
-    )
-    # The link carries what the target receives: as on CUDA, the source side converts and broadcasts first.
-    _count(source.home if is_source_ours else None, target.home if is_target_ours else None, target.nbytes)
-    return target  # type: ignore[no-any-return]
-
-
-def _foreach_copy_(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> None:
-    for target, source in zip(args[0], args[1], strict=True):
-        _copy_(aten.copy_.default, (target, source), kwargs, devices)
-
-
-def _item(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
-    tensor = args[0]
-    tensor.home.traffic.device_to_host_bytes += tensor.element_size()
-    return func(tensor.inner_tensor)
-
-
-def _pack_padded(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
-    """Lengths and batch sizes live on the host, as with CUDA: recurrent layers read them to plan their loop."""
-    padded, lengths, *rest = args
-    if type(padded) is not EmulatedTensor or type(lengths) is EmulatedTensor:
-        raise RuntimeError(f"{func}: `lengths` must be a host tensor and the padded input a device tensor")
-    data, batch_sizes = func(padded.inner_tensor, lengths, *rest, **kwargs)
-    return EmulatedTensor(data, padded.home), batch_sizes
-
-
-def _pad_packed(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:
-    data, batch_sizes, *rest = args
-    if type(data) is not EmulatedTensor or type(batch_sizes) is EmulatedTensor:
-        raise RuntimeError(f"{func}: `batch_sizes` must be a host tensor and the packed input a device tensor")
-    padded, lengths = func(data.inner_tensor, batch_sizes, *rest, **kwargs)
-    return EmulatedTensor(padded, data.home), lengths
-
-
-def _refuse_pin(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> NoReturn:
-    raise RuntimeError(f"cannot pin a tensor of shape {tuple(args[0].shape)} on {args[0].home.name}; only host tensors")
-
-
-_SPECIAL: dict[Any, Callable[..., Any]] = {
-    aten._to_copy.default: _to_copy,
-    aten.copy_.default: _copy_,
-    aten._foreach_copy_.default: _foreach_copy_,
-    aten._local_scalar_dense.default: _item,
-    aten._pack_padded_sequence.default: _pack_padded,
-    aten._pad_packed_sequence.default: _pad_packed,
-    aten._pin_memory.default: _refuse_pin,
-}
 _HOST_BATCH_SIZES = {aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data}
 """Recurrent layers over packed sequences; only inference mode lets them come here in one piece."""
 _HOST_INDICES = {

@@ -6,12 +6,7 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
-from harmony_lightning.hardware.device import Device, Event, Lane
-
-
-class _Reached:
-    def synchronize(self) -> None:
-        pass
+from harmony_lightning.hardware.device import Device, Event, Lane, Mark, Reached
 
 
 class HostDevice:
@@ -26,11 +21,11 @@ class HostDevice:
     def name(self) -> str:
         return "host"
 
-    def lane(self, lane: Lane) -> AbstractContextManager[None]:
+    def lane(self, lane: Lane, what: str = "") -> AbstractContextManager[None]:
         return nullcontext()
 
     def record(self, lane: Lane) -> Event:
-        return _Reached()
+        return Reached()
 
     def wait(self, lane: Lane, event: Event) -> None:
         pass
@@ -71,8 +66,11 @@ class HostCluster:
     def host_is_device(self) -> bool:
         return True
 
-    def activate(self) -> AbstractContextManager[None]:
+    def activate(self, *, continues: bool = False) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def mark(self) -> Mark:
+        return Reached()
 
     def close(self) -> None: ...
 

@@ -1,6 +1,6 @@
 """The plan room: what to do, as frozen data. No torch in here."""
 
-from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, Timeline
+from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.plan.validate import check_plan
@@ -17,7 +17,7 @@ __all__ = [
     "Span",
     "Task",
     "TaskGraph",
-    "Timeline",
+    "TaskTimes",
     "aligned",
     "check_plan",
 ]

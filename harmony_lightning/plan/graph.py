@@ -1,7 +1,7 @@
 """The task graph: every copy and computation of a step, the lane that serves it, and what it waits for.
 
 A schedule says what runs where; the graph says in which order the lanes of each device get work. Predicting a step and
-measuring one both turn a graph into a `Timeline`.
+measuring one both turn a graph into a `TaskTimes`.
 """
 
 import enum
@@ -96,7 +96,7 @@ class TaskGraph(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Timeline(Record):
+class TaskTimes(Record):
     """When each task of a graph started and ended, seconds from the start of the step."""
 
     graph: TaskGraph

@@ -55,7 +55,7 @@ class Engine:
         self.root = root
         self.cluster = cluster
         self.counters = Counters()
-        self.worker = HostWorker(is_inline=cluster.host_is_device)
+        self.worker = HostWorker(cluster)
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
@@ -82,7 +82,8 @@ class Engine:
     def load(self, plan: Plan, decomposition: Decomposition) -> None:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
         self.worker.drain()
-        self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+        with self.cluster.activate():
+            self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
         self._derived = list(find_derived(self.root))
         self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
         self._interposition.install(
@@ -198,7 +199,7 @@ class Engine:
         ]
         self._microbatches = microbatches
         try:
-            with self._active(), self._guarded():
+            with self._active(continues=True), self._guarded():
                 if not is_cut:
                     for microbatch in microbatches:
                         self._run(microbatch, shares[microbatch.index], settle, first=True)
@@ -262,7 +263,7 @@ class Engine:
                     self._send(pack, on_complete)
             self.state.gradients.finish(on_complete)
             self.state.buffers.flush()
-        self._end(microbatches)
+            self._end(microbatches)
 
     def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
@@ -277,8 +278,8 @@ class Engine:
             finally:
                 self._current = None
             self.state.buffers.flush()
+            self._end([microbatch])
         derive_on_host(self._derived)
-        self._end([microbatch])
         return result
 
     @contextmanager
@@ -359,6 +360,7 @@ class Engine:
         return None if self.state.depth or self._current is None else self._current.segment
 
     def _before_write(self, target: torch.Tensor) -> None:
+        self.state.before_write(target)
         if self._stash is not None:
             self._stash.before_write(target)
 
@@ -386,10 +388,10 @@ class Engine:
     # Visits -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def _active(self, host_arithmetic: HostArithmetic | None = None) -> Iterator[None]:
-        """What is in force on the thread while user code runs."""
+    def _active(self, host_arithmetic: HostArithmetic | None = None, *, continues: bool = False) -> Iterator[None]:
+        """What is in force on the thread while user code runs. The step `continues` if copies may be left in flight."""
         with ExitStack() as stack:
-            stack.enter_context(self.cluster.activate())
+            stack.enter_context(self.cluster.activate(continues=continues))
             # Several of autograd's device threads at once would share one state of ours.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
             if self.plan.stash == "host" and self._stash is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Event, Lane
+from harmony_lightning.hardware.device import Cluster, Event, Lane, Mark
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
@@ -42,26 +42,33 @@ class _HostBuffers:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._free: list[torch.Tensor] = []
+        self._free: list[tuple[torch.Tensor, Mark, Event]] = []
+        """With the point at which the last user was done, and the arrival of what was sent here."""
         self._lock = threading.Lock()
 
     def take(self, nbytes: int) -> torch.Tensor:
         with self._lock:
-            fitting = min((b for b in self._free if b.numel() >= nbytes), key=torch.Tensor.numel, default=None)
-            if fitting is not None and fitting.numel() <= 2 * nbytes:
-                self._free = [buffer for buffer in self._free if buffer is not fitting]
-                return fitting
+            large_enough = [entry for entry in self._free if entry[0].numel() >= nbytes]
+            fitting = min(large_enough, key=lambda entry: entry[0].numel(), default=None)
+            if fitting is not None and fitting[0].numel() <= 2 * nbytes:
+                buffer, returned, arrival = fitting
+                self._free = [entry for entry in self._free if entry is not fitting]
+                returned.observe()
+                arrival.synchronize()  # nobody has, if the step was given up
+                return buffer
         return self._cluster.host_buffer(nbytes)
 
-    def lend(self, buffer: torch.Tensor, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
+    def lend(
+        self, buffer: torch.Tensor, layout: Layout, names: Iterable[str], arrival: Event
+    ) -> dict[str, torch.Tensor]:
         """Tensors over the buffer, which comes back when they are all gone, whoever holds them."""
         memory = buffer.numpy()
-        weakref.finalize(memory, self._return, buffer).atexit = False
+        weakref.finalize(memory, self._return, buffer, arrival).atexit = False
         return {name: layout[name].alias(memory) for name in names}
 
-    def _return(self, buffer: torch.Tensor) -> None:
+    def _return(self, buffer: torch.Tensor, arrival: Event) -> None:
         with self._lock:
-            self._free.append(buffer)
+            self._free.append((buffer, self._cluster.mark(), arrival))
 
 
 class GradientStore:
@@ -249,14 +256,14 @@ class GradientStore:
         buffer = self._buffers.take(nbytes)
         lane_owner = self._devices[device]
         lane_owner.wait(Lane.SWAP_OUT, lane_owner.record(Lane.COMPUTE))
-        with lane_owner.lane(Lane.SWAP_OUT):
+        with lane_owner.lane(Lane.SWAP_OUT, f"gradients of pack {slot.pack}"):
             if len(slot.written) == len(layout):
                 buffer[:nbytes].copy_(slot.bytes[:nbytes], non_blocking=True)
             else:
                 for name, view in slot.written.items():
                     layout[name].view(buffer).copy_(view, non_blocking=True)
         arrival = slot.left = lane_owner.record(Lane.SWAP_OUT)
-        arrived = self._buffers.lend(buffer, layout, slot.written)
+        arrived = self._buffers.lend(buffer, layout, slot.written, arrival)
         self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in arrived.values())
         # A tied weight may still have a part in another pack's slot.
         elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}

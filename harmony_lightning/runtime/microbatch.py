@@ -102,7 +102,7 @@ class Microbatch:
             self._parked.resume()
             self._parked = None
         try:
-            with device.lane(Lane.COMPUTE):
+            with device.lane(Lane.COMPUTE, f"forward of pack {pack}, microbatch {self.index}"):
                 self._greenlet.switch()
         finally:
             self._parked = base.park()
@@ -157,7 +157,8 @@ class Microbatch:
         self._in_backward = segment
         try:
             if arrived:
-                torch.autograd.backward([edge for edge, _ in arrived], [gradient for _, gradient in arrived])
+                with segment.device.lane(Lane.COMPUTE, f"backward of pack {segment.pack}, microbatch {self.index}"):
+                    torch.autograd.backward([edge for edge, _ in arrived], [gradient for _, gradient in arrived])
             with torch._C.DisableTorchFunction():
                 segment.add_partial_gradients()
         finally:

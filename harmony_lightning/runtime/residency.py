@@ -47,7 +47,7 @@ class _Slot:
     ready: Event | None = None
     """Behind the swap-in of the present content."""
     released: Event | None = None
-    """Behind the last compute on the former content."""
+    """Behind the last compute on the former content, or on what the memory was before."""
     views: dict[int, Weights] = field(default_factory=dict)
     """Leaves of each pack that was ever here; the memory behind them is that of the present one."""
 
@@ -115,7 +115,7 @@ class DeviceWeights:
             slot.released = None
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
         arena.refresh()
-        with self._device.lane(Lane.SWAP_IN):
+        with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
             slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
@@ -133,7 +133,8 @@ class DeviceWeights:
             nbytes = max(1, max(pack.slot_nbytes for pack in self._plan.packs))
             for _ in range(1 + self._plan.prefetch):
                 slot_bytes = torch.empty(nbytes, dtype=torch.uint8, device=self._device.torch_device)
-                self._slots.append(_Slot(slot_bytes))
+                # The allocator may hand out memory that compute has freed and still uses.
+                self._slots.append(_Slot(slot_bytes, released=self._device.record(Lane.COMPUTE)))
 
 
 class HostWeights:

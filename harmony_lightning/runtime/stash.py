@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from harmony_lightning.hardware.device import Device, Lane
+from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
@@ -29,6 +29,8 @@ class _Stashed:
     shape: torch.Size
     stride: tuple[int, ...]
     device: Device
+    left: Event
+    """Behind the copy to the host."""
 
 
 class _Held:
@@ -84,11 +86,11 @@ class HostStash:
         with torch.inference_mode(False):
             host = torch.empty_like(source, device="cpu", pin_memory=device.torch_device.type == "cuda")
         device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
-        with device.lane(Lane.SWAP_OUT):
+        with device.lane(Lane.SWAP_OUT, "stash"):
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
         self._leaving.append((device, source))
-        stashed = _Stashed(host, tensor.shape, source.stride(), device)
+        stashed = _Stashed(host, tensor.shape, source.stride(), device, device.record(Lane.SWAP_OUT))
         segment.stashed[key] = (source, tensor._version, stashed)
         return stashed
 
@@ -103,8 +105,8 @@ class HostStash:
         )
         # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
         device.wait(Lane.SWAP_IN, device.record(Lane.COMPUTE))
-        device.wait(Lane.SWAP_IN, device.record(Lane.SWAP_OUT))
-        with device.lane(Lane.SWAP_IN):
+        device.wait(Lane.SWAP_IN, held.left)
+        with device.lane(Lane.SWAP_IN, "stash"):
             result.copy_(held.host, non_blocking=True)
         device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
         return result.expand(held.shape)

@@ -114,8 +114,18 @@ class RuntimeState:
 
     def notice_write(self, tensor: torch.Tensor) -> None:
         """User code has written a tensor off the segment's device: if it is a master, its copies are out of date."""
-        if tensor.device.type == "cpu" and tensor.data_ptr() in {p.data_ptr() for p in self.parameters.values()}:
+        if self._is_master(tensor):
             self.release_all()
+
+    def before_write(self, tensor: torch.Tensor) -> None:
+        """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
+        if self._is_master(tensor):
+            for device in self.cluster.devices:
+                device.record(Lane.SWAP_IN).synchronize()
+
+    def _is_master(self, tensor: torch.Tensor) -> bool:
+        is_on_host = tensor.device.type == "cpu" and not self.is_device(tensor.device)
+        return is_on_host and tensor.data_ptr() in {p.data_ptr() for p in self.parameters.values()}
 
     # What is running --------------------------------------------------------------------------------------------------
 
@@ -169,7 +179,7 @@ class RuntimeState:
     def _collect(self) -> None:
         self._is_collecting = False
         # User code may be running, and its function mode would take our tensors for its own.
-        with self.cluster.activate(), torch._C.DisableTorchFunction():
+        with self.cluster.activate(continues=True), torch._C.DisableTorchFunction():
             if self.is_holding:
                 self.gradients.hold()
             else:

@@ -8,18 +8,23 @@ import queue
 import threading
 from collections.abc import Callable
 
+from harmony_lightning.hardware.device import Cluster, Mark
+
 Job = Callable[[], None]
 
 
 class HostWorker:
     """Starts its thread with the first job; `close` ends it.
 
-    Where the host is the only device there is nothing to overlap with: `is_inline` runs each job when it is submitted.
+    Where the host is the only device there is nothing to overlap with, and each job runs when it is submitted.
     """
 
-    def __init__(self, *, is_inline: bool = False) -> None:
-        self._is_inline = is_inline
-        self._jobs: queue.Queue[Job | None] = queue.Queue()
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._is_inline = cluster.host_is_device
+        self._jobs: queue.Queue[tuple[Job, Mark] | None] = queue.Queue()
+        self._done: Mark | None = None
+        """Behind the last job."""
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -30,11 +35,13 @@ class HostWorker:
         if self._thread is None:
             self._thread = threading.Thread(target=self._run, name="harmony-host-worker", daemon=True)
             self._thread.start()
-        self._jobs.put(job)
+        self._jobs.put((job, self._cluster.mark()))
 
     def drain(self) -> None:
         """Return when all submitted jobs are done; raise what one of them raised."""
         self._jobs.join()
+        if self._done is not None:
+            self._done.synchronize()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -48,14 +55,18 @@ class HostWorker:
         self._error = None
 
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
+        while (entry := self._jobs.get()) is not None:
+            job, submitted = entry
             try:
                 if self._error is None:
-                    job()
+                    submitted.synchronize()
+                    with self._cluster.activate(continues=True):
+                        job()
             except BaseException as error:
                 self._error = error
             finally:
                 # The job holds gradients alive; it must not outlive its turn.
-                del job
+                del entry, job
+                self._done = self._cluster.mark()
                 self._jobs.task_done()
         self._jobs.task_done()

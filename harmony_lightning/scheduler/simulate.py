@@ -3,7 +3,7 @@
 import enum
 from dataclasses import dataclass
 
-from harmony_lightning.plan.graph import TaskGraph, Timeline
+from harmony_lightning.plan.graph import TaskGraph, TaskTimes
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
 from harmony_lightning.scheduler.clock import Clock, Listener, Recorder
@@ -73,7 +73,7 @@ def tell(schedule: Schedule, costs: Costs, rules: Rules, listener: Listener) -> 
         tell_harmony(schedule, costs, listener, overlap=rules is Rules.HARMONY)
 
 
-def simulate(graph: TaskGraph) -> Timeline:
+def simulate(graph: TaskGraph) -> TaskTimes:
     """When each task of a graph starts and ends: as soon as its lanes are free and what it waits for is done."""
     clock = Clock(graph.num_devices)
     starts: list[float] = []
@@ -85,4 +85,4 @@ def simulate(graph: TaskGraph) -> Timeline:
             clock.free[lane] = end
         starts.append(end - task.seconds)
         ends.append(end)
-    return Timeline(graph=graph, starts=tuple(starts), ends=tuple(ends))
+    return TaskTimes(graph=graph, starts=tuple(starts), ends=tuple(ends))

@@ -106,7 +106,8 @@ class MergedLog:
         if isinstance(value, Tensor) and not kwargs.get("enable_graph", False):
             value = value.detach()  # a graph kept here would keep the microbatch's activations
         if isinstance(value, Tensor) and self._device is not None:
-            value = value.to(self._device, non_blocking=True)
+            # Nobody would wait for a copy to the host before the value is read there.
+            value = value.to(self._device, non_blocking=self._device.type != "cpu")
         # A key may be logged several times within one training_step: the n-th calls of all microbatches belong together.
         nth = self._seen[index, fx, name]
         self._seen[index, fx, name] += 1

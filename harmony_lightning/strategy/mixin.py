@@ -26,6 +26,7 @@ from harmony_lightning.hardware.host import HostCluster
 from harmony_lightning.observability.device_stats import with_all_devices
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan
+from harmony_lightning.plan.timeline import Span, Timeline
 from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.engine import Engine
@@ -175,6 +176,18 @@ class HarmonyMixin:
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
+
+    def timeline(self) -> Timeline:
+        """What every lane did and when, by the virtual clock of an emulated cluster.
+
+        Raises:
+            ConfigurationError: there is no emulated cluster, or it has no preset.
+        """
+        if self._emulated is None:
+            raise ConfigurationError(
+                "only emulated GPUs have a timeline: HarmonyStrategy(cluster=EmulatedCluster(...))"
+            )
+        return Timeline(spans=tuple(Span(**activity._asdict()) for activity in self._emulated.activities()))
 
     # Set-up and teardown --------------------------------------------------------------------------------------------
 
@@ -485,7 +498,12 @@ class HarmonyMixin:
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        with self._in_step(), self._updates.stepping(optimizer, closure, self._require_engine(), trainer) as closure:
+        engine = self._require_engine()
+        with (
+            self._in_step(),
+            self._updates.stepping(optimizer, closure, engine, trainer) as closure,
+            engine.cluster.activate(),  # the optimizer may write masters and read gradients itself
+        ):
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 import pytest
 
 from harmony_lightning import ConfigurationError
-from harmony_lightning.plan import Kind, Lane, Task, TaskGraph, Timeline
+from harmony_lightning.plan import Kind, Lane, Task, TaskGraph, TaskTimes
 
 
 def task(seconds, *after, lanes=(Lane.COMPUTE,), kind=Kind.FORWARD):
@@ -15,18 +15,18 @@ GRAPH = TaskGraph(
     num_devices=1,
     tasks=(task(2.0, lanes=(Lane.SWAP_IN,)), task(1.0), task(4.0, 0), task(1.0, 0, lanes=(Lane.SWAP_OUT,))),
 )
-TIMELINE = Timeline(graph=GRAPH, starts=(0.0, 0.0, 2.0, 2.0), ends=(2.0, 1.0, 6.0, 3.0))
+TIMES = TaskTimes(graph=GRAPH, starts=(0.0, 0.0, 2.0, 2.0), ends=(2.0, 1.0, 6.0, 3.0))
 
 
 def test_json_is_the_inverse():
-    assert Timeline.from_json(TIMELINE.to_json()) == TIMELINE
+    assert TaskTimes.from_json(TIMES.to_json()) == TIMES
 
 
 def test_a_timeline_tells_its_length_its_load_and_what_binds():
-    assert TIMELINE.seconds == 6.0
-    assert TIMELINE.busy_seconds(Lane.COMPUTE) == 5.0
-    assert list(TIMELINE.critical_path()) == [2, 0]
-    assert list(Timeline(graph=TaskGraph(num_devices=1, tasks=()), starts=(), ends=()).critical_path()) == []
+    assert TIMES.seconds == 6.0
+    assert TIMES.busy_seconds(Lane.COMPUTE) == 5.0
+    assert list(TIMES.critical_path()) == [2, 0]
+    assert list(TaskTimes(graph=TaskGraph(num_devices=1, tasks=()), starts=(), ends=()).critical_path()) == []
 
 
 @pytest.mark.parametrize(

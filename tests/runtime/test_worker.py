@@ -4,12 +4,13 @@ import weakref
 
 import pytest
 
+from harmony_lightning import EmulatedCluster
 from harmony_lightning.runtime.worker import HostWorker
 
 
 @pytest.fixture
 def worker():
-    worker = HostWorker()
+    worker = HostWorker(EmulatedCluster())
     yield worker
     worker.close()
 
@@ -29,7 +30,7 @@ def test_jobs_run_in_the_order_of_submission_on_one_other_thread(worker):
 def test_nothing_runs_before_the_first_job(worker):
     before = threading.active_count()
     worker.drain()
-    HostWorker().close()
+    HostWorker(EmulatedCluster()).close()
     assert threading.active_count() == before
 
 

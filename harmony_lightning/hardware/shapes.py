@@ -1,0 +1,73 @@
+"""Fake data: operations on shapes alone, with memory that nobody touches.
+
+A tensor of any size costs no memory until one of its bytes is read or written: the system only reserves addresses. So
+in a fake run everything is where it would be, with its address, its size and its lifetime, but large tensors are never
+computed: the shapes of results come from torch's own meta kernels, and their memory is reserved and left alone. Small
+tensors on the host stay real: counters, random states, samples' lengths. Small results are zero.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch.utils import _pytree as pytree
+
+from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.hardware.operations import Operation, tensors
+
+_REAL_BYTES = 64 * 1024
+"""Host tensors up to this size are computed."""
+
+
+def is_real(values: Iterable[Any]) -> bool:
+    """Whether an operation on the host over these arguments is to be computed."""
+    return all(tensor.nbytes <= _REAL_BYTES for tensor in tensors(values))
+
+
+def run_on_shapes(known: Operation, args: Any, kwargs: Any) -> Any:
+    """What the operation returns, as tensors over untouched host memory; views and written arguments are the real ones.
+
+    Raises:
+        UnsupportedError: the shape of the result depends on numbers, which there are none of.
+    """
+    if known.is_idle:
+        return known.func(*args, **kwargs)
+    if known.tells_host and len(known.returned) == 1 and not known.returns_tensor:
+        return True
+    if known.mutates and None not in known.returned:
+        out = (None,) * len(known.returned)  # nothing new comes of it
+        return _results(known, args, kwargs, out if len(out) > 1 else None)
+    try:
+        out = known.func(*pytree.tree_map(_meta, list(args)), **pytree.tree_map(_meta, dict(kwargs)))
+    except (NotImplementedError, RuntimeError) as error:
+        raise UnsupportedError(
+            f"{known.func} cannot be run on shapes alone: {error}. Train with real data (fake=False), or keep what "
+            "depends on numbers out of the step"
+        ) from error
+    return _results(known, args, kwargs, out)
+
+
+def _results(known: Operation, args: Any, kwargs: Any, out: Any) -> Any:
+    outs = out if len(known.returned) > 1 else (out,)
+    results = tuple(
+        pytree.tree_map_only(torch.Tensor, _reserve, value)
+        if source is None
+        else args[source[0]]
+        if source[0] < len(args)
+        else kwargs[source[1]]
+        for value, source in zip(outs, known.returned, strict=False)
+    )
+    return results if len(known.returned) > 1 else results[0] if results else None
+
+
+def _meta(value: Any) -> Any:
+    if isinstance(value, torch.Tensor):
+        return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="meta")
+    if isinstance(value, torch.Generator):
+        return None
+    return torch.device("meta") if isinstance(value, torch.device) else value
+
+
+def _reserve(shape: torch.Tensor) -> torch.Tensor:
+    memory = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype, device="cpu")
+    return memory.zero_() if memory.nbytes <= _REAL_BYTES else memory

@@ -1,0 +1,71 @@
+"""The runtime waits for what it must, and the race check notices each wait that is left out."""
+
+import torch
+from chain import Chain, loader, trainer
+from torch import nn
+
+from harmony_lightning import EmulatedCluster, HarmonyStrategy, RaceError
+
+
+class _Tied(Chain):
+    """Glue uses a layer's weight once more."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        inputs = nn.functional.linear(inputs, self.net[0][0].weight)
+        return nn.functional.mse_loss(self.head(self.net(inputs)).squeeze(1), targets)
+
+
+class _Manual(Chain):
+    """Differentiates by itself."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        self.manual_backward(self.step(batch))
+        optimizer.step()
+
+
+SCENARIOS = {
+    "pp": (Chain, {"mode": "pp"}),
+    "dp": (Chain, {"mode": "dp"}),
+    "stash on the device": (Chain, {"stash": "device"}),
+    "tied": (_Tied, {}),
+    "manual": (_Manual, {}),
+}
+
+
+def run(scenario, ignored=None):
+    """Two steps of training, validation and prediction; returns where the runtime waited."""
+    make, options = SCENARIOS[scenario]
+    torch.manual_seed(0)
+    module = make(depth=6)
+    cluster = EmulatedCluster(2, "200KiB" if make is Chain else "500KiB")
+    cluster.machine.waits, cluster.machine.ignored = {}, ignored
+    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
+    with_harmony = trainer(strategy, limit_train_batches=2, limit_val_batches=1, limit_predict_batches=1)
+    with_harmony.fit(module, loader(8, 16), loader(8, 8))
+    with_harmony.predict(module, loader(8, 8))
+    return cluster.machine.waits
+
+
+def test_every_wait_that_is_left_out_is_noticed():
+    places = {}
+    for scenario in SCENARIOS:
+        for place in run(scenario):
+            places.setdefault(place, []).append(scenario)
+    assert len({place.split(":")[0] for place in places}) >= 5, places
+    unnoticed = []
+    for place, scenarios in places.items():
+        for scenario in scenarios:
+            try:
+                run(scenario, ignored=place)
+            except RaceError:
+                break
+        else:
+            unnoticed.append(place)
+    assert not unnoticed

@@ -1,0 +1,44 @@
+"""Fake data: the same bytes and the same timeline as with numbers, without their memory."""
+
+import resource
+
+import torch
+from chain import Chain, loader, trainer
+from torch import nn
+
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
+
+
+def run(module, *, fake, memory="200KiB", batch_size=8):
+    cluster = EmulatedCluster(2, memory, preset="3090", fake=fake)
+    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster)
+    trainer(strategy, max_steps=1).fit(module, loader(batch_size, batch_size))
+    return strategy.timeline(), strategy.statistics()
+
+
+def test_a_fake_step_moves_the_same_bytes_in_the_same_time():
+    torch.manual_seed(0)
+    (real, real_counts), (fake, fake_counts) = (run(Chain(depth=6), fake=fake) for fake in (False, True))
+    assert fake_counts == real_counts
+    assert [span for span in fake.spans if span.device >= 0] == [span for span in real.spans if span.device >= 0]
+
+
+class _Large(Chain):
+    """4 GiB of weights."""
+
+    def __init__(self):
+        super().__init__(depth=1)
+        with torch.device("meta"):
+            self.wide = nn.Sequential(nn.Linear(64, 2**24), nn.Linear(2**24, 64)).to(torch.float16)
+        self.wide.to_empty(device="cpu")
+
+    def step(self, batch):
+        inputs, targets = batch
+        return super().step((self.wide(inputs.half()).float(), targets))
+
+
+def test_a_model_without_numbers_takes_no_memory():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    timeline, counts = run(_Large(), fake=True, memory="24GiB")
+    assert counts.swap_in_bytes > 4 * 2**30 and timeline.seconds > 0.1
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: less than 1 GiB
