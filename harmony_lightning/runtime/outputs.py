@@ -65,11 +65,13 @@ def map_tensors(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     """The value with each tensor in mappings, lists, tuples and dataclasses replaced; itself where none changes."""
     if isinstance(value, Tensor):
         return function(value)
+    if isinstance(value, torch.Size):
+        return value
     if isinstance(value, Mapping):
         items = {key: map_tensors(function, item) for key, item in value.items()}
         changed = {key: item for key, item in items.items() if item is not value[key]}
         return replace_items(value, changed) if changed else value
-    if isinstance(value, list | tuple) and not isinstance(value, torch.Size):
+    if isinstance(value, list | tuple):
         parts = [map_tensors(function, item) for item in value]
         is_same = all(part is item for part, item in zip(parts, value, strict=True))
         return value if is_same else rebuild_sequence(value, parts)
