@@ -61,10 +61,10 @@ def test_what_is_not_complete_waits_for_the_rest(net, engine):
 
 
 def test_held_gradients_become_complete_with_finish_only(net, engine):
-    completed = []
+    completed, gradients = [], [on(engine, 0, 1.0) for _ in range(2)]
     with engine.cluster.activate():
-        for _ in range(2):
-            engine.state.gradients.add("0.weight", on(engine, 0, 1.0), 0, 0)
+        for gradient in gradients:
+            engine.state.gradients.add("0.weight", gradient, 0, 0)
             engine.state.gradients.hold()
         engine.worker.drain()
         assert net[0].weight.grad is None
@@ -90,10 +90,10 @@ def test_hooks_come_between_the_last_microbatch_and_grad(net, engine):
     net[0].weight.register_hook(lambda gradient: seen.append(gradient.clone()) or gradient * 3)
     net[0].weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
     net[0].weight.grad = torch.ones(4, 4)
-    completed = []
+    completed, gradients = [], [on(engine, 0, 1.0) for _ in range(2)]
     with engine.cluster.activate():
-        for _ in range(2):
-            engine.state.gradients.add("0.weight", on(engine, 0, 1.0), 0, 0)
+        for gradient in gradients:
+            engine.state.gradients.add("0.weight", gradient, 0, 0)
     drain(engine, 0, on_complete=completed.extend)
     assert (seen, completed) == ([], [])
     with engine.cluster.activate():

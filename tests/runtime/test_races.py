@@ -1,7 +1,9 @@
 """The runtime waits for what it must, and the race check notices each wait that is left out."""
 
+import contextlib
+
 import torch
-from chain import Chain, loader, trainer
+from chain import WIDTH, Chain, loader, trainer
 from torch import nn
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy, RaceError
@@ -30,12 +32,32 @@ class _Manual(Chain):
         optimizer.step()
 
 
+class _Broken(Exception):
+    pass
+
+
+class _Breaking(torch.optim.SGD):
+    """Fails on the host worker, which then drops what else has been submitted."""
+
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        if any(p.grad is not None and len(p) == WIDTH for group in self.param_groups for p in group["params"]):
+            raise _Broken
+        return loss  # of the strategy's trial with tiny weights
+
+
+class _BreakingChain(Chain):
+    def __init__(self, **options):
+        super().__init__(optimizer=_Breaking, **options)
+
+
 SCENARIOS = {
     "pp": (Chain, {"mode": "pp"}),
     "dp": (Chain, {"mode": "dp"}),
     "stash on the device": (Chain, {"stash": "device"}),
     "tied": (_Tied, {}),
     "manual": (_Manual, {}),
+    "update fails": (_BreakingChain, {}),
 }
 
 
@@ -44,11 +66,12 @@ def run(scenario, ignored=None):
     make, options = SCENARIOS[scenario]
     torch.manual_seed(0)
     module = make(depth=6)
-    cluster = EmulatedCluster(2, "200KiB" if make is Chain else "500KiB")
+    cluster = EmulatedCluster(2, "500KiB" if make in (_Tied, _Manual) else "200KiB")
     cluster.machine.waits, cluster.machine.ignored = {}, ignored
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
     with_harmony = trainer(strategy, limit_train_batches=2, limit_val_batches=1, limit_predict_batches=1)
-    with_harmony.fit(module, loader(8, 16), loader(8, 8))
+    with contextlib.suppress(_Broken):
+        with_harmony.fit(module, loader(8, 16), loader(8, 8))
     with_harmony.predict(module, loader(8, 8))
     return cluster.machine.waits
 
