@@ -7,7 +7,8 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from lightning.pytorch import plugins
 from lightning.pytorch.plugins import MixedPrecision
 
-from harmony_lightning import ConfigurationError, precision
+from harmony_lightning import ConfigurationError
+from harmony_lightning.strategy import precision
 
 TRUE = ["32-true", "bf16-true", "16-true", "64-true"]
 PRECISIONS = [*TRUE, "bf16-mixed", "16-mixed"]
