@@ -3,9 +3,9 @@
 Two implementations obey this protocol: `cuda.CudaDevice` and `emulated.EmulatedDevice`; `host.HostDevice` is the trivial
 third for training without any GPU. Nothing above this room asks which one it holds.
 
-Each device has three lanes, in-order queues of work: COMPUTE runs kernels, SWAP_IN copies from the host, SWAP_OUT copies
-to the host. A lane runs ahead of Python; what one lane produces another may touch only after it has waited for an event
-recorded behind the producer.
+Each device has lanes, in-order queues of work, one for kernels and one for each kind of copy, so that no copy waits behind
+one that is not due yet. A lane runs ahead of Python; what one lane produces another may touch only after it has waited for
+an event recorded behind the producer.
 """
 
 import enum
@@ -21,7 +21,14 @@ class Lane(enum.Enum):
 
     COMPUTE = "compute"
     SWAP_IN = "swap-in"
+    """Weights, from the host."""
     SWAP_OUT = "swap-out"
+    """Gradients and stashes, to the host."""
+    STASH_IN = "stash-in"
+    """Stashes, from the host."""
+    PEER_IN = "peer-in"
+    """From another device. A copy between devices is in both lanes, the sender's and the receiver's."""
+    PEER_OUT = "peer-out"
 
 
 class Event(Protocol):

@@ -20,6 +20,7 @@ import greenlet
 import torch
 from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
+from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.device import Cluster, Device, Lane
@@ -32,6 +33,7 @@ from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer import call_layer, is_layer_hook
+from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.segment import Segment, add_place
@@ -39,6 +41,7 @@ from harmony_lightning.runtime.site import Interposition, Site
 from harmony_lightning.runtime.stash import HostStash
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.trace import Trace
+from harmony_lightning.runtime.transfer import Arrival
 from harmony_lightning.runtime.worker import HostWorker
 
 log = logging.getLogger(__name__)
@@ -85,7 +88,7 @@ class Engine:
         with self.cluster.activate():
             self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
         self._derived = list(find_derived(self.root))
-        self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
+        self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters, state.departures)
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
             layers={layer.name: layer.weights for layer in decomposition.layers},
@@ -213,7 +216,10 @@ class Engine:
                     pack = min(m.waits_for for m in waiting if m.waits_for is not None)
                     visitors = [m for m in waiting if m.waits_for == pack]
                     with self._visit(pack, visitors, self._next_forward(pack, waiting)):
-                        for microbatch in visitors:
+                        visitors[0].send_ahead()
+                        for microbatch, following in zip(visitors, [*visitors[1:], None], strict=True):
+                            if following is not None:
+                                following.send_ahead()
                             self._run(microbatch, shares[microbatch.index], settle)
                 self.state.buffers.flush()
             derive_on_host(self._derived)
@@ -252,12 +258,14 @@ class Engine:
             for pack in reversed(range(len(self.plan.packs))):
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)
+            ahead = Lookahead(microbatches, self._bring_stash_back)
             while left := [m for m in microbatches if m.segments]:
                 pack = max(m.segment.pack for m in left)
                 visitors = [m for m in left if m.segment.pack == pack]
                 with self._visit(pack, visitors, self._next_backward(pack, left)):
                     for microbatch in visitors:
                         while microbatch.segments and microbatch.segment.pack == pack:
+                            ahead.begin(microbatch.segment)
                             self._backward_segment(microbatch)
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)
@@ -321,14 +329,15 @@ class Engine:
         self.state.release_all()
         if self._stash is not None:
             self._stash.end()
+        self.state.departures.let_go()
         self._come_to_rest()
         self._microbatches = []
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""
         for device in self.cluster.devices:
-            device.record(Lane.SWAP_IN).synchronize()
-            device.record(Lane.SWAP_OUT).synchronize()
+            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT):
+                device.record(lane).synchronize()
 
     # Dispatch of calls ------------------------------------------------------------------------------------------------
 
@@ -343,7 +352,7 @@ class Engine:
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:
-                    microbatch.park(site.pack)
+                    microbatch.park(site.pack, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
                 else:
                     self._change_pack(microbatch, site.pack)
             if microbatch.is_cut and not microbatch.is_in_backward:
@@ -385,6 +394,10 @@ class Engine:
         microbatch.open(pack)
         microbatch.follow(microbatch.segment.device)
 
+    def _bring_stash_back(self, segment: Segment) -> None:
+        if self._stash is not None:
+            self._stash.bring_back(segment)
+
     # Visits -----------------------------------------------------------------------------------------------------------
 
     @contextmanager
@@ -414,6 +427,7 @@ class Engine:
 
     def _run(self, microbatch: Microbatch, share: float, settle: Settle, first: bool = False) -> None:
         """Let a microbatch go on; if it comes to its end, differentiate its last segment."""
+        self.state.departures.turn(microbatch.device)
         self._current = microbatch
         try:
             if first:
@@ -425,8 +439,6 @@ class Engine:
             raise
         finally:
             self._current = None
-        if self._stash is not None:
-            self._stash.turn()
         if not microbatch.is_done:
             return
         loss, microbatch.result = settle(microbatch.result)
@@ -434,7 +446,7 @@ class Engine:
             loss = None  # it counts nothing, and may be 0 / 0
         if loss is not None and loss.grad_fn is not None:
             seed = torch.full_like(loss.detach(), share * self._expected_factor)
-            microbatch.deposit(get_gradient_edge(loss), seed)
+            microbatch.deposit(get_gradient_edge(loss), Arrival(seed, microbatch.segment.device))
         self.has_loss |= loss is not None
         del loss  # only nodes hold the graph from here on, so that backward frees it
         if not microbatch.is_cut:
@@ -450,6 +462,7 @@ class Engine:
 
     def _backward_segment(self, microbatch: Microbatch) -> None:
         names = tuple(microbatch.segment.uses)
+        self.state.departures.turn(microbatch.segment.device)
         self._current = microbatch
         running = microbatch.segment
         try:
@@ -477,8 +490,6 @@ class Engine:
     def _leave(self) -> None:
         self.state.release_glue()
         self.state.buffers.drop_clean()
-        if self._stash is not None:
-            self._stash.let_go()
 
     def _next_forward(self, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
         """By device, the pack that follows in the plan."""
@@ -506,7 +517,8 @@ class Engine:
     def _rescale(self, ratio: float) -> None:
         self.state.gradients.scale(ratio)
         for microbatch in self._microbatches:
-            microbatch.pending = {key: (edge, gradient * ratio) for key, (edge, gradient) in microbatch.pending.items()}
+            for edge, parts in microbatch.pending.values():
+                parts[:] = [Arrival(part.take() * ratio, part.device) for part in parts]
 
 
 def _steps_aside(pack: Any) -> bool:

@@ -5,7 +5,7 @@ user's code, until the engine has brought the other microbatches to that point a
 """
 
 import contextvars
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import greenlet
@@ -14,9 +14,10 @@ from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.runtime.randomness import Stream
-from harmony_lightning.runtime.segment import Replaced, Segment
+from harmony_lightning.runtime.segment import Moved, Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.thread_state import Parked, ThreadState
+from harmony_lightning.runtime.transfer import Arrival
 
 
 class Microbatch:
@@ -42,20 +43,27 @@ class Microbatch:
         self.is_done = False
         self.result: Any = None
         self.replaced: Replaced = {}
-        self.pending: dict[tuple[Any, int], tuple[GradientEdge, torch.Tensor]] = {}
-        """Gradients that have arrived for edges of older segments."""
+        self.pending: dict[tuple[Any, int], tuple[GradientEdge, list[Arrival]]] = {}
+        """Gradients that have arrived for edges of older segments, to be added up in this order."""
         self._in_backward: Segment | None = None
         self._function = function
         self._stream = stream
         self._device: Device | None = None
         """Where the random stream is while the greenlet runs."""
         self._parked: Parked | None = None
+        self._luggage: Luggage | None = None
         self._greenlet: greenlet.greenlet | None = None
 
     @property
     def segment(self) -> Segment:
         """The running one, forward or backward."""
         return self.segments[-1] if self._in_backward is None else self._in_backward
+
+    @property
+    def device(self) -> Device:
+        """Where the microbatch goes on when it is resumed."""
+        pack = self.waits_for if self.waits_for is not None else self.segment.pack if self.segments else 0
+        return self._state.device_of(pack, self.index)
 
     @property
     def is_in_backward(self) -> bool:
@@ -80,20 +88,28 @@ class Microbatch:
         self.result = self._function()
         self.is_done = True
 
-    def park(self, pack: int) -> None:
-        """Called within the greenlet: wait until the engine has come to `pack`."""
+    def park(self, pack: int, needed: Sequence[torch.Tensor]) -> None:
+        """Called within the greenlet: wait until the engine has come to `pack`, which first needs these tensors."""
         self.waits_for = pack
+        self._luggage = Luggage(self.segment, needed)
         self.segment.leave()  # while this one waits, nothing of the past may stay on the device for it
         assert self._greenlet is not None and self._greenlet.parent is not None
         self._greenlet.parent.switch()
         self.waits_for = None
         self.open(pack)
+        self.segment.expect(self._luggage.sent)
+        self._luggage = None
+
+    def send_ahead(self) -> None:
+        """Called by the engine while the microbatch is parked: what it needs next may set out to the device it goes to."""
+        if self._luggage is not None and self.waits_for is not None:
+            self._luggage.send(self._state.device_of(self.waits_for, self.index))
 
     def resume(self) -> None:
         """Called by the engine: let the greenlet run to its next switch or its end."""
         assert self._greenlet is not None
         pack = self.segment.pack if self.waits_for is None else self.waits_for
-        device = self._device = self._state.device_of(pack, self.index)
+        device = self._device = self.device
         base = ThreadState()
         if self._stream is not None:
             self._stream.resume()
@@ -139,14 +155,13 @@ class Microbatch:
             segment.close()
         self.segments.clear()
         self.pending.clear()
+        self._luggage = None
         self.replaced.clear()
         self.result = None
 
-    def deposit(self, edge: GradientEdge, gradient: torch.Tensor) -> None:
-        """Hand in a gradient for a tensor of an older segment."""
-        key = (edge.node, edge.output_nr)
-        held = self.pending.get(key)
-        self.pending[key] = (edge, gradient if held is None else held[1] + gradient)
+    def deposit(self, edge: GradientEdge, gradient: Arrival) -> None:
+        """Hand in a gradient for a tensor of an older segment, on that segment's device."""
+        self.pending.setdefault((edge.node, edge.output_nr), (edge, []))[1].append(gradient)
 
     def backward_segment(self) -> Segment:
         """Differentiate the youngest segment from the gradients that have arrived for it, and forget it."""
@@ -158,9 +173,47 @@ class Microbatch:
         try:
             if arrived:
                 with segment.device.lane(Lane.COMPUTE, f"backward of pack {segment.pack}, microbatch {self.index}"):
-                    torch.autograd.backward([edge for edge, _ in arrived], [gradient for _, gradient in arrived])
+                    with torch._C.DisableTorchFunction():
+                        gradients = [_total(parts) for _, parts in arrived]
+                    edges = [edge for edge, _ in arrived]
+                    del arrived
+                    torch.autograd.backward(edges, gradients)
             with torch._C.DisableTorchFunction():
                 segment.add_partial_gradients()
         finally:
             self._in_backward = None
         return segment
+
+
+class Luggage:
+    """What a parked microbatch will need in its next pack, as it was when it parked."""
+
+    def __init__(self, segment: Segment, needed: Sequence[torch.Tensor]) -> None:
+        self._state = segment.state
+        self._home = segment.device
+        with torch._C.DisableTorchFunction():
+            self._needed = [
+                tensor
+                for tensor in (segment.replaced.get(id(t), (None, t))[1] for t in needed)
+                if tensor.device == self._home.torch_device and segment.state.weight_name(tensor) is None
+            ]
+        self._ready = self._home.record(Lane.COMPUTE) if self._needed else None
+        self.sent: Moved = {}
+
+    def send(self, target: Device) -> None:
+        needed, self._needed = self._needed, []
+        if target is self._home:
+            return
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for tensor in needed:
+                version = -1 if tensor.is_inference() else tensor._version
+                arrival = self._state.send(tensor.detach(), self._home, target, self._ready)
+                self.sent[id(tensor)] = (tensor, version, arrival)
+
+
+def _total(parts: Sequence[Arrival]) -> torch.Tensor:
+    first, *others = parts
+    total = first.take()
+    for part in others:
+        total = total + part.take()
+    return total

@@ -16,6 +16,7 @@ average, a metric) is written where it lives; anything else is written as an imp
 in the rest of the microbatch.
 """
 
+import weakref
 from collections import Counter
 from collections.abc import Callable
 from typing import Any
@@ -26,13 +27,17 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides
+from harmony_lightning.runtime.transfer import Arrival, bring_in, send
 
 _NUM_MOVED = 16
 """Copies that a segment keeps of tensors from elsewhere. Few are used again: masks, encoder states. Code that looks at
 every gradient once must not gather them all on the device."""
 
 Sink = Callable[[torch.Tensor], None]
-Deposit = Callable[[GradientEdge, torch.Tensor], None]
+Deposit = Callable[[GradientEdge, Arrival], None]
+Moved = dict[int, tuple[torch.Tensor, int, Arrival]]
+"""Copies on a segment's device, by identity of the source, with the source's version; it is held so that its identity
+stays taken."""
 Replaced = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -80,6 +85,7 @@ class Segment:
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
         stashed: what has gone to the host from in here, so that each tensor goes once.
+        stash: the same for backward, in the order of leaving.
         on_leave: called when the microbatch goes on to another pack.
     """
 
@@ -98,10 +104,10 @@ class Segment:
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
         self.stashed: dict[Any, Any] = {}
+        self.stash: list[weakref.ref[Any]] = []
         self.on_leave: list[Callable[[], None]] = []
         self._deposit = deposit
-        self._moved: dict[int, tuple[torch.Tensor, int, torch.Tensor]] = {}
-        """Copies on this device, by identity of the source; the source is held so that its identity stays taken."""
+        self._moved: Moved = {}
 
     def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None, is_ours: bool = False) -> None:
         """One use of a weight has been differentiated; the last one hands the sum on. `is_ours`: nobody else holds it."""
@@ -135,6 +141,10 @@ class Segment:
         for callback in self.on_leave:
             callback()
         self.close()
+
+    def expect(self, arrivals: Moved) -> None:
+        """Copies that were sent here before the microbatch came."""
+        self._moved.update(arrivals)
 
     def close(self) -> None:
         """The microbatch's code has left; its backward may still come."""
@@ -186,12 +196,12 @@ class Segment:
     def _cut(self, tensor: torch.Tensor, is_written: bool) -> torch.Tensor:
         edge, deposit = get_gradient_edge(tensor), self._deposit
         if tensor.device == self.device.torch_device:
-            return self._import(tensor.detach(), lambda gradient: deposit(edge, gradient), is_written)
-        counters, home = self.state.counters, tensor.device
+            device = self.device
+            return self._import(tensor.detach(), lambda gradient: deposit(edge, Arrival(gradient, device)), is_written)
+        state, here, home = self.state, self.device, self.state.find_device(tensor.device)
 
         def sink(gradient: torch.Tensor) -> None:
-            counters.p2p_bytes += gradient.nbytes
-            deposit(edge, gradient.to(home))
+            deposit(edge, state.send(gradient, here, home))
 
         return self._import(self._move(tensor), sink, is_written)
 
@@ -204,11 +214,17 @@ class Segment:
         version = -1 if tensor.is_inference() else tensor._version
         entry = self._moved.get(id(tensor))
         if entry is None or entry[1] != version:
-            copy = self._count_peer(tensor.detach().to(self.device.torch_device), tensor)
-            entry = self._moved[id(tensor)] = (tensor, version, copy)
+            entry = self._moved[id(tensor)] = (tensor, version, self._bring_over(tensor.detach()))
             if len(self._moved) > _NUM_MOVED:
                 del self._moved[next(iter(self._moved))]
-        return entry[2]
+        return entry[2].take()
+
+    def _bring_over(self, tensor: torch.Tensor) -> Arrival:
+        home = self.state.find_device(tensor.device)
+        if home is not None:
+            return self.state.send(tensor, home, self.device)
+        self.state.counters.input_bytes += tensor.nbytes
+        return Arrival(bring_in(tensor, self.device), self.device)
 
     def _is_host(self, tensor: torch.Tensor) -> bool:
         """Functions of any device read scalars of the host; those of another GPU they do not."""

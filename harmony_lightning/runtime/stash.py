@@ -17,10 +17,11 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.structure import without_repetition
+from harmony_lightning.runtime.transfer import Arrival, Departures
 
 
-@dataclass(frozen=True, slots=True)
-class _Stashed:
+@dataclass(slots=True, eq=False, weakref_slot=True)
+class Stashed:
     """A tensor that waits on the host, and how it lay on the device: other strides may mean other kernels, and so other
     bits, when a layer is recomputed."""
 
@@ -31,6 +32,8 @@ class _Stashed:
     device: Device
     left: Event
     """Behind the copy to the host."""
+    back: Arrival | None = None
+    """On its way back, before anybody has asked for it."""
 
 
 class _Held:
@@ -51,14 +54,12 @@ class HostStash:
         current: Callable[[], Segment | None],
         stays: Callable[[torch.Tensor], bool],
         counters: Counters,
+        departures: Departures,
     ) -> None:
         self._current = current
         self._stays = stays
         self._counters = counters
-        self._leaving: list[tuple[Device, torch.Tensor]] = []
-        """Device tensors that a copy may still be reading."""
-        self._left_before: list[tuple[Device, torch.Tensor]] = []
-        """Those of the turn before; copies of two turns overlap with compute."""
+        self._departures = departures
         self._held: dict[int, weakref.WeakSet[_Held]] = {}
         """What waits where it is, by its memory."""
 
@@ -89,32 +90,43 @@ class HostStash:
         with device.lane(Lane.SWAP_OUT, "stash"):
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
-        self._leaving.append((device, source))
-        stashed = _Stashed(host, tensor.shape, source.stride(), device, device.record(Lane.SWAP_OUT))
+        left = self._departures.hold(device, Lane.SWAP_OUT, source)
+        stashed = Stashed(host, tensor.shape, source.stride(), device, left)
         segment.stashed[key] = (source, tensor._version, stashed)
+        segment.stash.append(weakref.ref(stashed))
         return stashed
 
     def _return(self, held: Any) -> torch.Tensor:
         if isinstance(held, _Held):
             return held.value
-        assert isinstance(held, _Stashed)
-        device = held.device
-        self._counters.stash_in_bytes += held.host.nbytes
-        result = torch.empty_strided(
-            held.host.shape, held.stride, dtype=held.host.dtype, device=device.torch_device, pin_memory=False
-        )
+        assert isinstance(held, Stashed)
+        arrival = held.back or self._bring(held)
+        held.back = None
+        return arrival.take().expand(held.shape)
+
+    def bring_back(self, segment: Segment) -> None:
+        """The segment's backward will come: let what it has stashed set out for the device."""
+        stash, segment.stash = segment.stash, []
+        with torch._C.DisableTorchFunction(), torch.no_grad():
+            for reference in reversed(stash):  # backward asks for the last one first
+                if (stashed := reference()) is not None:
+                    stashed.back = self._bring(stashed)
+
+    def _bring(self, stashed: Stashed) -> Arrival:
+        device, host = stashed.device, stashed.host
+        self._counters.stash_in_bytes += host.nbytes
+        result = torch.empty_strided(host.shape, stashed.stride, dtype=host.dtype, device=device.torch_device)
         # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
-        device.wait(Lane.SWAP_IN, device.record(Lane.COMPUTE))
-        device.wait(Lane.SWAP_IN, held.left)
-        with device.lane(Lane.SWAP_IN, "stash"):
-            result.copy_(held.host, non_blocking=True)
-        device.wait(Lane.COMPUTE, device.record(Lane.SWAP_IN))
-        return result.expand(held.shape)
+        device.wait(Lane.STASH_IN, device.record(Lane.COMPUTE))
+        device.wait(Lane.STASH_IN, stashed.left)
+        with device.lane(Lane.STASH_IN, "stash"):
+            result.copy_(host, non_blocking=True)
+        return Arrival(result, device, device.record(Lane.STASH_IN))
 
     def before_write(self, target: torch.Tensor) -> None:
         """Glue is about to write a tensor in place: what backward needs of its memory must not change."""
-        if self._leaving or self._left_before:
-            self.let_go()  # copies to the host may still be reading it
+        if not self._departures.is_empty:
+            self._departures.let_go()  # copies may still be reading it
         for held in self._held.get(storage_key(target), ()):
             if not held.is_copied:
                 held.value = held.value.clone()
@@ -122,21 +134,4 @@ class HostStash:
 
     def end(self) -> None:
         """The step is over."""
-        self.let_go()
         self._held.clear()
-
-    def turn(self) -> None:
-        """Another microbatch comes: what left in the turn before the last one need not be held any more."""
-        self._free(self._left_before)
-        self._left_before, self._leaving = self._leaving, []
-
-    def let_go(self) -> None:
-        """End of a visit: device memory whose copies were enqueued may be used again behind them."""
-        self._free([*self._left_before, *self._leaving])
-        self._left_before, self._leaving = [], []
-
-    @staticmethod
-    def _free(left: list[tuple[Device, torch.Tensor]]) -> None:
-        for device in {device.index: device for device, _ in left}.values():
-            device.wait(Lane.COMPUTE, device.record(Lane.SWAP_OUT))
-        left.clear()

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from harmony_lightning.decomposer.discover import weight_names
-from harmony_lightning.hardware.device import Cluster, Device, Lane
+from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
+from harmony_lightning.runtime.transfer import Arrival, Departures, send
 from harmony_lightning.runtime.worker import HostWorker
 
 
@@ -53,7 +54,8 @@ class RuntimeState:
         self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False
-        self._torch_devices = frozenset(device.torch_device for device in cluster.devices)
+        self._devices = {device.torch_device: device for device in cluster.devices}
+        self.departures = Departures(cluster.devices)
         self._glue: dict[tuple[str, int], torch.Tensor] = {}
         """Device copies of glue weights during one visit."""
         self._weights: list[DeviceWeights] | list[HostWeights]
@@ -69,7 +71,16 @@ class RuntimeState:
         return self.cluster.devices[self.plan.device(pack, microbatch)]
 
     def is_device(self, device: torch.device) -> bool:
-        return device in self._torch_devices
+        return device in self._devices
+
+    def find_device(self, device: torch.device) -> Device | None:
+        """The device of the cluster that torch means; None for others."""
+        return self._devices.get(device)
+
+    def send(self, tensor: torch.Tensor, source: Device, target: Device, ready: Event | None = None) -> Arrival:
+        """Copy a tensor from device to device; `ready`: when it is computed, None for now."""
+        self.counters.p2p_bytes += tensor.nbytes
+        return send(tensor, source, target, self.departures, ready)
 
     def weight_name(self, tensor: torch.Tensor) -> str | None:
         """The name of a master; None for any other tensor."""
@@ -210,6 +221,7 @@ class RuntimeState:
         self.captured = None
         self._is_collecting = False
         self.upcoming = {}
+        self.departures.let_go()
         self.buffers.discard()
         self.release_all()
         self.gradients.discard()

@@ -1,0 +1,112 @@
+"""Copies that run beside compute: tensors that arrive on a device, and memory that copies from it still read.
+
+A copy waits for what it reads and for the memory it writes, and never for compute that was enqueued behind those:
+microbatches, and with them devices, would queue up behind each other.
+
+    sender    COMPUTE  | microbatch 0 |E| microbatch 1 | ...
+              PEER_OUT                 '--> copy --.
+    receiver  PEER_IN                       copy --+-> arrived
+              COMPUTE                               '--> waits when it first uses the tensor
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from harmony_lightning.hardware.device import Device, Event, Lane
+
+_TURNS_HELD = 2
+"""Microbatches for which memory is held that a copy reads: copies of one turn overlap with compute of the next."""
+
+
+@dataclass(slots=True, eq=False)
+class Arrival:
+    """A tensor on its way to a device."""
+
+    value: torch.Tensor
+    device: Device
+    arrived: Event | None = None
+    """None if it is there, or the device's compute waits for it already."""
+
+    def take(self) -> torch.Tensor:
+        """The tensor; compute enqueued from now on may use it."""
+        if self.arrived is not None:
+            self.device.wait(Lane.COMPUTE, self.arrived)
+            self.arrived = None
+        return self.value
+
+
+@dataclass(slots=True)
+class _Turn:
+    tensors: list[torch.Tensor] = field(default_factory=list)
+    ends: dict[Lane, Event] = field(default_factory=dict)
+
+
+class Departures:
+    """Device memory that copies from it may still be reading. Compute waits for the copies before the memory is freed."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._devices = devices
+        self._turns = [deque([_Turn()]) for _ in devices]
+
+    def hold(self, device: Device, lane: Lane, tensor: torch.Tensor) -> Event:
+        """Keep the source of a copy that has just been enqueued on `lane`; returns the point behind the copy."""
+        turn = self._turns[device.index][-1]
+        turn.tensors.append(tensor)
+        turn.ends[lane] = device.record(lane)
+        return turn.ends[lane]
+
+    def turn(self, device: Device) -> None:
+        """Another microbatch comes to the device."""
+        turns = self._turns[device.index]
+        if turns[-1].tensors:
+            turns.append(_Turn())
+        while len(turns) > _TURNS_HELD:
+            self._free(device, turns.popleft())
+
+    @property
+    def is_empty(self) -> bool:
+        return not any(turn.tensors for turns in self._turns for turn in turns)
+
+    def let_go(self) -> None:
+        """Hold nothing any more."""
+        for device, turns in zip(self._devices, self._turns, strict=True):
+            while turns:
+                self._free(device, turns.popleft())
+            turns.append(_Turn())
+
+    @staticmethod
+    def _free(device: Device, turn: _Turn) -> None:
+        for end in turn.ends.values():
+            device.wait(Lane.COMPUTE, end)
+        turn.tensors.clear()
+
+
+def send(
+    tensor: torch.Tensor, source: Device, target: Device, departures: Departures, ready: Event | None = None
+) -> Arrival:
+    """Copy a tensor from device to device.
+
+    Args:
+        tensor: on `source`.
+        source, target: different devices.
+        departures: keeps the source's memory.
+        ready: when the tensor is computed; None: behind all that is enqueued on `source` now.
+    """
+    result = torch.empty_like(tensor, device=target.torch_device)
+    source.wait(Lane.PEER_OUT, ready if ready is not None else source.record(Lane.COMPUTE))
+    target.wait(Lane.PEER_IN, target.record(Lane.COMPUTE))  # the memory of `result` may have been in use until now
+    with source.lane(Lane.PEER_OUT, "peer"), target.lane(Lane.PEER_IN, "peer"):
+        result.copy_(tensor, non_blocking=True)
+    departures.hold(source, Lane.PEER_OUT, tensor)
+    return Arrival(result, target, target.record(Lane.PEER_IN))
+
+
+def bring_in(tensor: torch.Tensor, device: Device) -> torch.Tensor:
+    """Copy a tensor of the user's from the host; nobody waits, and he may write it at once."""
+    if device.torch_device.type == "cpu" and device.torch_device.index is None:
+        return tensor.to(device.torch_device)
+    staged = torch.empty_like(tensor, pin_memory=device.torch_device.type == "cuda").copy_(tensor)
+    return staged.to(device.torch_device, non_blocking=True)
