@@ -110,6 +110,9 @@ class Cluster(Protocol):
     def mark(self) -> Mark:
         """The point that the calling thread has reached, for another thread to come behind."""
 
+    def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
+        """What a step has computed, on the root device, where the user's code expects it. The caller does not wait for it."""
+
     def close(self) -> None:
         """Lift whatever limits were set on the process. The cluster may be used again."""
 

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware import emulated_copies  # noqa: F401  (registers the operations)
-from harmony_lightning.hardware.device import Mark
+from harmony_lightning.hardware.device import Lane, Mark
 from harmony_lightning.hardware.emulated_device import EmulatedDevice, Traffic
 from harmony_lightning.hardware.emulated_machine import Machine
 from harmony_lightning.hardware.emulated_mode import EmulatedMode, literals_on_devices
@@ -87,6 +87,17 @@ class EmulatedCluster:
 
     def mark(self) -> Mark:
         return self.machine.mark()
+
+    def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
+        """The host stands for the root here, which on CUDA is the first GPU: a copy that nobody waits for."""
+        if type(tensor) is not EmulatedTensor:
+            return tensor.to(root)
+        home = tensor.home
+        home.wait(Lane.PEER_OUT, home.record(Lane.COMPUTE))
+        with home.lane(Lane.PEER_OUT, "result"):
+            arrived = tensor.to(root, non_blocking=True)
+        home.machine.record(home.index, Lane.PEER_OUT).observe()
+        return arrived
 
     def activities(self) -> tuple[Activity, ...]:
         """What every lane and host thread has done, and when: since the start, or since `machine.clock.clear()`.

@@ -93,8 +93,7 @@ class RaceCheck:
         if not (self._host or starts_watch) or type(tensor) not in _PLAIN or tensor.layout is not torch.strided:
             return
         with self._lock:
-            while self._gone:
-                self._forget(self._gone.popleft())
+            self._forget_gone()
             lo, hi = _extent(tensor)
             memory = self._find(lo)
             if memory is None or hi > memory.stop:
@@ -108,6 +107,7 @@ class RaceCheck:
         """The thread goes where it is not seen: nothing it can reach may still be in use."""
         self.raise_found()
         with self._lock:
+            self._forget_gone()
             for memory in self._host:
                 for used, does in ((memory.reads, "read"), (memory.writes, "write")):
                     for epoch, agent, what in used.values():
@@ -173,6 +173,10 @@ class RaceCheck:
         self._host.insert(index, memory)
         weakref.finalize(storage, self._gone.append, memory).atexit = False
         return memory
+
+    def _forget_gone(self) -> None:
+        while self._gone:
+            self._forget(self._gone.popleft())
 
     def _forget(self, memory: Memory) -> None:
         index = bisect.bisect_left(self._starts, memory.start)

@@ -121,6 +121,12 @@ class Plan(Record):
         """Bytes of gradients that one step must bring out: each once, none of frozen weights."""
         return sum(pack.trainable_nbytes for pack in self.packs)
 
+    @property
+    def num_gradient_buffers(self) -> int:
+        """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
+        waits for an update that keeps up with it."""
+        return 2 * self.num_active_devices + 2
+
     def arena_nbytes(self) -> int:
         """Bytes that the weight and gradient slots take on each device."""
         per_slot = max(pack.slot_nbytes for pack in self.packs)

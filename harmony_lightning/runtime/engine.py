@@ -136,6 +136,11 @@ class Engine:
         self.cluster.close()
         self._state = self._stash = None
 
+    def end_step(self) -> None:
+        """Nobody will ask for a backward any more, if none has been."""
+        if self._microbatches:
+            self.abort()
+
     def abort(self) -> None:
         """End all microbatches where they stand and drop what they left behind; weights stay as they are."""
         microbatches, self._microbatches = self._microbatches, []

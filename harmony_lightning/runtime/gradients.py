@@ -8,18 +8,17 @@ Hooks on parameters are given what one backward over the whole minibatch would g
 the host, where the parameter is. They run on the controller, at the end of backward, through autograd itself.
 """
 
-import threading
-import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Event, Lane, Mark
+from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.host_buffers import HostBuffers
 from harmony_lightning.runtime.worker import HostWorker
 
 OnComplete = Callable[[list[str]], None]
@@ -35,40 +34,6 @@ class _Slot:
     left: Event | None = None
     """Behind the swap-out of the former content."""
     last_use: int = 0
-
-
-class _HostBuffers:
-    """Host memory that gradients arrive in. It is used again when the last tensor over it is gone."""
-
-    def __init__(self, cluster: Cluster) -> None:
-        self._cluster = cluster
-        self._free: list[tuple[torch.Tensor, Mark, Event]] = []
-        """With the point at which the last user was done, and the arrival of what was sent here."""
-        self._lock = threading.Lock()
-
-    def take(self, nbytes: int) -> torch.Tensor:
-        with self._lock:
-            large_enough = [entry for entry in self._free if entry[0].numel() >= nbytes]
-            fitting = min(large_enough, key=lambda entry: entry[0].numel(), default=None)
-            if fitting is not None and fitting[0].numel() <= 2 * nbytes:
-                buffer, returned, arrival = fitting
-                self._free = [entry for entry in self._free if entry is not fitting]
-                returned.observe()
-                arrival.synchronize()  # nobody has, if the step was given up
-                return buffer
-        return self._cluster.host_buffer(nbytes)
-
-    def lend(
-        self, buffer: torch.Tensor, layout: Layout, names: Iterable[str], arrival: Event
-    ) -> dict[str, torch.Tensor]:
-        """Tensors over the buffer, which comes back when they are all gone, whoever holds them."""
-        memory = buffer.numpy()
-        weakref.finalize(memory, self._return, buffer, arrival).atexit = False
-        return {name: layout[name].alias(memory) for name in names}
-
-    def _return(self, buffer: torch.Tensor, arrival: Event) -> None:
-        with self._lock:
-            self._free.append((buffer, self._cluster.mark(), arrival))
 
 
 class GradientStore:
@@ -88,7 +53,7 @@ class GradientStore:
         self._host_is_device = cluster.host_is_device
         self._counters = counters
         self._worker = worker
-        self._buffers = _HostBuffers(cluster)
+        self._buffers = HostBuffers(cluster, worker, plan.num_gradient_buffers)
         self._layouts: list[Layout] = [
             lay_out(parameters, (name for name in pack.parameters if parameters[name].requires_grad))
             for pack in plan.packs
@@ -263,7 +228,7 @@ class GradientStore:
                 for name, view in slot.written.items():
                     layout[name].view(buffer).copy_(view, non_blocking=True)
         arrival = slot.left = lane_owner.record(Lane.SWAP_OUT)
-        arrived = self._buffers.lend(buffer, layout, slot.written, arrival)
+        arrived = self._buffers.lend(buffer, layout, slot.written)
         self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in arrived.values())
         # A tied weight may still have a part in another pack's slot.
         elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}
@@ -275,7 +240,7 @@ class GradientStore:
             arrival.synchronize()
             self._receive(arrived, complete, on_complete)
 
-        self._worker.submit(receive)
+        self._buffers.follow(self._worker.submit(receive))
 
     @torch.no_grad()
     def _send_loose(

@@ -61,14 +61,14 @@ class MergedLog:
         results: the collection, which must hold the whole minibatch as its `batch`.
         microbatch: gives (index, number of samples) of the microbatch that is running, for microbatches that interleave;
             without it `set_microbatch` tells.
-        device: where logged values are brought; None leaves them where they are.
+        bring: takes logged values to where they are wanted; None leaves them where they are.
     """
 
-    __slots__ = ("_calls", "_current", "_device", "_losses", "_microbatch", "_results", "_seen")
+    __slots__ = ("_bring", "_calls", "_current", "_losses", "_microbatch", "_results", "_seen")
 
     _results: Any
     _microbatch: Callable[[], tuple[int, int]] | None
-    _device: torch.device | None
+    _bring: Callable[[Tensor], Tensor] | None
     _current: tuple[int, int]
     _calls: dict[tuple[str, str, int], list[_Call]]
     _seen: Counter[tuple[int, str, str]]
@@ -78,12 +78,12 @@ class MergedLog:
         self,
         results: Any,
         microbatch: Callable[[], tuple[int, int]] | None = None,
-        device: torch.device | None = None,
+        bring: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         for name, value in (
             ("_results", results),
             ("_microbatch", microbatch),
-            ("_device", device),
+            ("_bring", bring),
             ("_current", (0, 1)),
             ("_calls", {}),
             ("_seen", Counter()),
@@ -105,9 +105,8 @@ class MergedLog:
         index, num_samples = self._current if self._microbatch is None else self._microbatch()
         if isinstance(value, Tensor) and not kwargs.get("enable_graph", False):
             value = value.detach()  # a graph kept here would keep the microbatch's activations
-        if isinstance(value, Tensor) and self._device is not None:
-            # Nobody would wait for a copy to the host before the value is read there.
-            value = value.to(self._device, non_blocking=self._device.type != "cpu")
+        if isinstance(value, Tensor) and self._bring is not None:
+            value = self._bring(value)
         # A key may be logged several times within one training_step: the n-th calls of all microbatches belong together.
         nth = self._seen[index, fx, name]
         self._seen[index, fx, name] += 1
@@ -157,14 +156,14 @@ class Losses:
 def merged_log(
     loop: Any,
     microbatch: Callable[[], tuple[int, int]] | None = None,
-    device: torch.device | None = None,
+    bring: Callable[[Tensor], Tensor] | None = None,
 ) -> Iterator[MergedLog]:
     """Merges what is logged within, for one step of a loop that holds a result collection as `_results`.
 
     The real collection is back on every exit. After an exception nothing is replayed.
     """
     results = loop._results
-    merged = MergedLog(results, microbatch, device)
+    merged = MergedLog(results, microbatch, bring)
     loop._results = merged
     try:
         yield merged

@@ -372,14 +372,14 @@ class HarmonyMixin:
         logging_merged = merged_log(
             module.trainer.fit_loop.epoch_loop,
             lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
-            self.root_device,
+            self._to_root,
         )
         with (
             self._around_step("train_step_context", logging_merged, len(functions)) as merged,
             merged_profile(module.trainer.profiler),
         ):
             outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=not self._is_uncuttable)
-            outputs = [self._to_root(output) for output in outputs]
+            outputs = [map_tensors(self._to_root, output) for output in outputs]
             self._loss_scale = scale_without(shares, [loss_of(output) is None for output in outputs])
             shares = [share * self._loss_scale for share in shares]
             output = merge_outputs(outputs, parts.num_samples, shares)
@@ -437,18 +437,17 @@ class HarmonyMixin:
 
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._require_engine()
-        log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
+        log_context = merged_log(loop, lambda: (0, 1), self._to_root) if loop is not None else nullcontext()
         with self._around_step(context, log_context):
-            return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
+            return map_tensors(self._to_root, engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
-    def _to_root(self, result: Any) -> Any:
+    def _to_root(self, tensor: torch.Tensor) -> torch.Tensor:
         """Results leave the step on the root device, wherever the plan has computed them."""
-        is_device = self._require_engine().state.is_device
-
-        def move(tensor: torch.Tensor) -> torch.Tensor:
-            return tensor.to(self.root_device) if is_device(tensor.device) else tensor
-
-        return map_tensors(move, result)
+        engine = self._require_engine()
+        if tensor.device == self.root_device or not engine.state.is_device(tensor.device):
+            return tensor
+        with torch._C.DisableTorchFunction():
+            return engine.cluster.result(tensor, self.root_device)
 
     # Backward and update ----------------------------------------------------------------------------------------------
 

@@ -50,6 +50,7 @@ class Updates:
 
                 def closure_with_updates() -> Any:
                     result = user_code()
+                    engine.end_step()
                     if self._just_in_time is not None and not self._just_in_time.leaves_gradients():
                         trainer.gradient_clip_val = None  # done; torch cannot clip nothing
                     return result

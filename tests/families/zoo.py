@@ -149,7 +149,7 @@ def image_keywords():
     return {"pixel_values": pixels, "labels": labels}
 
 
-@family("vit", batch=image_keywords, loss=keywords, memory="96KiB")
+@family("vit", batch=image_keywords, loss=keywords, memory="112KiB")
 def vit():
     return transformers.ViTForImageClassification(
         transformers.ViTConfig(
