@@ -27,9 +27,13 @@ def test_two_runs_have_equal_timelines_to_the_bit():
 
 def test_a_timeline_holds_every_byte_and_keeps_the_order_of_lanes():
     found, statistics = timeline()
-    swapped_in = sum(s.nbytes for d in range(2) for s in found.lane(d, "swap-in"))
-    payload = statistics.swap_in_bytes + statistics.stash_in_bytes
-    assert payload <= swapped_in < 1.001 * payload  # arenas travel with the gaps between weights
+    def moved(lane):
+        return sum(span.nbytes for d in range(2) for span in found.lane(d, lane))
+
+    payload = statistics.swap_in_bytes
+    assert payload <= moved("swap-in") < 1.001 * payload  # arenas travel with the gaps between weights
+    assert moved("stash-in") == statistics.stash_in_bytes
+    assert statistics.p2p_bytes <= moved("peer-out") < 1.001 * statistics.p2p_bytes  # and results
     for device in range(2):
         for lane in ("compute", "swap-in", "swap-out"):
             spans = found.lane(device, lane)

@@ -146,6 +146,8 @@ class CudaCluster:
     def mark(self) -> Mark:
         return Reached()
 
+    def begin_job(self, priority: int) -> None: ...
+
     def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
         return tensor.to(root, non_blocking=root.type != "cpu")
 

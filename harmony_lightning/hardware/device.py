@@ -110,6 +110,10 @@ class Cluster(Protocol):
     def mark(self) -> Mark:
         """The point that the calling thread has reached, for another thread to come behind."""
 
+    def begin_job(self, priority: int) -> None:
+        """The calling thread, which takes jobs by priority, lowest first, turns to another. An emulated host may find that
+        another one would have been due first."""
+
     def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
         """What a step has computed, on the root device, where the user's code expects it. The caller does not wait for it."""
 

@@ -88,6 +88,10 @@ class EmulatedCluster:
     def mark(self) -> Mark:
         return self.machine.mark()
 
+    def begin_job(self, priority: int) -> None:
+        if self.machine.clock is not None:
+            self.machine.clock.begin_job(self.machine.agents.thread(), priority)
+
     def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
         """The host stands for the root here, which on CUDA is the first GPU: a copy that nobody waits for."""
         if type(tensor) is not EmulatedTensor:

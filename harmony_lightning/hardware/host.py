@@ -72,6 +72,8 @@ class HostCluster:
     def mark(self) -> Mark:
         return Reached()
 
+    def begin_job(self, priority: int) -> None: ...
+
     def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
         return tensor.to(root)
 

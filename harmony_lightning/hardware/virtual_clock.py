@@ -6,6 +6,7 @@ the last is done and everything waited for has happened; flows that share a link
 fairly (max-min). Nothing is measured, and agents are visited in a fixed order, so equal runs have equal times to the bit.
 """
 
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
@@ -16,6 +17,10 @@ Resource = tuple[str, int]
 """A link or a memory, and the device it belongs to; -1 for what all share."""
 Capacity = Callable[[Resource], float | None]
 """Bytes per second of a resource; None if it limits nothing."""
+
+
+Job = tuple[int, int]
+"""Priority and number: agents that take jobs by priority do what is ready and comes first. Lanes have one job for ever."""
 
 
 class Activity(NamedTuple):
@@ -33,9 +38,10 @@ class Activity(NamedTuple):
 class Work:
     """One piece of an agent's work: seconds first, then bytes through resources."""
 
-    __slots__ = ("after", "end", "flops", "flow", "name", "nbytes", "resources", "seconds", "start")
+    __slots__ = ("after", "end", "flops", "flow", "job", "name", "nbytes", "resources", "seconds", "start")
 
-    def __init__(self, name: str, after: list["Work"], resources: tuple[Resource, ...] = ()) -> None:
+    def __init__(self, name: str, after: list["Work"], resources: tuple[Resource, ...], job: Job) -> None:
+        self.job = job
         self.name = name
         self.after = after
         self.resources = resources
@@ -59,6 +65,8 @@ class VirtualClock:
         """By agent, what its next work has to wait for."""
         self._heard: dict[tuple[int, int], Work] = {}
         """By lane and thread, what the lane is behind already."""
+        self._jobs: dict[int, Job] = {}
+        """By agent, the running one."""
         self._open: set[int] = set()
         """Agents whose last work may still grow: nobody waits for it as it is."""
 
@@ -96,6 +104,13 @@ class VirtualClock:
         work.flops += flops
         work.nbytes += nbytes
 
+    def begin_job(self, agent: Agent, priority: int) -> None:
+        self._jobs[agent.id] = (priority, self._job(agent)[1] + 1)
+        self._open.discard(agent.id)
+
+    def _job(self, agent: Agent) -> Job:
+        return self._jobs.get(agent.id, (0, 0))
+
     def point(self, agent: Agent) -> list[Work]:
         """What has to be done when the agent has come as far as it is now."""
         self._open.discard(agent.id)
@@ -114,7 +129,7 @@ class VirtualClock:
         """The agent's next work starts when all this is done."""
         if agent in self._agents.threads:
             # A work of its own that takes no time: lanes that hear from the thread come behind it.
-            self._done.setdefault(agent.id, []).append(Work("wait", list(point)))
+            self._done.setdefault(agent.id, []).append(Work("wait", list(point), (), self._job(agent)))
             self._open.discard(agent.id)
             return
         waits = self._waits.setdefault(agent.id, [])
@@ -135,7 +150,7 @@ class VirtualClock:
         done = self._done.setdefault(agent.id, [])
         if agent.id in self._open and done[-1].name == what and done[-1].resources == resources:
             return done[-1]
-        work = Work(what, self._waits.pop(agent.id, []), resources)
+        work = Work(what, self._waits.pop(agent.id, []), resources, self._job(agent))
         done.append(work)
         self._open.add(agent.id)
         return work
@@ -149,6 +164,8 @@ class VirtualClock:
         queues = [list(self._done.get(agent.id, ())) for agent in order]
         _simulate(queues, self._capacity)
         lanes = {agent.id: (d, lane.value) for d, of in enumerate(self._agents.lanes) for lane, agent in of.items()}
+        for queue in queues:
+            queue.sort(key=lambda work: work.start)
         return tuple(
             Activity(*lanes.get(agent.id, (-1, agent.name)), work.name, work.start, work.end, work.nbytes, work.flops)
             for agent, queue in zip(order, queues, strict=True)
@@ -164,64 +181,91 @@ class VirtualClock:
         return self.gpu.peer_bytes_per_second if kind.startswith("peer") else self.gpu.link_bytes_per_second
 
 
+class _Agenda:
+    """What one agent has still to do."""
+
+    def __init__(self, queue: Sequence[Work]) -> None:
+        by_job: dict[Job, list[Work]] = {}
+        for work in queue:
+            work.start = work.end = -1.0
+            by_job.setdefault(work.job, []).append(work)
+        self._jobs = [deque(by_job[job]) for job in sorted(by_job)]
+        self._running: deque[Work] | None = None
+
+    def next(self) -> Work | None:
+        """What can start now: more of the running job, or the first job that need not wait; None if nothing can."""
+        if not self._running:
+            self._running = next((job for job in self._jobs if _is_ready(job)), None)
+            if self._running is None:
+                return None
+            self._jobs.remove(self._running)
+        work = self._running[0]
+        return None if any(earlier.end < 0 for earlier in work.after) else work
+
+    def finish(self, now: float) -> None:
+        assert self._running
+        self._running.popleft().end = now
+
+    @property
+    def is_done(self) -> bool:
+        return not self._jobs and not self._running
+
+
+def _is_ready(job: Iterable[Work]) -> bool:
+    """Whether all that the job waits for before it does anything has happened."""
+    for work in job:
+        if any(earlier.end < 0 for earlier in work.after):
+            return False
+        if work.seconds > 0 or work.flow > 0:
+            break
+    return True
+
+
 def _simulate(queues: Sequence[Sequence[Work]], capacity: Capacity) -> None:
     """Give every piece of work its start and end."""
-    positions = [0] * len(queues)
-    latency: dict[int, float] = {}
+    agendas = [_Agenda(queue) for queue in queues]
+    latency: dict[int, tuple[float, Work]] = {}
     """By agent in the first part of its work: when that ends."""
-    flowing: dict[int, float] = {}
+    flowing: dict[int, tuple[float, Work]] = {}
     """By agent in the second part: bytes still to come."""
-    for work in (work for queue in queues for work in queue):
-        work.start = work.end = -1.0
     now = 0.0
+
+    def pass_latency(agent: int, work: Work) -> None:
+        if work.flow > 0:
+            flowing[agent] = (work.flow, work)
+        else:
+            agendas[agent].finish(now)
+
     while True:
         has_moved = True
         while has_moved:  # what takes no time lets others start at the same moment
             has_moved = False
-            for agent, queue in enumerate(queues):
-                if agent in latency or agent in flowing or positions[agent] == len(queue):
-                    continue
-                work = queue[positions[agent]]
-                if any(earlier.end < 0 for earlier in work.after):
+            for agent, agenda in enumerate(agendas):
+                if agent in latency or agent in flowing or (work := agenda.next()) is None:
                     continue
                 work.start = now
                 has_moved = True
-                latency[agent] = now + work.seconds
                 if work.seconds <= 0:
-                    _pass_latency(agent, queues, positions, latency, flowing, now)
+                    pass_latency(agent, work)
+                else:
+                    latency[agent] = (now + work.seconds, work)
         if not latency and not flowing:
             break
-        rates = _share({agent: queues[agent][positions[agent]].resources for agent in flowing}, capacity)
-        ends = {agent: now + left / rates[agent] for agent, left in flowing.items()}
-        then = min([*latency.values(), *ends.values()])
-        for agent in list(flowing):
+        rates = _share({agent: work.resources for agent, (_, work) in flowing.items()}, capacity)
+        ends = {agent: now + left / rates[agent] for agent, (left, _) in flowing.items()}
+        then = min([*(end for end, _ in latency.values()), *ends.values()])
+        for agent, (left, work) in list(flowing.items()):
             if ends[agent] <= then:
                 del flowing[agent]
-                queues[agent][positions[agent]].end = then
-                positions[agent] += 1
+                agendas[agent].finish(then)
             else:
-                flowing[agent] -= rates[agent] * (then - now)
+                flowing[agent] = (left - rates[agent] * (then - now), work)
         now = then
-        for agent in [agent for agent, end in latency.items() if end <= now]:
-            _pass_latency(agent, queues, positions, latency, flowing, now)
-    assert all(position == len(queue) for position, queue in zip(positions, queues, strict=True)), "a circle of waits"
-
-
-def _pass_latency(
-    agent: int,
-    queues: Sequence[Sequence[Work]],
-    positions: list[int],
-    latency: dict[int, float],
-    flowing: dict[int, float],
-    now: float,
-) -> None:
-    del latency[agent]
-    work = queues[agent][positions[agent]]
-    if work.flow > 0:
-        flowing[agent] = work.flow
-    else:
-        work.end = now
-        positions[agent] += 1
+        for agent, (end, work) in list(latency.items()):
+            if end <= now:
+                del latency[agent]
+                pass_latency(agent, work)
+    assert all(agenda.is_done for agenda in agendas), "a circle of waits"
 
 
 def _share(flows: dict[int, tuple[Resource, ...]], capacity: Capacity) -> dict[int, float]:

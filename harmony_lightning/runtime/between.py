@@ -5,7 +5,7 @@ put together with targets, which wait on the host, when the epoch ends. On one d
 code brings tensors of several devices together, they come to the root device first; what is on one device stays there.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,8 +19,10 @@ from harmony_lightning.hardware.device import Cluster
 class Between(TorchFunctionMode):
     """Entered when a run is set up and left when it is torn down; `suspended` while a step has a mode of its own."""
 
-    def __init__(self, cluster: Cluster, root: torch.device) -> None:
+    def __init__(self, cluster: Cluster, root: torch.device, notice: Callable[[Iterable[Any]], None]) -> None:
+        """`notice` is told what functions are about to work with."""
         super().__init__()
+        self._notice = notice
         self._devices = frozenset(device.torch_device for device in cluster.devices)
         self._cluster = cluster
         self._root = root
@@ -55,6 +57,8 @@ class Between(TorchFunctionMode):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
             leaves = pytree.tree_leaves((args, kwargs))
+            if getattr(getattr(func, "__self__", None), "__name__", "") not in _FIXED:
+                self._notice(leaves)
             devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
             # Scalars of the host go everywhere; those of a GPU only with tensors of that GPU.
             devices |= {
@@ -71,6 +75,10 @@ class Between(TorchFunctionMode):
                 with self._cluster.activate():
                     args, kwargs = pytree.tree_map_only(torch.Tensor, move, (args, kwargs))
         return func(*args, **kwargs)
+
+
+_FIXED = frozenset(("device", "dtype", "grad_fn", "is_leaf", "layout", "names", "ndim", "requires_grad", "shape"))
+"""Attributes that an update does not change."""
 
 
 def _takes_any(func: Callable[..., Any]) -> bool:

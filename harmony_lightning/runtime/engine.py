@@ -12,7 +12,7 @@ skipped layers and other orders than the plan's need no special case, only more 
 import dataclasses
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -62,6 +62,10 @@ class Engine:
         self.trace = Trace()
         self.has_loss = False
         """Whether some microbatch of the step returned a loss that can be differentiated."""
+        self.has_settled = True
+        """Whether weights, gradients and states of optimizers are at rest."""
+        self.is_updated: Callable[[torch.Tensor], bool] = lambda tensor: False
+        """Whether updates may write a tensor."""
         self.is_cut = True
         """Whether the microbatches of the step are cut at pack borders."""
         self._interposition = Interposition(root)
@@ -84,7 +88,10 @@ class Engine:
 
     def load(self, plan: Plan, decomposition: Decomposition) -> None:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
-        self.worker.drain()
+        self.settle()
+        if self._state is not None:
+            self._state.close()
+            self._state = None
         with self.cluster.activate():
             self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
         self._derived = list(find_derived(self.root))
@@ -132,6 +139,8 @@ class Engine:
         """Give the module its own calls back and let go of devices and threads. May be called twice."""
         self.abort()
         self._interposition.remove()
+        if self._state is not None:
+            self._state.close()
         self.worker.close()
         self.cluster.close()
         self._state = self._stash = None
@@ -151,6 +160,7 @@ class Engine:
         self._current = None
         self._segments_left.clear()
         self._uses_left.clear()
+        self.has_settled = True
         if self._state is not None and self._stash is not None:
             self._stash.end()
             self._come_to_rest()
@@ -188,7 +198,7 @@ class Engine:
             Uncuttable: user code cannot be cut. Everything is as before the step, but for what user code itself has
                 written; the next step must be the same with `is_cut` False.
         """
-        self.abort()
+        self.end_step()
         self._expected_factor = factor
         self.has_loss = False
         self.is_cut = is_cut
@@ -208,6 +218,7 @@ class Engine:
         self._microbatches = microbatches
         try:
             with self._active(continues=True), self._guarded():
+                self.state.prefetch_first()
                 if not is_cut:
                     for microbatch in microbatches:
                         self._run(microbatch, shares[microbatch.index], settle, first=True)
@@ -223,9 +234,10 @@ class Engine:
                     with self._visit(pack, visitors, self._next_forward(pack, waiting)):
                         visitors[0].send_ahead()
                         for microbatch, following in zip(visitors, [*visitors[1:], None], strict=True):
-                            if following is not None:
+                            if following is not None and self.plan.prefetch:
                                 following.send_ahead()
                             self._run(microbatch, shares[microbatch.index], settle)
+                self._finish_updates()  # of packs that nobody has called
                 self.state.buffers.flush()
             derive_on_host(self._derived)
         except Uncuttable:
@@ -250,7 +262,8 @@ class Engine:
         return results
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:
-        """Run what is left of the backward of the step.
+        """Run what is left of the backward of the step. Gradients and updates may still be on their way at its end; `settle`
+        waits for them.
 
         Args:
             factor: gradient of the minibatch's loss.
@@ -259,11 +272,13 @@ class Engine:
         microbatches = self._microbatches
         if factor != self._expected_factor:
             self._rescale(factor / self._expected_factor)
-        with self._active(), self._guarded():
+        self.has_settled = False
+        with self._active(continues=True), self._guarded():
+            self.state.gradients.begin()
             for pack in reversed(range(len(self.plan.packs))):
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)
-            ahead = Lookahead(microbatches, self._bring_stash_back)
+            ahead = Lookahead(microbatches if self.plan.prefetch else (), self._bring_stash_back)
             while left := [m for m in microbatches if m.segments]:
                 pack = max(m.segment.pack for m in left)
                 visitors = [m for m in left if m.segment.pack == pack]
@@ -281,6 +296,7 @@ class Engine:
     def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
         differentiates and updates by itself (`trains`)."""
+        self.settle()
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
         with self._active(self._host_arithmetic if trains else None), self._guarded():
@@ -307,6 +323,8 @@ class Engine:
                 return closure()
             finally:
                 self._current = None
+                if current is None:
+                    self.end_step()
 
         self._current = None
         try:
@@ -335,8 +353,40 @@ class Engine:
         if self._stash is not None:
             self._stash.end()
         self.state.departures.let_go()
-        self._come_to_rest()
         self._microbatches = []
+        if self.has_settled:
+            self._come_to_rest()
+
+    def settle(self) -> None:
+        """Return when weights, gradients and states of optimizers are those of the end of the step, for anybody to see.
+
+        Raises:
+            What an update has raised.
+        """
+        if not self.has_settled:
+            with self._guarded():
+                self._finish_updates()
+            self._come_to_rest()
+            with self.cluster.activate():
+                pass  # an emulated one looks whether that is so
+
+    @property
+    def updated(self) -> Collection[str]:
+        """Names of weights whose gradients the last backward has made complete."""
+        return self.state.gradients.completed
+
+    def _finish_updates(self) -> None:
+        self.has_settled = True
+        self.state.settle()
+
+    def notice(self, tensors: Iterable[Any]) -> None:
+        """User code is about to work with these: what is still being updated must be finished first."""
+        if not self.has_settled and any(isinstance(t, torch.Tensor) and self.is_updated(t) for t in tensors):
+            if self._microbatches:
+                self._finish_updates()
+            else:
+                self.settle()
+                self.state.release_all()  # the user may write them
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""
@@ -416,7 +466,7 @@ class Engine:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(yielding_hooks(_steps_aside))
             stack.enter_context(transparent_checkpoints(self._is_checkpointing))
-            glue = Glue(self._current_segment, self.state.is_device, self._before_write)
+            glue = Glue(self._current_segment, self.state.is_device, self._before_write, self.notice)
             glue.host_arithmetic = host_arithmetic
             stack.enter_context(glue)
             yield

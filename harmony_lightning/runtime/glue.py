@@ -8,7 +8,7 @@ original in the rest of the microbatch.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -48,8 +48,10 @@ class Glue(TorchFunctionMode):
         current: Callable[[], Segment | None],
         is_device: Callable[[torch.device], bool],
         before_write: Callable[[torch.Tensor], None],
+        notice: Callable[[Iterable[Any]], None],
     ) -> None:
         super().__init__()
+        self._notice = notice
         self._before_write = before_write
         self.host_arithmetic: HostArithmetic | None = None
         """While user code may work on gradients and masters by itself."""
@@ -63,6 +65,7 @@ class Glue(TorchFunctionMode):
         segment = self._current()
         if segment is None:
             return func(*args, **kwargs)
+        self._notice(args)
         kind = _KINDS.get(func) or _classify(func)
         if kind == "derivative":
             with torch._C.DisableTorchFunction():

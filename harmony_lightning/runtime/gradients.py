@@ -8,7 +8,8 @@ Hooks on parameters are given what one backward over the whole minibatch would g
 the host, where the parameter is. They run on the controller, at the end of backward, through autograd itself.
 """
 
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +20,10 @@ from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.host_buffers import HostBuffers
-from harmony_lightning.runtime.worker import HostWorker
+from harmony_lightning.runtime.worker import HostWorker, Ticket
+
+LAST = sys.maxsize
+"""Priority of a job that comes behind all others that wait."""
 
 OnComplete = Callable[[list[str]], None]
 """Called on the worker thread with names whose `Parameter.grad` has become complete."""
@@ -46,7 +50,10 @@ class GradientStore:
         cluster: Cluster,
         counters: Counters,
         worker: HostWorker,
+        reads: Callable[[int], Sequence[Event]] = lambda pack: (),
     ) -> None:
+        """`reads` tells the points behind the last swap-ins of a pack."""
+        self._reads = reads
         self._parameters = parameters
         self._plan = plan
         self._devices = cluster.devices
@@ -67,6 +74,10 @@ class GradientStore:
         """On the host: what has arrived of gradients that are not complete. Only the worker touches it."""
         self._for_hooks: dict[str, torch.Tensor] = {}
         """Complete, but hooks of the user's come before `Parameter.grad`. The worker adds, `deliver` takes."""
+        self._updates: dict[str, Ticket] = {}
+        """By weight: the job that has made its gradient complete, and updates it if updates are just in time."""
+        self._in_parts: set[str] = set()
+        """Weights of which some part has been sent in this backward."""
         self._clock = 0
 
     @torch.no_grad()
@@ -127,8 +138,10 @@ class GradientStore:
             self._send_loose(name, gradients, name not in in_slots and is_complete(name), on_complete)
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
+            assert pack is not None
             self._reduce(holders)
-            self._swap_out(*holders[0], is_complete, on_complete)
+            # Weights may have come in that no compute has waited for; they must have been read before they are updated.
+            self._swap_out(*holders[0], is_complete, on_complete, self._reads(pack))
 
     def hold(self) -> None:
         """Bring everything to the host; nothing becomes complete."""
@@ -144,10 +157,27 @@ class GradientStore:
             parts, self._parts = self._parts, {}
             self._receive(parts, frozenset(parts), on_complete)
 
-        self._worker.submit(complete_parts)
+        ticket = self._worker.submit(complete_parts, LAST)
+        self._updates.update(dict.fromkeys(self._in_parts, ticket))
+        self._in_parts.clear()
         if any(has_hooks(parameter) for parameter in self._parameters.values()):
             self._worker.drain()
             self._deliver(on_complete)
+
+    def await_updates(self, names: Iterable[str]) -> None:
+        """Return when the last updates of these weights are done."""
+        for ticket in {ticket for name in names if (ticket := self._updates.get(name)) is not None}:
+            ticket.wait()
+        self._worker.raise_error()
+
+    @property
+    def completed(self) -> Collection[str]:
+        """Weights whose gradients have become complete since `begin`."""
+        return self._updates.keys()
+
+    def begin(self) -> None:
+        """A backward begins."""
+        self._updates.clear()
 
     def _deliver(self, on_complete: OnComplete) -> None:
         """Let autograd put gradients of parameters with hooks into `Parameter.grad`: it runs all kinds of hooks in its
@@ -214,7 +244,14 @@ class GradientStore:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_out(self, device: int, slot: _Slot, is_complete: Callable[[str], bool], on_complete: OnComplete) -> None:
+    def _swap_out(
+        self,
+        device: int,
+        slot: _Slot,
+        is_complete: Callable[[str], bool],
+        on_complete: OnComplete,
+        read: Sequence[Event] = (),
+    ) -> None:
         assert slot.pack is not None
         layout = self._layouts[slot.pack]
         nbytes = layout_nbytes(layout)
@@ -233,14 +270,19 @@ class GradientStore:
         # A tied weight may still have a part in another pack's slot.
         elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}
         complete = frozenset(name for name in arrived if name not in elsewhere and is_complete(name))
-        slot.pack = None
+        slot_pack, slot.pack = slot.pack, None
         slot.written.clear()
 
         def receive() -> None:
-            arrival.synchronize()
+            for event in (arrival, *read):
+                event.synchronize()
             self._receive(arrived, complete, on_complete)
 
-        self._buffers.follow(self._worker.submit(receive))
+        in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
+        self._in_parts.update(arrived.keys() - complete)
+        ticket = self._worker.submit(receive, 0 if in_turn else self._plan.update_priority(slot_pack))
+        self._buffers.follow(ticket)
+        self._updates.update(dict.fromkeys(complete, ticket))
 
     @torch.no_grad()
     def _send_loose(
@@ -256,7 +298,10 @@ class GradientStore:
             total = total.cpu()
         complete = frozenset((name,)) if is_complete else frozenset[str]()
         arrived_on_host = {name: total}
-        self._worker.submit(lambda: self._receive(arrived_on_host, complete, on_complete))
+        if not is_complete:
+            self._in_parts.add(name)
+        ticket = self._worker.submit(lambda: self._receive(arrived_on_host, complete, on_complete))
+        self._updates.update(dict.fromkeys(complete, ticket))
 
     @torch.no_grad()
     def _receive(self, arrived: dict[str, torch.Tensor], complete: frozenset[str], on_complete: OnComplete) -> None:

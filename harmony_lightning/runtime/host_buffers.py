@@ -14,7 +14,7 @@ import torch
 
 from harmony_lightning.hardware.device import Cluster, Mark
 from harmony_lightning.runtime.arena import Layout
-from harmony_lightning.runtime.worker import HostWorker
+from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 
 class HostBuffers:
@@ -24,7 +24,7 @@ class HostBuffers:
         self._cluster = cluster
         self._worker = worker
         self._limit = limit
-        self._in_use: deque[threading.Event] = deque()
+        self._in_use: deque[Ticket] = deque()
         """What is done with the buffers that were taken last."""
         self._free: list[tuple[torch.Tensor, Mark]] = []
         """With the point at which the last user was done; oldest first."""
@@ -44,9 +44,9 @@ class HostBuffers:
         returned.synchronize()
         return buffer
 
-    def follow(self, has_ended: threading.Event) -> None:
+    def follow(self, ticket: Ticket) -> None:
         """What was taken last is used by this job, and free behind it if nobody keeps what it holds."""
-        self._in_use.append(has_ended)
+        self._in_use.append(ticket)
 
     def lend(self, buffer: torch.Tensor, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Tensors over the buffer, which comes back when they are all gone, whoever holds them."""

@@ -5,7 +5,7 @@ SWAP_IN lane; compute waits for that copy, and the next copy into the slot waits
 are never copied back: the host's are the masters, and only gradients leave (`gradients`).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +16,7 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, return_freed_memory
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 Weights = dict[str, torch.Tensor]
 """Device-resident weights by name: leaves over slot memory, valid until the slot is released."""
@@ -44,8 +45,10 @@ class WeightStore:
 class _Slot:
     bytes: torch.Tensor
     pack: int | None = None
+    loading: Ticket | None = None
+    """Of the job that enqueues the swap-in of the present content; None once compute waits for that."""
     ready: Event | None = None
-    """Behind the swap-in of the present content."""
+    """Behind that swap-in."""
     released: Event | None = None
     """Behind the last compute on the former content, or on what the memory was before."""
     views: dict[int, Weights] = field(default_factory=dict)
@@ -55,11 +58,26 @@ class _Slot:
 class DeviceWeights:
     """The weight slots of one device."""
 
-    def __init__(self, device: Device, store: WeightStore, plan: Plan, counters: Counters) -> None:
+    def __init__(
+        self,
+        device: Device,
+        store: WeightStore,
+        plan: Plan,
+        counters: Counters,
+        worker: HostWorker,
+        await_updates: Callable[[Iterable[str]], None],
+    ) -> None:
+        """`worker` enqueues swap-ins, in their order, each behind the updates of the weights: `await_updates`."""
+        self._worker = worker
+        self._await_updates = await_updates
         self._device = device
         self._store = store
         self._plan = plan
         self._counters = counters
+        self._loads: dict[int, Ticket] = {}
+        """By pack: the last job that has enqueued its swap-in."""
+        self._reads: dict[int, Event] = {}
+        """By pack: behind the last swap-in."""
         self._slots: list[_Slot] = []
         self._last: _Slot | None = None
 
@@ -68,9 +86,7 @@ class DeviceWeights:
         if self._last is not None and self._last.pack == pack:
             return self._last.views[pack]
         slot = self._last = self._load(pack)
-        if slot.ready is not None:
-            self._device.wait(Lane.COMPUTE, slot.ready)
-            slot.ready = None
+        self._finish_loading(slot)
         self._slots.remove(slot)
         self._slots.append(slot)  # most recently used last
         return slot.views[pack]
@@ -80,10 +96,26 @@ class DeviceWeights:
         key = storage_key(tensor)
         return any(storage_key(slot.bytes) == key for slot in self._slots)
 
+    def last_read(self, pack: int) -> Event | None:
+        """The point behind the last swap-in of `pack`."""
+        if pack in self._loads:
+            self._loads[pack].wait()
+        return self._reads.get(pack)
+
     def prefetch(self, pack: int) -> None:
         """Start to bring `pack` in if a slot is free."""
+        self._allocate()
         if self._find(pack) is None and any(slot.pack is None for slot in self._slots):
             self._load(pack)
+
+    def _finish_loading(self, slot: _Slot) -> None:
+        """Let compute wait for the present content."""
+        if slot.loading is not None:
+            slot.loading.wait()
+            self._worker.raise_error()
+            slot.loading = None
+            assert slot.ready is not None
+            self._device.wait(Lane.COMPUTE, slot.ready)
 
     def release(self, pack: int) -> None:
         """The pack is not needed here any more."""
@@ -110,23 +142,31 @@ class DeviceWeights:
         if slot is None:
             slot = self._slots[0]  # least recently used: user code asked for a pack out of turn
             slot.released = self._device.record(Lane.COMPUTE)
-        if slot.released is not None:
-            self._device.wait(Lane.SWAP_IN, slot.released)
-            slot.released = None
+        released, slot.released = slot.released, None
+        if slot is self._last:
+            self._last = None
+        slot.pack = pack
+        layout = self._store.layouts[pack]
+        if pack not in slot.views:
+            slot.views[pack] = {name: region.view(slot.bytes).detach() for name, region in layout.items()}
+        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
+        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released))
+        return slot
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _swap_in(self, slot: _Slot, pack: int, released: Event | None) -> None:
+        """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
+        self._await_updates(layout)
+        if released is not None:
+            self._device.wait(Lane.SWAP_IN, released)
         arena.refresh()
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
             slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
-        if slot is self._last:
-            self._last = None
-        slot.ready = self._device.record(Lane.SWAP_IN)
-        slot.pack = pack
-        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
-        if pack not in slot.views:
-            slot.views[pack] = {name: region.view(slot.bytes).detach() for name, region in layout.items()}
-        return slot
+        slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)
 
     def _allocate(self) -> None:
         if not self._slots:
@@ -156,6 +196,8 @@ class HostWeights:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         return False  # the user's own memory, which stays
+
+    def last_read(self, pack: int) -> None: ...
 
     def prefetch(self, pack: int) -> None: ...
 

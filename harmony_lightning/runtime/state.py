@@ -42,7 +42,7 @@ class RuntimeState:
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
         self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
-        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
+        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self._reads)
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
@@ -58,12 +58,18 @@ class RuntimeState:
         self.departures = Departures(cluster.devices)
         self._glue: dict[tuple[str, int], torch.Tensor] = {}
         """Device copies of glue weights during one visit."""
+        self._loaders: list[HostWorker] = []
+        """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
         else:
             store = WeightStore(self.parameters, plan, cluster)
-            self._weights = [DeviceWeights(device, store, plan, counters) for device in cluster.devices]
+            self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
+            self._weights = [
+                DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates)
+                for device, loader in zip(cluster.devices, self._loaders, strict=True)
+            ]
 
     # Where things are -------------------------------------------------------------------------------------------------
 
@@ -90,6 +96,9 @@ class RuntimeState:
         """`pack` if the weight has a place in its gradient slot."""
         return pack if name in self.plan.packs[pack].parameters else None
 
+    def _reads(self, pack: int) -> list[Event]:
+        return [read for weights in self._weights if (read := weights.last_read(pack)) is not None]
+
     def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
         """Device-resident weights of a layer; those in `trained` require a gradient."""
         if site.pack is None:
@@ -106,6 +115,7 @@ class RuntimeState:
         """A weight that user code uses outside of layers: one copy per device and visit, without gradient."""
         key = (name, device.index)
         if key not in self._glue:
+            self.gradients.await_updates((name,))
             with torch.inference_mode(False), torch.no_grad():
                 copy = self.parameters[name].detach().to(device.torch_device)
             if not self.cluster.host_is_device:
@@ -200,6 +210,25 @@ class RuntimeState:
 
     # From visit to visit ----------------------------------------------------------------------------------------------
 
+    def prefetch_first(self) -> None:
+        """A step begins: on each device, bring in the pack that comes first there."""
+        for device in range(len(self._weights)):
+            packs = range(len(self.plan.packs))
+            first = next((p for p in packs if device in self.plan.visitors(p)), None)
+            if first is not None:
+                self._weights[device].prefetch(first)
+
+    def settle(self) -> None:
+        """Return when no weights are updated or read any more; raise what an update has raised."""
+        for worker in (self._worker, *self._loaders):
+            worker.drain()
+
+    def close(self) -> None:
+        """Let go of threads and, at once, of device memory: nobody else would end the circle of those who wait for weights."""
+        for loader in self._loaders:
+            loader.close()
+        self._weights = []
+
     def release(self, pack: int, device: int) -> None:
         """A pack's weights are not needed on a device any more."""
         self._weights[device].release(pack)
@@ -224,4 +253,6 @@ class RuntimeState:
         self.departures.let_go()
         self.buffers.discard()
         self.release_all()
+        for loader in self._loaders:
+            loader.drain()
         self.gradients.discard()

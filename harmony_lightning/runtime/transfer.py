@@ -37,6 +37,9 @@ class Arrival:
             self.arrived = None
         return self.value
 
+    def __del__(self) -> None:
+        self.take()  # nobody has asked for it: its memory may be used again, behind the copy
+
 
 @dataclass(slots=True)
 class _Turn:

@@ -33,7 +33,8 @@ class JustInTimeUpdate:
         self._optimizer = optimizer
         self._parameters = parameters
         self._prepare = prepare
-        self._kept: list[tuple[nn.Parameter, torch.Tensor]] | None = [] if keeps_gradients else None
+        self.keeps_gradients = keeps_gradients
+        self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._groups = [({**group}, {id(p) for p in group["params"]}) for group in optimizer.param_groups]
 
     def __call__(self, names: Iterable[str]) -> None:
@@ -51,17 +52,21 @@ class JustInTimeUpdate:
             self._prepare(ours)
         step_part(self._optimizer, groups)
         for weight in ours:
-            if self._kept is not None and weight.grad is not None:
+            if self.keeps_gradients and weight.grad is not None:
                 self._kept.append((weight, weight.grad))
             weight.grad = None
 
-    def leaves_gradients(self) -> bool:
-        """Whether the optimizer has weights with a gradient that were not stepped."""
-        return any(weight.grad is not None for group in self._optimizer.param_groups for weight in group["params"])
+    def leaves_gradients(self, updated: Iterable[str]) -> bool:
+        """Whether there are weights with a gradient that are neither stepped here nor among those being `updated`, or some
+        of these that the optimizer does not know."""
+        ours = {id(self._parameters[name]) for name in updated}
+        members = set[int]().union(*(members for _, members in self._groups))
+        weights = (weight for group in self._optimizer.param_groups for weight in group["params"])
+        return not ours <= members or any(w.grad is not None for w in weights if id(w) not in ours)
 
     def give_back(self) -> None:
         """After the whole step: let weights have the gradients again that they were stepped with, as in plain training."""
-        for weight, gradient in self._kept or ():
+        for weight, gradient in self._kept:
             weight.grad = gradient
 
 

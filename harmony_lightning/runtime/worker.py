@@ -1,10 +1,11 @@
-"""The host worker: one thread beside the controller that receives gradients and updates weights.
+"""Host workers: threads beside the controller that receive gradients, update weights and enqueue swap-ins.
 
-Jobs run in the order of submission, so results do not depend on timing. A job's exception is raised on the controller
-at the next `drain`, and the jobs behind it are dropped.
+A worker takes the job with the lowest priority number first, and jobs of one priority in the order of submission. Results
+do not depend on timing as long as jobs that must keep an order share a priority. A job's exception is raised on the
+controller at the next `drain`, and the jobs behind it are dropped.
 """
 
-import queue
+import heapq
 import threading
 from collections.abc import Callable
 
@@ -13,39 +14,74 @@ from harmony_lightning.hardware.device import Cluster, Mark
 Job = Callable[[], None]
 
 
+class Ticket:
+    """A job that was submitted."""
+
+    __slots__ = ("_done", "_has_ended")
+
+    def __init__(self) -> None:
+        self._has_ended = threading.Event()
+        self._done: Mark | None = None
+
+    def end(self, done: Mark | None) -> None:
+        self._done = done
+        self._has_ended.set()
+
+    def wait(self) -> None:
+        """Return when the job is done, or dropped: the caller's later work comes behind it."""
+        self._has_ended.wait()
+        if self._done is not None:
+            self._done.synchronize()
+
+
 class HostWorker:
     """Starts its thread with the first job; `close` ends it.
 
     Where the host is the only device there is nothing to overlap with, and each job runs when it is submitted.
     """
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, name: str = "host-worker") -> None:
         self._cluster = cluster
+        self._name = f"harmony-{name}"
         self._is_inline = cluster.host_is_device
-        self._jobs: queue.Queue[tuple[Job, Mark, threading.Event] | None] = queue.Queue()
-        self._done: Mark | None = None
-        """Behind the last job."""
+        self._changed = threading.Condition()
+        """Guards what follows."""
+        self._jobs: list[tuple[int, int, Job, Mark, Ticket]] = []
+        """A heap: priority, number, and the job, with the point at which it was submitted."""
+        self._num_submitted = 0
+        self._is_closing = False
         self._thread: threading.Thread | None = None
+        self._open: list[Ticket] = []
+        """Of jobs that nobody has drained."""
         self._error: BaseException | None = None
 
-    def submit(self, job: Job) -> threading.Event:
-        """Returns what is set when the job is done, or dropped."""
-        has_ended = threading.Event()
+    def submit(self, job: Job, priority: int = 0) -> Ticket:
+        ticket = Ticket()
         if self._is_inline:
             job()
-            has_ended.set()
-            return has_ended
+            ticket.end(None)
+            return ticket
         if self._thread is None:
-            self._thread = threading.Thread(target=self._run, name="harmony-host-worker", daemon=True)
+            self._is_closing = False
+            self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
-        self._jobs.put((job, self._cluster.mark(), has_ended))
-        return has_ended
+        with self._changed:
+            heapq.heappush(self._jobs, (priority, self._num_submitted, job, self._cluster.mark(), ticket))
+            self._num_submitted += 1
+            self._open.append(ticket)
+            self._changed.notify()
+        return ticket
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether all jobs have been drained."""
+        return not self._open
 
     def drain(self) -> None:
         """Return when all submitted jobs are done; raise what one of them raised."""
-        self._jobs.join()
-        if self._done is not None:
-            self._done.synchronize()
+        tickets, self._open = self._open, []
+        for ticket in tickets:
+            ticket.wait()
         self.raise_error()
 
     def raise_error(self) -> None:
@@ -57,16 +93,24 @@ class HostWorker:
     def close(self) -> None:
         """Finish the jobs and end the thread; errors of jobs are dropped."""
         if self._thread is not None:
-            self._jobs.put(None)
+            with self._changed:
+                self._is_closing = True
+                self._changed.notify()
             self._thread.join()
             self._thread = None
+        self._open.clear()
         self._error = None
 
     def _run(self) -> None:
-        while (entry := self._jobs.get()) is not None:
-            job, submitted, has_ended = entry
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._jobs or self._is_closing)
+                if not self._jobs:
+                    return
+                priority, _, job, submitted, ticket = heapq.heappop(self._jobs)
             try:
                 if self._error is None:
+                    self._cluster.begin_job(priority)
                     submitted.synchronize()
                     with self._cluster.activate(continues=True):
                         job()
@@ -74,8 +118,6 @@ class HostWorker:
                 self._error = error
             finally:
                 # The job holds gradients alive; it must not outlive its turn.
-                del entry, job
-                self._done = self._cluster.mark()
-                has_ended.set()
-                self._jobs.task_done()
-        self._jobs.task_done()
+                del job, submitted
+                ticket.end(self._cluster.mark())
+                del ticket

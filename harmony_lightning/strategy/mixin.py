@@ -230,7 +230,7 @@ class HarmonyMixin:
         for device in self._engine.cluster.devices:
             device.reset_peak()
         if not self._engine.cluster.host_is_device:
-            self._between = Between(self._engine.cluster, self.root_device)
+            self._between = Between(self._engine.cluster, self.root_device, self._engine.notice)
             self._between.enter()
         self._last_plan = None
         self._is_uncuttable = False
@@ -485,7 +485,10 @@ class HarmonyMixin:
         else:
             on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
             engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
-            engine.worker.drain()
+            if self._updates.may_go_on(engine):
+                engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
+            else:
+                engine.settle()
         closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
         self.post_backward(closure_loss)  # type: ignore[attr-defined]
         return closure_loss
@@ -501,7 +504,7 @@ class HarmonyMixin:
         with (
             self._in_step(),
             self._updates.stepping(optimizer, closure, engine, trainer) as closure,
-            engine.cluster.activate(),  # the optimizer may write masters and read gradients itself
+            engine.cluster.activate(continues=True),  # the optimizer may write masters and read gradients itself
         ):
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
 

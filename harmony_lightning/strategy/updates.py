@@ -9,13 +9,14 @@ and have no gradient left when the closure returns, and the optimizer's own step
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.separability import Separability
@@ -32,6 +33,8 @@ class Updates:
         self._separability = Separability()
         self._optimizer: Optimizer | None = None
         self._just_in_time: JustInTimeUpdate | None = None
+        self._stepped: frozenset[str] = frozenset()
+        """Weights that the last just-in-time update has stepped."""
         self._told: set[str] = set()
 
     def probe(self, optimizer: Optimizer) -> None:
@@ -45,14 +48,17 @@ class Updates:
         """Around one step of the optimizer, which is to be called with the closure that is given back."""
         clip_value = trainer.gradient_clip_val
         self._optimizer, self._just_in_time = optimizer, None
+        parameters = [group["params"] for group in optimizer.param_groups]
         try:
             with stepping_on_host(optimizer), engine.beside(closure) as user_code:
 
                 def closure_with_updates() -> Any:
                     result = user_code()
-                    engine.end_step()
-                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients():
+                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients(engine.updated):
                         trainer.gradient_clip_val = None  # done; torch cannot clip nothing
+                    if not engine.has_settled:
+                        for group in optimizer.param_groups:
+                            group["params"] = []  # the worker steps them
                     return result
 
                 yield closure_with_updates
@@ -61,7 +67,10 @@ class Updates:
             else:
                 engine.counters.updates_just_in_time += 1
                 self._just_in_time.give_back()
+                self._stepped = frozenset(engine.updated)
         finally:
+            for group, members in zip(optimizer.param_groups, parameters, strict=True):
+                group["params"] = members
             trainer.gradient_clip_val = clip_value
             self._optimizer = self._just_in_time = None
 
@@ -82,6 +91,28 @@ class Updates:
             keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
         )
         return self._just_in_time
+
+    def may_go_on(self, engine: Engine) -> bool:
+        """Whether the updates of this backward may go on while the next step begins: everything they write is there already,
+        and nobody but the worker looks for gradients."""
+        optimizer, updated = self._optimizer, engine.updated
+        if optimizer is None or self._just_in_time is None or self._just_in_time.keeps_gradients:
+            return False
+        if not updated or not self._stepped.issuperset(updated) or self._just_in_time.leaves_gradients(updated):
+            return False
+        return not any(isinstance(value, Optimizer) for value in vars(optimizer).values())
+
+    def watch(self, optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
+        """Tells whether a tensor lies in memory that updates write."""
+        memory: set[int] = set()
+
+        def is_updated(tensor: torch.Tensor) -> bool:
+            if not memory:
+                values = (value for entries in optimizer.state.values() for value in entries.values())
+                memory.update(storage_key(t) for t in (*parameters, *values) if isinstance(t, torch.Tensor))
+            return storage_key(tensor) in memory
+
+        return is_updated
 
     def _reason_for_whole(self, optimizer: Optimizer, module: Any, precision_plugin: Any, pl: Any) -> str | None:
         if len(module.trainer.optimizers) != 1:
