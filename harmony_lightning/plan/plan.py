@@ -125,7 +125,7 @@ class Plan(Record):
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
         waits for an update that keeps up with it."""
-        return 2 * self.num_active_devices + 2 + len(self.packs) // 4
+        return self.num_active_devices + 3 + len(self.packs) // 4
 
     def update_priority(self, pack: int) -> int:
         """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first, but

@@ -281,7 +281,7 @@ class GradientStore:
         in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
         self._in_parts.update(arrived.keys() - complete)
         ticket = self._worker.submit(receive, 0 if in_turn else self._plan.update_priority(slot_pack))
-        self._buffers.follow(ticket)
+        self._buffers.follow(buffer, ticket)
         self._updates.update(dict.fromkeys(complete, ticket))
 
     @torch.no_grad()

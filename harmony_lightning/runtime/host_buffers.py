@@ -5,7 +5,6 @@ buffer waits until the gradients of some packs before have been dealt with. Upda
 go round; where gradients stay, in `Parameter.grad`, there is a new one each time.
 """
 
-import threading
 import weakref
 from collections import deque
 from collections.abc import Iterable
@@ -24,36 +23,35 @@ class HostBuffers:
         self._cluster = cluster
         self._worker = worker
         self._limit = limit
-        self._in_use: deque[Ticket] = deque()
-        """What is done with the buffers that were taken last."""
-        self._free: list[tuple[torch.Tensor, Mark]] = []
-        """With the point at which the last user was done; oldest first."""
-        self._lock = threading.Lock()
+        self._in_use: deque[tuple[torch.Tensor, Ticket]] = deque()
+        """What was taken last, with the jobs that work with it."""
+        self._dealt_with: list[torch.Tensor] = []
+        """What those before have worked with: free, or kept by somebody."""
+        self._free: dict[int, Mark] = {}
+        """By identity of the buffer: the point at which the last user was done."""
 
     def take(self, nbytes: int) -> torch.Tensor:
-        if len(self._in_use) < self._limit:
-            return self._cluster.host_buffer(nbytes)
-        self._in_use.popleft().wait()
-        self._worker.raise_error()  # the step is lost, and what was sent since may still be on its way here
-        with self._lock:
-            fitting = next((entry for entry in self._free if nbytes <= entry[0].numel() <= 2 * nbytes), None)
-            if fitting is None:
-                return self._cluster.host_buffer(nbytes)
-            self._free = [entry for entry in self._free if entry is not fitting]
-        buffer, returned = fitting
-        returned.synchronize()
-        return buffer
-
-    def follow(self, ticket: Ticket) -> None:
-        """What was taken last is used by this job, and free behind it if nobody keeps what it holds."""
-        self._in_use.append(ticket)
+        if len(self._in_use) >= self._limit:
+            buffer, ticket = self._in_use.popleft()
+            ticket.join()
+            self._worker.raise_error()  # the step is lost, and what was sent since may still be on its way here
+            self._dealt_with.append(buffer)
+        for index, buffer in enumerate(self._dealt_with):
+            if nbytes <= buffer.numel() <= 2 * nbytes and (free_since := self._free.pop(id(buffer), None)) is not None:
+                free_since.synchronize()
+                del self._dealt_with[index]
+                return buffer
+        return self._cluster.host_buffer(nbytes)
 
     def lend(self, buffer: torch.Tensor, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Tensors over the buffer, which comes back when they are all gone, whoever holds them."""
+        """Tensors over the buffer, which is free when they are all gone, whoever holds them."""
         memory = buffer.numpy()
         weakref.finalize(memory, self._return, buffer).atexit = False
         return {name: layout[name].alias(memory) for name in names}
 
     def _return(self, buffer: torch.Tensor) -> None:
-        with self._lock:
-            self._free.append((buffer, self._cluster.mark()))
+        self._free[id(buffer)] = self._cluster.mark()
+
+    def follow(self, buffer: torch.Tensor, ticket: Ticket) -> None:
+        """The job works with the buffer, and frees it if nobody keeps what it holds."""
+        self._in_use.append((buffer, ticket))

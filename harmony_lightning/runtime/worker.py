@@ -27,9 +27,13 @@ class Ticket:
         self._done = done
         self._has_ended.set()
 
+    def join(self) -> None:
+        """Return when the job has been done, or dropped, which says nothing of the order of what the caller does next."""
+        self._has_ended.wait()
+
     def wait(self) -> None:
         """Return when the job is done, or dropped: the caller's later work comes behind it."""
-        self._has_ended.wait()
+        self.join()
         if self._done is not None:
             self._done.synchronize()
 
