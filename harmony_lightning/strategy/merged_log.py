@@ -14,18 +14,22 @@ A `torchmetrics.Metric` is one object that all microbatches have updated; `merge
 arguments are reported by Lightning when the step ends, in its own words. A value logged with `sum` is summed over the
 microbatches, a constant too.
 
+A step that is one microbatch has nothing to merge: what it logs is in the collection at once, where it may read it.
+
 Nothing of Lightning is imported, so both of its packages are served.
 """
 
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from harmony_lightning.runtime.derivatives import Uncuttable
 
 _SUM, _MEAN, _MAX, _MIN = "sum", "mean", "max", "min"
 _REDUCTIONS: dict[Any, str] = {
@@ -171,6 +175,39 @@ def merged_log(
     finally:
         loop._results = results
     merged.replay()
+
+
+@contextmanager
+def direct_log(loop: Any, device: torch.device, aside: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+    """For a step that is one microbatch: what it logs goes into the loop's collection at once.
+
+    Args:
+        loop: holds a result collection as `_results`.
+        device: where logged values are brought, and the collection computes.
+        aside: makes code within no code between layers.
+    """
+    results = loop._results
+    log = results.log
+    before = {key: dict(vars(result)) for key, result in results.items()}
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def log_beside(fx: str, name: str, value: Any, **kwargs: Any) -> None:
+        if isinstance(value, Tensor):
+            value = value.to(device, non_blocking=device.type != "cpu")  # to the host nobody else would wait for it
+        with aside():
+            log(fx, name, value, **kwargs)
+
+    results.log = log_beside
+    try:
+        yield
+    except Uncuttable:  # the step will be run again
+        for key in results.keys() - before.keys():
+            del results[key]
+        for key, attributes in before.items():
+            vars(results[key]).update(attributes)
+        raise
+    finally:
+        del results.log
 
 
 @contextmanager

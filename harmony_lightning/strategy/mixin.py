@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
-from harmony_lightning.errors import ConfigurationError, UnsupportedError
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
@@ -35,7 +35,7 @@ from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_output
 from harmony_lightning.strategy import overrides, precision
 from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.strategy.materialise import materialise, skipped_init
-from harmony_lightning.strategy.merged_log import Losses, merged_log, unlogged
+from harmony_lightning.strategy.merged_log import Losses, direct_log, merged_log, unlogged
 from harmony_lightning.strategy.merged_metrics import Twins, merged_metrics
 from harmony_lightning.strategy.merged_profile import merged_profile
 from harmony_lightning.strategy.microbatch_check import compare_losses, losses_of_pieces, untouched
@@ -242,6 +242,7 @@ class HarmonyMixin:
         self.setup_precision_plugin()  # type: ignore[attr-defined]
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._planning = Planning(self._engine, self._config, self._given_plan)
+        precision.extend_backward(self.precision_plugin, self._backward)  # type: ignore[attr-defined]
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:
@@ -283,6 +284,7 @@ class HarmonyMixin:
             self._planning = None
             self._twins = Twins()
             vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
+            precision.restore_backward(self.precision_plugin)  # type: ignore[attr-defined]
         self._root_loss = None
 
     def on_exception(self, exception: BaseException) -> None:
@@ -329,7 +331,9 @@ class HarmonyMixin:
         if not module.automatic_optimization:
             self._tell_once("manual optimization: each minibatch runs as one microbatch, packs are swapped as called")
             return self._run_in_one_piece(module.trainer.fit_loop.epoch_loop, "train_step_context", step, batch, *args)
-        engine = self._require_engine()
+        engine = self._engine
+        if engine is None:
+            return self._run_in_one_piece(None, "train_step_context", step, batch, *args)
         assert self._planning is not None
         parts = self._planning.split(batch)
         if parts.reason is not None:
@@ -369,10 +373,15 @@ class HarmonyMixin:
             differentiable.append(loss)
             return differentiable.pop(), with_loss(result, loss.detach())
 
-        logging_merged = merged_log(
-            module.trainer.fit_loop.epoch_loop,
-            lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
-            self.root_device,
+        loop = module.trainer.fit_loop.epoch_loop
+        logging_merged: AbstractContextManager[Any] = (
+            merged_log(
+                loop,
+                lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
+                self.root_device,
+            )
+            if len(functions) > 1
+            else direct_log(loop, self.root_device, engine.aside)
         )
         with (
             self._around_step("train_step_context", logging_merged, len(functions)) as merged,
@@ -383,7 +392,7 @@ class HarmonyMixin:
             self._loss_scale = scale_without(shares, [loss_of(output) is None for output in outputs])
             shares = [share * self._loss_scale for share in shares]
             output = merge_outputs(outputs, parts.num_samples, shares)
-            if self._config.loss_weight != "mean" and (total := loss_of(output)) is not None:
+            if len(outputs) > 1 and self._config.loss_weight != "mean" and (total := loss_of(output)) is not None:
                 losses = {m: loss for m, output in enumerate(outputs) if (loss := loss_of(output)) is not None}
                 merged.know_losses(Losses(parts=losses, total=total))
             return output
@@ -436,8 +445,11 @@ class HarmonyMixin:
         return self._run_in_one_piece(None, "predict_step_context", step, *args)
 
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
-        engine = self._require_engine()
-        log_context = merged_log(loop, lambda: (0, 1), self.root_device) if loop is not None else nullcontext()
+        engine = self._engine
+        if engine is None:  # called outside of a run: everything is on the host
+            with getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+                return step(*args)
+        log_context = direct_log(loop, self.root_device, engine.aside) if loop is not None else nullcontext()
         with self._around_step(context, log_context):
             return self._to_root(engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
@@ -458,14 +470,20 @@ class HarmonyMixin:
         scale: float = scaler.get_scale() if scaler is not None else 1.0
         return scale / self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined,no-any-return]
 
-    def backward(
-        self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        module = self.lightning_module  # type: ignore[attr-defined]
-        self.pre_backward(closure_loss)  # type: ignore[attr-defined]
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
+    def _backward(
+        self,
+        lightnings: Callable[..., None],
+        loss: torch.Tensor,
+        module: Any,
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """What the precision plugin's `backward` is during a run: Lightning's own goes to the root of the loss, and what is
+        left goes through the packs, before any hook sees gradients. The strategy's own `backward` is not touched: it is
+        what others watch."""
         try:
-            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+            lightnings(loss, module, optimizer, *args, **kwargs)
         except RuntimeError as error:
             if self._root_loss is not None:
                 error.add_note(
@@ -473,23 +491,21 @@ class HarmonyMixin:
                     "its own; call loss.backward(), or use torch.autograd.grad inside training_step"
                 )
             raise
-        engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
-        if root is None:
-            pass  # manual optimization: that was the whole backward
-        elif root.grad is None:
+        if root is None or self._engine is None:
+            return  # manual optimization, or no run: that was the whole backward
+        engine = self._engine
+        if root.grad is None:
             engine.abort()
-            raise UnsupportedError(
-                "backward() was called, but no gradient reached the loss that training_step returned; an overridden "
-                "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
+            self._tell_once(
+                "backward() left the loss that training_step returned without a gradient, so there are no gradients in "
+                "this step; an overridden backward must differentiate that loss (loss.backward(...)), or use manual "
+                "optimization"
             )
-        else:
-            on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
-            engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
-            engine.worker.drain()
-        closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
-        self.post_backward(closure_loss)  # type: ignore[attr-defined]
-        return closure_loss
+            return
+        on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
+        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
+        engine.worker.drain()
 
     def _factor(self, gradient: torch.Tensor) -> float:
         """What the loss counts; the expected number where the loss's type can only hold it rounded."""
@@ -498,7 +514,9 @@ class HarmonyMixin:
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        engine = self._require_engine()
+        engine = self._engine
+        if engine is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
         with (
             self._in_step(),
             self._updates.stepping(optimizer, closure, engine, trainer) as closure,

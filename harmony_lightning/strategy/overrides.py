@@ -45,7 +45,7 @@ def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | 
                 return f"{type(callback).__name__}.{hook} sees gradients"
     if not _is_of_package(type(precision_plugin), pl):
         for hook in _PRECISION_BETWEEN:
-            if _is_overridden(precision_plugin, hook, pl.plugins.Precision):
+            if getattr(type(precision_plugin), hook, None) is not getattr(pl.plugins.Precision, hook, None):
                 return f"{type(precision_plugin).__name__}.{hook} sees gradients"
     return None
 
