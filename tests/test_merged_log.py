@@ -189,15 +189,21 @@ def test_lightning_reports_an_unknown_reduction_itself():
         fit(FLAVOURS[0], training_step, microbatch_size=3)
 
 
-def test_reading_metrics_within_the_step_gives_those_of_the_step_before():
+def test_reading_metrics_within_the_step_gives_what_was_logged_so_far():
     read = []
 
     def training_step(self, batch, batch_idx):
         self.log("index", float(batch_idx))
-        read.append(self.trainer.callback_metrics.get("index"))
+        self.log("mean", batch.mean(), on_step=False, on_epoch=True)
+        held = self.trainer.fit_loop._results["training_step.mean"]
+        read.append((self.trainer.callback_metrics["index"].item(), (held.value / held.cumulated_batch_size).item()))
 
     fit(FLAVOURS[0], training_step, microbatch_size=3, num_rows=12)
-    assert [None if value is None else value.item() for value in read[:4]] == [None, None, 0.0, 0.0]
+    part = torch.linspace(-1, 3, 12).square().view(4, 3).mean(1).tolist()
+    first = (part[0] + part[1]) / 2
+    means = [part[0], first, (first + part[2]) / 2, sum(part) / 4]
+    assert [index for index, _ in read] == [0.0, 0.0, 1.0, 1.0] * 2
+    assert [mean for _, mean in read] == pytest.approx(means * 2)
 
 
 class Collection(dict):

@@ -19,10 +19,11 @@ A step that is one microbatch has nothing to merge: what it logs is in the colle
 Nothing of Lightning is imported, so both of its packages are served.
 """
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,15 +62,20 @@ class _Call:
 class MergedLog:
     """Stands in for the training loop's result collection; everything but `log` is the collection's own.
 
+    What is read within the step is what the collection would hold if the step ended there: what the microbatches have
+    logged so far, merged.
+
     Args:
         results: the collection, which must hold the whole minibatch as its `batch`.
         microbatch: gives (index, number of samples) of the microbatch that is running, for microbatches that interleave;
             without it `set_microbatch` tells.
         device: where logged values are brought; None leaves them where they are.
+        aside: makes code within no code between layers.
     """
 
-    __slots__ = ("_calls", "_current", "_device", "_losses", "_microbatch", "_results", "_seen")
+    __slots__ = ("_aside", "_calls", "_current", "_device", "_losses", "_microbatch", "_results", "_seen")
 
+    _aside: "Aside"
     _results: Any
     _microbatch: Callable[[], tuple[int, int]] | None
     _device: torch.device | None
@@ -83,8 +89,10 @@ class MergedLog:
         results: Any,
         microbatch: Callable[[], tuple[int, int]] | None = None,
         device: torch.device | None = None,
+        aside: "Aside" = nullcontext,
     ) -> None:
         for name, value in (
+            ("_aside", aside),
             ("_results", results),
             ("_microbatch", microbatch),
             ("_device", device),
@@ -123,9 +131,25 @@ class MergedLog:
         groups = list(self._calls.values())
         self._calls.clear()
         self._seen.clear()
+        self._make(groups)
+
+    def _make(self, groups: list[list[_Call]]) -> None:
         for calls in groups:
             for call in _merge(calls, self._losses):
                 self._results.log(call.fx, call.name, call.value, **call.kwargs)
+
+    def _as_if_ended(self, read: Callable[[Any], Any]) -> Any:
+        before = _state_of(self._results)
+        try:
+            with self._aside():
+                self._make(list(self._calls.values()))
+                return read(self._results)
+        finally:
+            _restore(self._results, before)
+
+    def metrics(self, *args: Any, **kwargs: Any) -> Any:
+        """The collection's own, for those who read metrics within the step."""
+        return self._as_if_ended(lambda results: results.metrics(*args, **kwargs))
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._results, name)
@@ -135,7 +159,7 @@ class MergedLog:
 
     # The collection is a dict, and Lightning asks for its truth. Python looks such methods up on the type.
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._results) or len(self._calls)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._results)
@@ -144,7 +168,23 @@ class MergedLog:
         return key in self._results
 
     def __getitem__(self, key: Any) -> Any:
-        return self._results[key]
+        return self._as_if_ended(lambda results: copy.copy(results[key]))
+
+
+Aside = Callable[[], AbstractContextManager[Any]]
+
+
+def _state_of(results: Any) -> dict[str, dict[str, Any] | None]:
+    """What `_restore` needs; None for entries that have no attributes. Logging replaces tensors and never writes them."""
+    return {key: dict(vars(result)) if hasattr(result, "__dict__") else None for key, result in results.items()}
+
+
+def _restore(results: Any, state: dict[str, dict[str, Any] | None]) -> None:
+    for key in results.keys() - state.keys():
+        del results[key]
+    for key, attributes in state.items():
+        if attributes is not None:
+            vars(results[key]).update(attributes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -162,13 +202,14 @@ def merged_log(
     loop: Any,
     microbatch: Callable[[], tuple[int, int]] | None = None,
     device: torch.device | None = None,
+    aside: Aside = nullcontext,
 ) -> Iterator[MergedLog]:
     """Merges what is logged within, for one step of a loop that holds a result collection as `_results`.
 
     The real collection is back on every exit. After an exception nothing is replayed.
     """
     results = loop._results
-    merged = MergedLog(results, microbatch, device)
+    merged = MergedLog(results, microbatch, device, aside)
     loop._results = merged
     try:
         yield merged
@@ -178,7 +219,7 @@ def merged_log(
 
 
 @contextmanager
-def direct_log(loop: Any, device: torch.device, aside: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
+def direct_log(loop: Any, device: torch.device, aside: Aside) -> Iterator[None]:
     """For a step that is one microbatch: what it logs goes into the loop's collection at once.
 
     Args:
@@ -188,7 +229,7 @@ def direct_log(loop: Any, device: torch.device, aside: Callable[[], AbstractCont
     """
     results = loop._results
     log = results.log
-    before = {key: dict(vars(result)) for key, result in results.items()}
+    before = _state_of(results)
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def log_beside(fx: str, name: str, value: Any, **kwargs: Any) -> None:
@@ -201,10 +242,7 @@ def direct_log(loop: Any, device: torch.device, aside: Callable[[], AbstractCont
     try:
         yield
     except Uncuttable:  # the step will be run again
-        for key in results.keys() - before.keys():
-            del results[key]
-        for key, attributes in before.items():
-            vars(results[key]).update(attributes)
+        _restore(results, before)
         raise
     finally:
         del results.log

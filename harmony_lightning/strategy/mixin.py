@@ -379,6 +379,7 @@ class HarmonyMixin:
                 loop,
                 lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
                 self.root_device,
+                engine.aside,
             )
             if len(functions) > 1
             else direct_log(loop, self.root_device, engine.aside)
