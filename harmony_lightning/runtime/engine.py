@@ -432,7 +432,7 @@ class Engine:
         loss, microbatch.result = settle(microbatch.result)
         if share == 0:
             loss = None  # it counts nothing, and may be 0 / 0
-        if loss is not None and loss.grad_fn is not None:
+        if loss is not None:
             seed = torch.full_like(loss.detach(), share * self._expected_factor)
             microbatch.deposit(get_gradient_edge(loss), seed)
         self.has_loss |= loss is not None

@@ -342,7 +342,7 @@ class HarmonyMixin:
         shares = loss_shares(self._config.loss_weight, parts)
         if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
             self._check(batch, args, parts, shares)
-        functions = [functools.partial(step, part, *args) for part in parts.batches]
+        functions = [functools.partial(_call_step, step, part, *args) for part in parts.batches]
         try:
             output = self._run_microbatches(functions, parts, shares)
         except Uncuttable:
@@ -553,6 +553,13 @@ class HarmonyMixin:
 
 
 _COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")
+
+
+def _call_step(step: Callable[..., Any], *args: Any) -> Any:
+    """A weight that is the loss itself is made one that the loss is computed from."""
+    output = step(*args)
+    loss = loss_of(output)
+    return with_loss(output, loss * 1) if isinstance(loss, torch.nn.Parameter) else output
 
 
 def _log_to_stderr(level: str) -> None:
