@@ -1,5 +1,6 @@
 """What others watch: calls of the strategy and the optimizer, values that are read within a step, steps after the run."""
 
+import copy
 import pickle
 from unittest import mock
 
@@ -201,6 +202,30 @@ def test_a_trainer_can_be_pickled_before_and_after():
     again.fit_loop.max_epochs = 2
     again.fit(Chain(), loader(WHOLE))
     assert again.strategy.statistics().updates_just_in_time == 1
+
+
+def repickled(fit):
+    return pickle.loads(pickle.dumps(fit))
+
+
+class CopiedAtStart(L.Callback):
+    def __init__(self, duplicate):
+        self.duplicate = duplicate
+
+    def on_train_start(self, fit, module):
+        self.copied = self.duplicate(fit)
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, repickled])
+def test_a_trainer_that_is_copied_in_a_hook_trains_as_the_original(duplicate):
+    plain, ours = twins()
+    trainer().fit(plain, loader(WHOLE))
+    callback = CopiedAtStart(duplicate)
+    trainer(harmony(microbatch_size=WHOLE), callbacks=[callback]).fit(Chain(), loader(WHOLE))
+    callback.copied.fit(ours, loader(WHOLE))
+    assert same_weights(plain, ours)
+    assert callback.copied.strategy.statistics().updates_just_in_time == 1
+    assert "get_device_stats" not in vars(callback.copied.accelerator)
 
 
 def test_slurm_may_be_named_where_it_has_started_nothing(monkeypatch):

@@ -23,7 +23,7 @@ from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
-from harmony_lightning.observability.device_stats import with_all_devices
+from harmony_lightning.observability.device_stats import AllDeviceStats
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan
 from harmony_lightning.plan.timeline import Span, Timeline
@@ -224,7 +224,7 @@ class HarmonyMixin:
         self._engine = Engine(self.model, self._cluster())
         if not self._engine.cluster.host_is_device:
             accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-            accelerator.get_device_stats = with_all_devices(accelerator.get_device_stats, self._engine.cluster.devices)
+            accelerator.get_device_stats = AllDeviceStats(accelerator.get_device_stats, self._engine.cluster.devices)
         if (text := what_runs_eagerly(self.lightning_module, self._emulated is not None)) is not None:  # type: ignore[attr-defined]
             self._tell_once(text)
         for device in self._engine.cluster.devices:
