@@ -77,6 +77,7 @@ class Glue(TorchFunctionMode):
                 return gradients
         if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
             # A master stays on the host, wherever its new value was computed.
+            self._before_write(args[0])
             func(args[0], args[1].detach().to("cpu"))
             segment.state.notice_write(args[0])
             return None

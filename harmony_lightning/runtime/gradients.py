@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Event, Lane, Mark
+from harmony_lightning.hardware.device import Cluster, Device, Event, Lane, Mark, has_room
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
@@ -93,6 +93,7 @@ class GradientStore:
             lay_out(parameters, (name for name in pack.parameters if parameters[name].requires_grad))
             for pack in plan.packs
         ]
+        self._layered = frozenset(name for pack in plan.packs for name in pack.parameters)
         self._slots: list[list[_Slot]] = [[] for _ in self._devices]
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
         """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
@@ -126,6 +127,8 @@ class GradientStore:
         held = self._loose.get(key)
         if held is None:
             self._loose[key] = gradient.detach()
+            if not self._host_is_device:
+                self.make_room(self._devices[key[1]], _payload_nbytes(gradient), key)
             if is_ours:
                 self._owned.add(key)
         elif key in self._owned:
@@ -133,6 +136,18 @@ class GradientStore:
         else:
             self._loose[key] = held + gradient
             self._owned.add(key)
+
+    def make_room(self, device: Device, nbytes: int, newest: tuple[str, int] | None = None) -> None:
+        """Code that goes through many weights makes as many gradients: where memory is short, all but the newest go to
+        the host, where later ones are added to them. Weights of no layer are different, as the plan has set room aside
+        for theirs."""
+        for key in list(self._loose):
+            if key == newest or has_room(device, nbytes):
+                return
+            name, index = key
+            if index == device.index and name in self._layered:
+                self._owned.discard(key)
+                self._send_loose(name, [(index, self._loose.pop(key))], False, _ignore)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:

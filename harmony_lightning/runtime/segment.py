@@ -24,6 +24,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from harmony_lightning.hardware.device import has_room
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides
 
@@ -116,19 +117,30 @@ class Segment:
         if gradient is None:
             gradient = held
         elif held is not None:
-            gradient, is_ours = held + gradient, True
+            gradient, is_ours = held.to(gradient.device) + gradient, True
         if gradient is None:
             return
         if self.is_cut and self.uses[name] > 0:
             self.partial[name] = gradient
+            self._make_room(name, gradient.nbytes)
         else:
             self.state.gradients.add(name, gradient, self.device.index, pack, is_ours)
 
+    def _make_room(self, newest: str, nbytes: int) -> None:
+        """Other sums with uses still to come wait on the host where memory is short."""
+        for name, gradient in self.partial.items():
+            if name == newest or self.state.cluster.host_is_device or has_room(self.device, nbytes):
+                return
+            if gradient.device == self.device.torch_device:
+                self.state.counters.swap_out_bytes += gradient.nbytes
+                self.partial[name] = gradient.detach().to("cpu")
+
     def add_partial_gradients(self) -> None:
         """The segment's backward is over: uses that have got no gradient until now never will."""
-        for name, gradient in self.partial.items():
+        while self.partial:
+            name = next(iter(self.partial))
+            gradient = self.partial.pop(name).to(self.device.torch_device)
             self.state.gradients.add(name, gradient, self.device.index, self.state.slot_pack(name, self.pack))
-        self.partial.clear()
 
     def leave(self) -> None:
         """The microbatch goes on to another pack, and the weights of this one may go."""
@@ -177,7 +189,7 @@ class Segment:
         return result
 
     def _bring_weight(self, name: str, trains: bool) -> torch.Tensor:
-        copy = self.state.glue_weight(name, self.device)
+        copy = self.state.glue.fetch(name, self.device)
         if not (trains and torch.is_grad_enabled()):
             return copy
         self.uses[name] += 1
@@ -206,7 +218,8 @@ class Segment:
         if entry is None or entry[1] != version:
             copy = self._count_peer(tensor.detach().to(self.device.torch_device), tensor)
             entry = self._moved[id(tensor)] = (tensor, version, copy)
-            if len(self._moved) > _NUM_MOVED:
+            is_short = not has_room(self.device, copy.nbytes) and not self.state.cluster.host_is_device
+            while len(self._moved) > (1 if is_short else _NUM_MOVED):
                 del self._moved[next(iter(self._moved))]
         return entry[2]
 
