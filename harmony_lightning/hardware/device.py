@@ -76,15 +76,6 @@ class Device(Protocol):
         """Seed the device's own generator, if it has one."""
 
 
-_NUM_BESIDE = 4
-"""How many tensors of a size must fit for one more to be made room for: itself, what is computed with it, a gradient."""
-
-
-def has_room(device: Device, nbytes: int) -> bool:
-    """Whether a tensor of this size can be worked with on a device as it is now."""
-    return device.memory_bytes - device.allocated_bytes() >= _NUM_BESIDE * nbytes
-
-
 class Reached:
     """A point that has been reached, where lanes are synchronous or locks give the order already."""
 

@@ -22,7 +22,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.hardware.device import Cluster, Device, Lane, has_room
+from harmony_lightning.hardware.device import Cluster, Device, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
@@ -278,6 +278,9 @@ class Engine:
             self._current = microbatch
             try:
                 result = function()
+            except Exception as error:
+                add_place(error, "in the user's code between layers", microbatch.segment)
+                raise
             finally:
                 self._current = None
             self.state.buffers.flush()
@@ -378,11 +381,11 @@ class Engine:
         if microbatch is None or self.state.is_recomputing or microbatch.is_in_backward:
             return None
         segment = microbatch.segment
+        if self.state.glue and not self.state.depth and not self.cluster.host_is_device:
+            segment.saved_nbytes += tensor.nbytes
         is_fused = microbatch.is_cut and segment.pack == len(self.plan.packs) - 1
-        if self.plan.stash == "host" and not is_fused:
-            return segment
-        is_scarce = bool(self.state.glue) and not self.cluster.host_is_device
-        return segment if is_scarce and not has_room(segment.device, tensor.nbytes) else None
+        goes = (self.plan.stash == "host" and not is_fused) or segment.saved_nbytes > self.state.spare_nbytes
+        return segment if goes else None
 
     def _refer(self, tensor: torch.Tensor) -> WeightReference | None:
         """What stands for a tensor that is saved, if that is a weight."""

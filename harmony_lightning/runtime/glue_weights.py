@@ -8,14 +8,14 @@ Weights of no layer are different: the plan has set room aside for them, and the
 """
 
 import weakref
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import torch
 from torch import nn
 
 from harmony_lightning.errors import UnsupportedError
-from harmony_lightning.hardware.device import Device, has_room
+from harmony_lightning.hardware.device import Device
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 
@@ -42,7 +42,7 @@ class GlueWeights:
         parameters: the masters by name.
         planned: names of those that may stay for the visit.
         counters: of bytes.
-        make_room: called where no copy is left that could give way, for others to do so.
+        limit_nbytes: what other copies may take on each device before the oldest give way; the newest always stays.
         host_is_device: copies are the masters themselves.
     """
 
@@ -51,14 +51,14 @@ class GlueWeights:
         parameters: Mapping[str, nn.Parameter],
         planned: Collection[str],
         counters: Counters,
-        make_room: Callable[[Device, int], None],
+        limit_nbytes: int,
         *,
         host_is_device: bool,
     ) -> None:
         self._parameters = parameters
         self._planned = frozenset(planned)
         self._counters = counters
-        self._make_room_elsewhere = make_room
+        self._limit_nbytes = limit_nbytes
         self._host_is_device = host_is_device
         self._copies: dict[tuple[str, int], tuple[torch.Tensor, int]] = {}
         """With the master's version; least recently used first."""
@@ -76,11 +76,10 @@ class GlueWeights:
         """The weight on `device`, without gradient."""
         key = (name, device.index)
         entry = self._copies.pop(key, None)
-        if not (self._host_is_device or name in self._planned):
-            self._make_room(device, self._parameters[name].nbytes)
         if entry is None:
             source = self._parameters[name].detach()
             if not self._host_is_device:
+                self._make_room(device, source.nbytes)
                 self._counters.swap_in_bytes += source.nbytes
             copy = source.to(device.torch_device)
             entry = copy, source._version
@@ -89,15 +88,15 @@ class GlueWeights:
         return entry[0].detach()
 
     def _make_room(self, device: Device, nbytes: int) -> None:
-        """Copies go until there is room for one more and what is computed with it. Whoever works with one holds it."""
-        for name, index in list(self._copies):
-            if has_room(device, nbytes):
+        """For one more copy the oldest go. Who works with one holds it himself."""
+        held = [key for key in self._copies if key[1] == device.index and key[0] not in self._planned]
+        total = nbytes + sum(self._copies[key][0].nbytes for key in held)
+        for key in held:
+            if total <= self._limit_nbytes:
                 return
-            if index == device.index and name not in self._planned:
-                copy, _ = self._copies.pop((name, index))
-                self._names.pop(storage_key(copy), None)
-                del copy
-        self._make_room_elsewhere(device, nbytes)
+            copy, _ = self._copies.pop(key)
+            self._names.pop(storage_key(copy), None)
+            total -= copy.nbytes
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in one of the copies."""
@@ -119,7 +118,7 @@ class GlueWeights:
         if storage_key(copy) != storage_key(tensor) or tensor.dtype != copy.dtype or tensor._version != 0:
             return None
         reference = WeightReference(
-            name, device, tensor.shape, tensor.stride(), tensor.storage_offset() - copy.storage_offset(), version
+            name, device, tensor.shape, tensor.stride(), int(tensor.storage_offset() - copy.storage_offset()), version
         )
         self._references.setdefault(name, weakref.WeakSet()).add(reference)
         return reference

@@ -8,6 +8,7 @@ Hooks on parameters are given what one backward over the whole minibatch would g
 the host, where the parameter is. They run on the controller, at the end of backward, through autograd itself.
 """
 
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping
@@ -16,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Device, Event, Lane, Mark, has_room
+from harmony_lightning.hardware.device import Cluster, Event, Lane, Mark
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
@@ -81,8 +82,11 @@ class GradientStore:
         cluster: Cluster,
         counters: Counters,
         worker: HostWorker,
+        limit_nbytes: int = sys.maxsize,
     ) -> None:
+        """`limit_nbytes` is what gradients that code between layers makes of layers' weights may take on each device."""
         self._parameters = parameters
+        self._limit_nbytes = limit_nbytes
         self._plan = plan
         self._devices = cluster.devices
         self._host_is_device = cluster.host_is_device
@@ -128,7 +132,7 @@ class GradientStore:
         if held is None:
             self._loose[key] = gradient.detach()
             if not self._host_is_device:
-                self.make_room(self._devices[key[1]], _payload_nbytes(gradient), key)
+                self._make_room(key)
             if is_ours:
                 self._owned.add(key)
         elif key in self._owned:
@@ -137,17 +141,18 @@ class GradientStore:
             self._loose[key] = held + gradient
             self._owned.add(key)
 
-    def make_room(self, device: Device, nbytes: int, newest: tuple[str, int] | None = None) -> None:
-        """Code that goes through many weights makes as many gradients: where memory is short, all but the newest go to
-        the host, where later ones are added to them. Weights of no layer are different, as the plan has set room aside
-        for theirs."""
-        for key in list(self._loose):
-            if key == newest or has_room(device, nbytes):
+    def _make_room(self, newest: tuple[str, int]) -> None:
+        """Code that goes through many weights makes as many gradients: the oldest go to the host, where later ones are
+        added to them. Weights of no layer are different, as the plan has set room aside for theirs."""
+        held = [key for key in self._loose if key[1] == newest[1] and key[0] in self._layered]
+        total = sum(_payload_nbytes(self._loose[key]) for key in held)
+        for key in held:
+            if key == newest or total <= self._limit_nbytes:
                 return
-            name, index = key
-            if index == device.index and name in self._layered:
-                self._owned.discard(key)
-                self._send_loose(name, [(index, self._loose.pop(key))], False, _ignore)
+            gradient = self._loose.pop(key)
+            self._owned.discard(key)
+            total -= _payload_nbytes(gradient)
+            self._send_loose(key[0], [(key[1], gradient)], False, _ignore)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:

@@ -24,7 +24,6 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from harmony_lightning.hardware.device import has_room
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides
 
@@ -80,6 +79,7 @@ class Segment:
         partial: gradients of weights with uses still to come.
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
+        saved_nbytes: of what glue has saved while it used weights.
         stashed: what has gone to the host from in here, so that each tensor goes once.
         on_leave: called when the microbatch goes on to another pack.
     """
@@ -98,6 +98,7 @@ class Segment:
         self.uses: Counter[str] = Counter()
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
+        self.saved_nbytes = 0
         self.stashed: dict[Any, Any] = {}
         self.on_leave: list[Callable[[], None]] = []
         self._deposit = deposit
@@ -122,18 +123,23 @@ class Segment:
             return
         if self.is_cut and self.uses[name] > 0:
             self.partial[name] = gradient
-            self._make_room(name, gradient.nbytes)
+            self._make_room(name)
         else:
             self.state.gradients.add(name, gradient, self.device.index, pack, is_ours)
 
-    def _make_room(self, newest: str, nbytes: int) -> None:
-        """Other sums with uses still to come wait on the host where memory is short."""
-        for name, gradient in self.partial.items():
-            if name == newest or self.state.cluster.host_is_device or has_room(self.device, nbytes):
+    def _make_room(self, newest: str) -> None:
+        """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
+        state, here = self.state, self.device.torch_device
+        if state.cluster.host_is_device or state.slot_pack(newest, self.pack) is not None:
+            return
+        held = [n for n, g in self.partial.items() if g.device == here and state.slot_pack(n, self.pack) is None]
+        total = sum(self.partial[name].nbytes for name in held)
+        for name in held[:-1]:
+            if total <= state.spare_nbytes:
                 return
-            if gradient.device == self.device.torch_device:
-                self.state.counters.swap_out_bytes += gradient.nbytes
-                self.partial[name] = gradient.detach().to("cpu")
+            total -= self.partial[name].nbytes
+            state.counters.swap_out_bytes += self.partial[name].nbytes
+            self.partial[name] = self.partial[name].detach().to("cpu")
 
     def add_partial_gradients(self) -> None:
         """The segment's backward is over: uses that have got no gradient until now never will."""
@@ -218,10 +224,20 @@ class Segment:
         if entry is None or entry[1] != version:
             copy = self._count_peer(tensor.detach().to(self.device.torch_device), tensor)
             entry = self._moved[id(tensor)] = (tensor, version, copy)
-            is_short = not has_room(self.device, copy.nbytes) and not self.state.cluster.host_is_device
-            while len(self._moved) > (1 if is_short else _NUM_MOVED):
+            if len(self._moved) > _NUM_MOVED:
                 del self._moved[next(iter(self._moved))]
+            if not self.state.is_device(tensor.device):
+                self._make_room_for_moved()
         return entry[2]
+
+    def _make_room_for_moved(self) -> None:
+        """Of tensors on the host, such as former weights, the user may have as many as of weights."""
+        held = [key for key, (source, _, _) in self._moved.items() if not self.state.is_device(source.device)]
+        total = sum(self._moved[key][2].nbytes for key in held)
+        for key in held[:-1]:
+            if total <= self.state.spare_nbytes:
+                return
+            total -= self._moved.pop(key)[2].nbytes
 
     def _is_host(self, tensor: torch.Tensor) -> bool:
         """Functions of any device read scalars of the host; those of another GPU they do not."""

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from harmony_lightning.hardware.device import Device, Event, Lane, has_room
+from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.glue_weights import WeightReference
@@ -107,10 +107,10 @@ class Stash:
         self._counters.stash_out_bytes += host.nbytes
         self._leaving.append((device, source))
         stashed = _Stashed(host, tensor.shape, source.stride(), device, device.record(Lane.SWAP_OUT))
-        if has_room(device, source.nbytes):
-            segment.stashed[key] = (source, tensor._version, stashed)
+        if segment.saved_nbytes > segment.state.spare_nbytes:
+            self.let_go()  # it leaves because there is too much of it
         else:
-            self.let_go()
+            segment.stashed[key] = (source, tensor._version, stashed)
         return stashed
 
     def _return(self, held: Any) -> torch.Tensor:

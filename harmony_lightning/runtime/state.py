@@ -28,6 +28,8 @@ class RuntimeState:
 
     Attributes:
         depth: how many layers the running code is inside of; 0 in glue.
+        spare_nbytes: what copies, sums and the like that the plan knows nothing of may take on a device, each kind, before
+            they give way to the next: code between layers may go through all weights.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
@@ -43,7 +45,8 @@ class RuntimeState:
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
         self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
-        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
+        self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
+        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self.spare_nbytes)
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
@@ -61,7 +64,7 @@ class RuntimeState:
             self.parameters,
             self.parameters.keys() - layered,
             counters,
-            self.gradients.make_room,
+            self.spare_nbytes,
             host_is_device=cluster.host_is_device,
         )
         self._weights: list[DeviceWeights] | list[HostWeights]
