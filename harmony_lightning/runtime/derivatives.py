@@ -53,7 +53,7 @@ def crosses_cuts(outputs: Any) -> bool:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "ImportBackward":
+        if node.name() == "ImportBackward" or getattr(node, "reaches_back", False):
             return True
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]

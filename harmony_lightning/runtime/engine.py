@@ -28,6 +28,7 @@ from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
+from harmony_lightning.runtime.functions import watched_functions
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.gradients import OnComplete
@@ -365,6 +366,14 @@ class Engine:
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
 
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as an autograd function of the user's gets it."""
+        segment, objects = self._current_segment(), self.state.objects
+        with torch._C.DisableTorchFunction():
+            if segment is not None:
+                return segment.bring(tensor)
+            return tensor if objects is None else objects.take(tensor)
+
     def _before_write(self, target: torch.Tensor) -> None:
         self.state.before_write(target)
         if self._stash is not None:
@@ -416,7 +425,9 @@ class Engine:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(yielding_hooks(_steps_aside))
             stack.enter_context(transparent_checkpoints(self._is_checkpointing))
-            glue = Glue(self._current_segment, self.state.is_device, self._before_write)
+            stack.enter_context(watched_functions(self._bring))
+            state = self.state
+            glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects)
             glue.host_arithmetic = host_arithmetic
             stack.enter_context(glue)
             yield

@@ -161,8 +161,7 @@ class Segment:
 
     def bring(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
         """The tensor as glue or a layer in this segment may use it."""
-        if self.replaced and (entry := self.replaced.get(id(tensor))) is not None:
-            tensor = entry[1]
+        tensor = self.present(tensor)
         is_local = tensor.device == self.device.torch_device
         node = tensor.grad_fn
         if node is None:
@@ -177,9 +176,19 @@ class Segment:
             return self._move(tensor)
         if not torch.is_grad_enabled():
             return tensor if is_local else self._move(tensor)
-        if node._sequence_nr() >= self.start:  # type: ignore[attr-defined]
+        if self.is_own(tensor):
             return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
         return self._cut(tensor, is_written)
+
+    def present(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What has taken the tensor's place since it was written."""
+        entry = self.replaced.get(id(tensor)) if self.replaced else None
+        return tensor if entry is None else entry[1]
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether the graph of this segment may go on to the tensor's node: it is no older, or a leaf."""
+        node = tensor.grad_fn
+        return node is None or node._sequence_nr() >= self.start  # type: ignore[attr-defined]
 
     def bring_within(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor within an object that a layer is given: on this device, unless it belongs to a graph."""
@@ -202,16 +211,17 @@ class Segment:
         return self._import(copy, lambda gradient: self.add_gradient(name, None, gradient))
 
     def _cut(self, tensor: torch.Tensor, is_written: bool) -> torch.Tensor:
-        edge, deposit = get_gradient_edge(tensor), self._deposit
-        if tensor.device == self.device.torch_device:
-            return self._import(tensor.detach(), lambda gradient: deposit(edge, gradient), is_written)
-        counters, home = self.state.counters, tensor.device
+        is_local = tensor.device == self.device.torch_device
+        return self._import(tensor.detach() if is_local else self._move(tensor), self.sink(tensor), is_written)
 
-        def sink(gradient: torch.Tensor) -> None:
-            counters.p2p_bytes += gradient.nbytes
-            deposit(edge, gradient.to(home))
+    def sink(self, tensor: torch.Tensor) -> Sink:
+        """Takes the gradient of a tensor of an older segment."""
+        edge, deposit, home = get_gradient_edge(tensor), self._deposit, tensor.device
+        return lambda gradient: deposit(edge, self.send_home(gradient, home))
 
-        return self._import(self._move(tensor), sink, is_written)
+    def send_home(self, gradient: torch.Tensor, home: torch.device) -> torch.Tensor:
+        """A gradient, where the tensor is that it belongs to."""
+        return gradient if gradient.device == home else self._count_peer(gradient.to(home), gradient)
 
     def _import(self, source: torch.Tensor, sink: Sink, is_written: bool = False) -> torch.Tensor:
         self.has_graph = True

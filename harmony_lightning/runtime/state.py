@@ -7,6 +7,7 @@ from visit to visit.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -34,6 +35,7 @@ class RuntimeState:
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         upcoming: by device, the pack to swap in behind the running one.
+        objects: what the running layer has been given within objects.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
 
@@ -51,6 +53,7 @@ class RuntimeState:
         self.is_recomputing = False
         self.is_holding = False
         self.upcoming: dict[int, int] = {}
+        self.objects: Any = None
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
@@ -203,6 +206,7 @@ class RuntimeState:
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
+        self.objects = None
         self.captured = None
         self._is_collecting = False
         self.upcoming = {}
