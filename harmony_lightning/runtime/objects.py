@@ -86,7 +86,7 @@ class ObjectTensors:
     @contextmanager
     def opened(self, begin: Begin) -> Iterator[None]:
         """Within, the layer runs."""
-        self._begin, self._segment.state.objects = begin, self
+        self._begin, self._segment.state.objects = begin, self if self.originals else None
         try:
             yield
         finally:
