@@ -343,7 +343,10 @@ def by_made(module, hidden):
 @pytest.mark.parametrize(
     ("hand_over", "message"),
     [
-        (by_attribute, r"layer layers.0 used a result of \w+, which requires a gradient and is neither an argument nor"),
+        (
+            by_attribute,
+            r"layer layers.0 used a result of \w+, which requires a gradient and is neither an argument nor",
+        ),
         (by_closure, r"layer layers.0 used a result of \w+, which requires a gradient and is neither an argument nor"),
         (by_made, r"layer layers.0 was given an object .* shape \(8, 64\).* cannot be copied"),
     ],

@@ -20,6 +20,8 @@ from harmony_lightning.runtime.derivatives import (
     crosses_cuts,
     differentiate_weights,
     inputs_of,
+    keeps_graph,
+    refuse_second_derivatives,
 )
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.objects import ObjectTensors
@@ -100,7 +102,11 @@ class Glue(TorchFunctionMode):
             segment.state.notice_write(args[0])
             return None
         if kind in ("read", "exchange", "derivative"):
-            return self._read(segment, func, _originals(segment, args), kwargs)
+            result = self._read(segment, func, _originals(segment, args), kwargs)
+            if kind == "derivative" and result is None and keeps_graph(func, args, kwargs):
+                with torch._C.DisableTorchFunction():
+                    refuse_second_derivatives(segment.state)
+            return result
         if (host := self.host_arithmetic) is not None:
             with torch._C.DisableTorchFunction():
                 if host.concerns(segment.state, args, kwargs, is_write=kind == "write"):
@@ -109,6 +115,9 @@ class Glue(TorchFunctionMode):
                     return host.run(segment.state, func, args, kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
+                if self.host_arithmetic is not None and "non_blocking" in kwargs:
+                    # A loss scaler follows the gradients, which are on the host here, and reads there at once.
+                    kwargs = {**kwargs, "non_blocking": False}
                 return func(*_originals(segment, args), **kwargs)
             if (kind == "write" or kwargs.get("inplace") is True) and isinstance(args[0], torch.Tensor):
                 return self._write(segment, func, args, kwargs)
