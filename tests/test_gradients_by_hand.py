@@ -9,7 +9,9 @@ from chain import Chain, harmony, loader, same_weights, trainer
 from harmony_lightning import HarmonyStrategy, UnsupportedError
 
 STRATEGIES = pytest.mark.parametrize(
-    "strategy", [lambda: harmony(2, "120KiB", 8), lambda: HarmonyStrategy()], ids=["swapped", "host"]
+    "strategy",
+    [lambda: harmony(2, "200KiB", 8, layers=["net.*", "head"]), lambda: HarmonyStrategy()],
+    ids=["swapped", "host"],
 )
 
 

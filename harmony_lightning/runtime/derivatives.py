@@ -131,10 +131,9 @@ def differentiate_weights(state: RuntimeState, func: Any, args: Any, kwargs: Any
 
 def keeps_graph(func: Any, args: Any, kwargs: Any) -> bool:
     """Whether gradients of a backward are to be differentiated themselves."""
-    position = 3  # of (tensors, gradients, retain_graph, create_graph)
-    return bool(
-        kwargs.get("create_graph", args[position] if func is not torch.autograd.grad and len(args) > position else 0)
-    )
+    position = 3  # in (tensors, gradients, retain_graph, create_graph)
+    given = args[position] if func is not torch.autograd.grad and len(args) > position else False
+    return bool(kwargs.get("create_graph", given))
 
 
 def refuse_second_derivatives(state: RuntimeState) -> None:
