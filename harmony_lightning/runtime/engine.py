@@ -301,8 +301,11 @@ class Engine:
                 return closure()
             finally:
                 self._current = None
+                self._come_to_rest()
 
         self._current = None
+        if current is not None:
+            self._come_to_rest()  # a graph that user code has left standing may still be on its way to the host
         try:
             yield user_code
         finally:
