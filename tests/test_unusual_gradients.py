@@ -109,8 +109,9 @@ def test_autocast_of_the_user_s_own_piles_up_no_casts():
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("stash", ["host", "device"])
 @pytest.mark.parametrize("memory", ["160KiB", "64MiB"])
-def test_glue_may_write_what_a_layer_has_read(memory):
+def test_glue_may_write_what_a_layer_has_read(memory, stash):
     """`h += block(h)`: fine in plain training as the block itself does not keep h, but its recompute needs h as it was."""
 
     class Shift(nn.Module):
@@ -135,7 +136,7 @@ def test_glue_may_write_what_a_layer_has_read(memory):
                 hidden += block(hidden)
             return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
 
-    strategy = harmony(1, memory, layers=["first", "net.*", "head"])
+    strategy = harmony(1, memory, layers=["first", "net.*", "head"], stash=stash)
     ours, reference = both(InPlace, strategy, microbatch_size=2)
     assert same_weights(ours, reference)
 

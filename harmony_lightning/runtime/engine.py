@@ -28,7 +28,9 @@ from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
+from harmony_lightning.runtime.functions import watched_functions
 from harmony_lightning.runtime.glue import Glue
+from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer import call_layer, is_layer_hook
@@ -36,7 +38,7 @@ from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Interposition, Site
-from harmony_lightning.runtime.stash import HostStash
+from harmony_lightning.runtime.stash import Stash
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.worker import HostWorker
@@ -65,7 +67,7 @@ class Engine:
         self._host_arithmetic = HostArithmetic()
         self._derived: list[Derived] = []
         self._state: RuntimeState | None = None
-        self._stash: HostStash | None = None
+        self._stash: Stash | None = None
         self._current: Microbatch | None = None
         self._microbatches: list[Microbatch] = []
         self._is_aborting = False
@@ -85,7 +87,9 @@ class Engine:
         with self.cluster.activate():
             self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
         self._derived = list(find_derived(self.root))
-        self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters)
+        self._stash = Stash(
+            self._stashing_segment, state.is_weight_memory, self._refer, state.glue.restore, self.counters
+        )
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
             layers={layer.name: layer.weights for layer in decomposition.layers},
@@ -275,6 +279,9 @@ class Engine:
             self._current = microbatch
             try:
                 result = function()
+            except Exception as error:
+                add_place(error, "in the user's code between layers", microbatch.segment)
+                raise
             finally:
                 self._current = None
             self.state.buffers.flush()
@@ -294,8 +301,11 @@ class Engine:
                 return closure()
             finally:
                 self._current = None
+                self._come_to_rest()
 
         self._current = None
+        if current is not None:
+            self._come_to_rest()  # a graph that user code has left standing may still be on its way to the host
         try:
             yield user_code
         finally:
@@ -359,6 +369,14 @@ class Engine:
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
 
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as an autograd function of the user's gets it."""
+        segment, objects = self._current_segment(), self.state.objects
+        with torch._C.DisableTorchFunction():
+            if segment is not None:
+                return segment.bring(tensor)
+            return tensor if objects is None else objects.take(tensor)
+
     def _before_write(self, target: torch.Tensor) -> None:
         self.state.before_write(target)
         if self._stash is not None:
@@ -368,13 +386,25 @@ class Engine:
         """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
         return self.state.depth > 0 or (self._current is not None and self._current.is_cut)
 
-    def _stashing_segment(self) -> Segment | None:
-        """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
+    def _stashing_segment(self, tensor: torch.Tensor) -> Segment | None:
+        """The segment, if a tensor that it saves goes to the host. Nothing of the last pack does, as its backward is
+        next; but code that goes through many weights, as a penalty on their change does, may save as much."""
         microbatch = self._current
         if microbatch is None or self.state.is_recomputing or microbatch.is_in_backward:
             return None
-        is_fused = microbatch.is_cut and microbatch.segment.pack == len(self.plan.packs) - 1
-        return None if is_fused else microbatch.segment
+        segment = microbatch.segment
+        if self.state.glue and not self.state.depth and not self.cluster.host_is_device:
+            segment.saved_nbytes += tensor.nbytes
+        is_fused = microbatch.is_cut and segment.pack == len(self.plan.packs) - 1
+        goes = (self.plan.stash == "host" and not is_fused) or segment.saved_nbytes > self.state.spare_nbytes
+        return segment if goes else None
+
+    def _refer(self, tensor: torch.Tensor) -> WeightReference | None:
+        """What stands for a tensor that is saved, if that is a weight."""
+        if self._current is None or not self.state.glue or self.state.is_recomputing:
+            return None
+        segment = self._current.segment
+        return self.state.glue.refer(tensor, segment.device, segment.uses)
 
     def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
         former = microbatch.segment
@@ -394,11 +424,13 @@ class Engine:
             stack.enter_context(self.cluster.activate(continues=continues))
             # Several of autograd's device threads at once would share one state of ours.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            if self.plan.stash == "host" and self._stash is not None:
+            if self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(yielding_hooks(_steps_aside))
             stack.enter_context(transparent_checkpoints(self._is_checkpointing))
-            glue = Glue(self._current_segment, self.state.is_device, self._before_write)
+            stack.enter_context(watched_functions(self._bring))
+            state = self.state
+            glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects)
             glue.host_arithmetic = host_arithmetic
             stack.enter_context(glue)
             yield
@@ -475,7 +507,7 @@ class Engine:
             self.state.release(pack, device)
 
     def _leave(self) -> None:
-        self.state.release_glue()
+        self.state.glue.clear()
         self.state.buffers.drop_clean()
         if self._stash is not None:
             self._stash.let_go()
@@ -511,7 +543,7 @@ class Engine:
 
 def _steps_aside(pack: Any) -> bool:
     """Whether a saved-tensor hook may be taken off for a while."""
-    return isinstance(getattr(pack, "__self__", None), HostStash) or is_layer_hook(pack)
+    return isinstance(getattr(pack, "__self__", None), Stash) or is_layer_hook(pack)
 
 
 def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:

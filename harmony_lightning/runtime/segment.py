@@ -79,6 +79,7 @@ class Segment:
         partial: gradients of weights with uses still to come.
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
+        saved_nbytes: of what glue has saved while it used weights.
         stashed: what has gone to the host from in here, so that each tensor goes once.
         on_leave: called when the microbatch goes on to another pack.
     """
@@ -97,6 +98,7 @@ class Segment:
         self.uses: Counter[str] = Counter()
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
+        self.saved_nbytes = 0
         self.stashed: dict[Any, Any] = {}
         self.on_leave: list[Callable[[], None]] = []
         self._deposit = deposit
@@ -116,19 +118,35 @@ class Segment:
         if gradient is None:
             gradient = held
         elif held is not None:
-            gradient, is_ours = held + gradient, True
+            gradient, is_ours = held.to(gradient.device) + gradient, True
         if gradient is None:
             return
         if self.is_cut and self.uses[name] > 0:
             self.partial[name] = gradient
+            self._make_room(name)
         else:
             self.state.gradients.add(name, gradient, self.device.index, pack, is_ours)
 
+    def _make_room(self, newest: str) -> None:
+        """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
+        state, here = self.state, self.device.torch_device
+        if state.cluster.host_is_device or state.slot_pack(newest, self.pack) is not None:
+            return
+        held = [n for n, g in self.partial.items() if g.device == here and state.slot_pack(n, self.pack) is None]
+        total = sum(self.partial[name].nbytes for name in held)
+        for name in held[:-1]:
+            if total <= state.spare_nbytes:
+                return
+            total -= self.partial[name].nbytes
+            state.counters.swap_out_bytes += self.partial[name].nbytes
+            self.partial[name] = self.partial[name].detach().to("cpu")
+
     def add_partial_gradients(self) -> None:
         """The segment's backward is over: uses that have got no gradient until now never will."""
-        for name, gradient in self.partial.items():
+        while self.partial:
+            name = next(iter(self.partial))
+            gradient = self.partial.pop(name).to(self.device.torch_device)
             self.state.gradients.add(name, gradient, self.device.index, self.state.slot_pack(name, self.pack))
-        self.partial.clear()
 
     def leave(self) -> None:
         """The microbatch goes on to another pack, and the weights of this one may go."""
@@ -143,8 +161,7 @@ class Segment:
 
     def bring(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
         """The tensor as glue or a layer in this segment may use it."""
-        if self.replaced and (entry := self.replaced.get(id(tensor))) is not None:
-            tensor = entry[1]
+        tensor = self.present(tensor)
         is_local = tensor.device == self.device.torch_device
         node = tensor.grad_fn
         if node is None:
@@ -159,9 +176,19 @@ class Segment:
             return self._move(tensor)
         if not torch.is_grad_enabled():
             return tensor if is_local else self._move(tensor)
-        if node._sequence_nr() >= self.start:  # type: ignore[attr-defined]
+        if self.is_own(tensor):
             return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
         return self._cut(tensor, is_written)
+
+    def present(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What has taken the tensor's place since it was written."""
+        entry = self.replaced.get(id(tensor)) if self.replaced else None
+        return tensor if entry is None else entry[1]
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether the graph of this segment may go on to the tensor's node: it is no older, or a leaf."""
+        node = tensor.grad_fn
+        return node is None or node._sequence_nr() >= self.start  # type: ignore[attr-defined]
 
     def bring_within(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor within an object that a layer is given: on this device, unless it belongs to a graph."""
@@ -177,23 +204,24 @@ class Segment:
         return result
 
     def _bring_weight(self, name: str, trains: bool) -> torch.Tensor:
-        copy = self.state.glue_weight(name, self.device)
+        copy = self.state.glue.fetch(name, self.device)
         if not (trains and torch.is_grad_enabled()):
             return copy
         self.uses[name] += 1
         return self._import(copy, lambda gradient: self.add_gradient(name, None, gradient))
 
     def _cut(self, tensor: torch.Tensor, is_written: bool) -> torch.Tensor:
-        edge, deposit = get_gradient_edge(tensor), self._deposit
-        if tensor.device == self.device.torch_device:
-            return self._import(tensor.detach(), lambda gradient: deposit(edge, gradient), is_written)
-        counters, home = self.state.counters, tensor.device
+        is_local = tensor.device == self.device.torch_device
+        return self._import(tensor.detach() if is_local else self._move(tensor), self.sink(tensor), is_written)
 
-        def sink(gradient: torch.Tensor) -> None:
-            counters.p2p_bytes += gradient.nbytes
-            deposit(edge, gradient.to(home))
+    def sink(self, tensor: torch.Tensor) -> Sink:
+        """Takes the gradient of a tensor of an older segment."""
+        edge, deposit, home = get_gradient_edge(tensor), self._deposit, tensor.device
+        return lambda gradient: deposit(edge, self.send_home(gradient, home))
 
-        return self._import(self._move(tensor), sink, is_written)
+    def send_home(self, gradient: torch.Tensor, home: torch.device) -> torch.Tensor:
+        """A gradient, where the tensor is that it belongs to."""
+        return gradient if gradient.device == home else self._count_peer(gradient.to(home), gradient)
 
     def _import(self, source: torch.Tensor, sink: Sink, is_written: bool = False) -> torch.Tensor:
         self.has_graph = True
@@ -208,7 +236,18 @@ class Segment:
             entry = self._moved[id(tensor)] = (tensor, version, copy)
             if len(self._moved) > _NUM_MOVED:
                 del self._moved[next(iter(self._moved))]
+            if not self.state.is_device(tensor.device):
+                self._make_room_for_moved()
         return entry[2]
+
+    def _make_room_for_moved(self) -> None:
+        """Of tensors on the host, such as former weights, the user may have as many as of weights."""
+        held = [key for key, (source, _, _) in self._moved.items() if not self.state.is_device(source.device)]
+        total = sum(self._moved[key][2].nbytes for key in held)
+        for key in held[:-1]:
+            if total <= self.state.spare_nbytes:
+                return
+            total -= self._moved.pop(key)[2].nbytes
 
     def _is_host(self, tensor: torch.Tensor) -> bool:
         """Functions of any device read scalars of the host; those of another GPU they do not."""
