@@ -59,6 +59,32 @@ def looks_back(module: Any, pl: Any) -> bool:
     )
 
 
+def comes_between_steps(module: Any, loop: Any, stage: str, pl: Any) -> str | None:
+    """What of the user's runs between two steps of an evaluation, and so may see, or change, what steps work with; None if
+    nothing does. Lightning's own callbacks only look at progress and outputs.
+
+    Args:
+        loop: ready to ask for its first batch.
+        stage: validation, test or predict.
+    """
+    if hasattr(loop._data_fetcher, "iterator_wrapper"):
+        return "it asks for its batches itself (dataloader_iter)"
+    hooks = (f"on_{stage}_batch_start", f"on_{stage}_batch_end")
+    for hook in hooks:
+        if _is_overridden(module, hook, pl.LightningModule):
+            return f"{type(module).__name__}.{hook} runs between them"
+        for callback in module.trainer.callbacks:
+            definer = next((kind for kind in type(callback).__mro__ if hook in vars(kind)), type(callback))
+            if hook in vars(callback) or not _is_of_package(definer, pl):
+                return f"{type(callback).__name__}.{hook} runs between them"
+    datamodule, hook = module.trainer.datamodule, "on_before_batch_transfer"
+    if _is_overridden(module, hook, pl.LightningModule):
+        return f"{type(module).__name__}.{hook} runs between them"
+    if datamodule is not None and _is_overridden(datamodule, hook, pl.LightningDataModule):
+        return f"{type(datamodule).__name__}.{hook} runs between them"
+    return None
+
+
 def expects_batch_on_device(module: Any, pl: Any) -> bool:
     """Whether the user's own hooks take part in bringing a batch to the device."""
     datamodule = getattr(getattr(module, "_trainer", None), "datamodule", None)
