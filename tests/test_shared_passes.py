@@ -307,10 +307,14 @@ class Drawing(Evaluated):
         return self.noise("behind", batch_idx, self.head(value))
 
     def noise(self, place, batch_idx, value):
-        return value + torch.randn_like(value) if place == self.place and batch_idx in self.drawing else value
+        is_here = place == (self.place if self.place != "anywhere" else PLACES[-batch_idx % 3])
+        return value + torch.randn_like(value) if is_here and batch_idx in self.drawing else value
 
 
-@pytest.mark.parametrize("place", ["front", "between", "behind"])
+PLACES = ("front", "between", "behind")
+
+
+@pytest.mark.parametrize("place", [*PLACES, "anywhere"])
 def test_random_numbers_are_drawn_in_the_order_of_the_steps(place, caplog):
     expected, *_ = plain(PREDICT, make(Drawing, place=place, drawing=range(10)))
     found = shared(PREDICT, 4, make(Drawing, place=place, drawing=range(10)))
@@ -319,7 +323,7 @@ def test_random_numbers_are_drawn_in_the_order_of_the_steps(place, caplog):
     assert sum("predict_step: it draws random numbers" in record.message for record in caplog.records) == 1
 
 
-@pytest.mark.parametrize("place", ["front", "between", "behind"])
+@pytest.mark.parametrize("place", [*PLACES, "anywhere"])
 @pytest.mark.parametrize("drawing", [(3,), (2, 3, 4), (4, 7), (5,)])
 def test_a_step_that_draws_out_of_turn_is_run_again(place, drawing):
     """The first step has drawn nothing, so that steps 1-4 and 5-8 share passes until one does."""
@@ -329,8 +333,21 @@ def test_a_step_that_draws_out_of_turn_is_run_again(place, drawing):
     assert passes(found) < 11
 
 
+def test_what_is_run_again_gets_its_batch_again():
+    class Popping(Drawing):
+        def predict_step(self, batch, batch_idx):
+            return super().predict_step([batch.pop("inputs")], batch_idx)
+
+    def run(with_strategy, module):
+        return with_strategy.predict(module, DataLoader([{"inputs": torch.ones(64)} for _ in range(20)], batch_size=2))
+
+    expected, *_ = plain(run, make(Popping, place="between", drawing=(3,)))
+    found = shared(run, 4, make(Popping, place="between", drawing=(3,)))
+    assert equal(found[0][0], expected[0])
+
+
 def test_metrics_are_touched_in_the_order_of_the_steps():
-    """Though they are in the middle of the step: a sum in another order would have other bits."""
+    """Though they are in the middle of the step, and hold what has come so far."""
 
     class Midway(Evaluated):
         def validation_step(self, batch, batch_idx):
@@ -338,8 +355,8 @@ def test_metrics_are_touched_in_the_order_of_the_steps():
             for index, block in enumerate(self.net):
                 value = block(value)
                 if index in (1, 5):
-                    self.mean(value * 1e3)
-                    self.log("mean", self.mean, on_step=True, on_epoch=True)
+                    self.mean(value)
+                    self.log(f"mean {index}", self.mean.compute(), on_step=True, on_epoch=True)
             self.log("loss", value.mean())
 
     expected, *_ = plain(VALIDATE, make(Midway))
@@ -390,21 +407,21 @@ def test_batches_that_do_not_fit_together_run_alone(caplog):
 
 
 def test_a_module_in_training_mode_shares_no_pass():
-    """Its statistics are those of one batch after the other."""
+    """A step that was run again would count twice in its statistics."""
 
-    class Training(Evaluated):
+    class Training(Drawing):
         def __init__(self):
-            super().__init__()
+            super().__init__("between", range(3, 10))
             self.norm = nn.BatchNorm1d(64)
 
-        def on_validation_epoch_start(self):
+        def on_predict_epoch_start(self):
             self.norm.train()
 
-        def validation_step(self, batch, batch_idx):
-            self.log("loss", self.head(self.norm(self.net(batch[0]))).mean(), on_step=True)
+        def predict_step(self, batch, batch_idx):
+            return super().predict_step([self.norm(batch[0])], batch_idx)
 
-    expected, reference, _ = plain(VALIDATE, make(Training))
-    found = shared(VALIDATE, 4, make(Training))
+    expected, reference, _ = plain(PREDICT, make(Training))
+    found = shared(PREDICT, 4, make(Training))
     assert equal(found[0], expected)
     assert torch.equal(found[1].norm.running_mean, reference.norm.running_mean)
 
