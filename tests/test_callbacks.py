@@ -237,8 +237,7 @@ def test_backbone_finetuning():
 
 
 def test_pruning():
-    """A pruned layer has a mask beside each weight, and makes the product. Without "lottery tickets", which share memory
-    between the initial weights and those that train on one device, so that the former change too."""
+    """A pruned layer has a mask beside each weight, and makes the product."""
 
     def pruning():
         return [callbacks.ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=False)]
@@ -246,6 +245,32 @@ def test_pruning():
     (reference, *_), (ours, *_) = fit_both(pruning, lambda: fresh(depth=24), memory="300KiB", max_epochs=2)
     assert same_weights(ours, reference)
     assert (ours.net[0][0].weight == 0).float().mean() > 0.3
+
+
+class PruningOnGpu(callbacks.ModelPruning):
+    """What `ModelPruning` comes to where the module is on a GPU and the initial values, copied before, are on the host:
+    they are copied again each time. Where both are on the host the weights share their memory, and so train them too."""
+
+    @staticmethod
+    def _copy_param(new, old, name):
+        initial = copy.deepcopy(old)
+        callbacks.ModelPruning._copy_param(new, initial, name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"resample_parameters": True}, {"use_global_unstructured": False}, {"make_pruning_permanent": False}],
+    ids=str,
+)
+def test_lottery_tickets_go_back_to_the_initial_weights_as_on_a_gpu(options):
+    runs = []
+    for kind, strategy in ((PruningOnGpu, "auto"), (callbacks.ModelPruning, one_piece(memory="300KiB"))):
+        module = fresh(depth=24)
+        run = trainer(strategy, max_epochs=3, callbacks=[kind("l1_unstructured", amount=0.3, **options)])
+        run.fit(module, loader(BATCH), loader(BATCH))
+        runs.append(module)
+    assert same_weights(*runs)
+    assert runs[1].state_dict().keys() == runs[0].state_dict().keys()
 
 
 def test_lambda_callback_and_hooks_that_collect_garbage():

@@ -216,6 +216,9 @@ class HarmonyMixin:
                 f"accelerator='cpu' or 'cuda'"
             )
         super().setup_environment()  # type: ignore[misc]
+        module = self.lightning_module  # type: ignore[attr-defined]
+        if overrides.copies_at_setup(module.trainer.callbacks, self._pl):
+            materialise(module)  # though a checkpoint may bring other values: a copy of none stays without
 
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""

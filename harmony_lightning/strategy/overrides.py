@@ -3,6 +3,7 @@
 Flavour-free: the base classes to compare with come in through the Lightning package that is passed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 _BETWEEN_BACKWARD_AND_STEP = (
@@ -26,6 +27,8 @@ _PRECISION_BETWEEN = (
 )
 _TRANSFERS = ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer")
 _BEHIND_STEP = ("on_train_batch_end",)
+_COPIES_AT_SETUP = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
+"""Lightning's callbacks that do."""
 
 
 def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | None:
@@ -83,6 +86,16 @@ def comes_between_steps(module: Any, loop: Any, stage: str, pl: Any) -> str | No
     if datamodule is not None and _is_overridden(datamodule, hook, pl.LightningDataModule):
         return f"{type(datamodule).__name__}.{hook} runs between them"
     return None
+
+
+def copies_at_setup(callbacks: Sequence[Any], pl: Any) -> bool:
+    """Whether a callback may copy the module before the strategy is set up."""
+    known = tuple(getattr(pl.callbacks, name) for name in _COPIES_AT_SETUP if hasattr(pl.callbacks, name))
+    return any(
+        isinstance(callback, known)
+        or (not _is_of_package(type(callback), pl) and _is_overridden(callback, "setup", pl.Callback))
+        for callback in callbacks
+    )
 
 
 def expects_batch_on_device(module: Any, pl: Any) -> bool:
