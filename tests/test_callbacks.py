@@ -14,6 +14,7 @@ from chain import Chain, harmony, loader, same_weights, trainer
 from lightning.pytorch import callbacks
 from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch.optim import swa_utils
 
 BATCH = 8
 
@@ -189,6 +190,63 @@ def test_weight_averaging(make):
     (reference, plain, _), (ours, fitted, _) = fit_both(lambda: [make()])
     assert same_weights(ours, reference)
     assert fitted.callback_metrics["val_loss"] == plain.callback_metrics["val_loss"]
+
+
+class Averaged(Chain):
+    """torch's own average of a part of the module, with batch statistics, at each place where users keep it."""
+
+    def __init__(self, where, average):
+        super().__init__()
+        self.net[3] = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())
+        self.where = where
+        self.average = swa_utils.AveragedModel(self.net, **average).requires_grad_(False)
+
+    def configure_optimizers(self):
+        return self.optimizer([*self.net.parameters(), *self.head.parameters()], **self.options)
+
+    def update(self, where):
+        if where == self.where:
+            self.average.update_parameters(self.net)
+
+    def training_step(self, batch, batch_idx):
+        self.update("in front")
+        loss = super().training_step(batch, batch_idx)
+        self.update("behind")
+        with torch.no_grad():
+            self.log("distance", nn.functional.mse_loss(self.average(batch[0]), self.net(batch[0])))
+        return loss
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.update("optimizer_step")
+
+    def on_train_batch_end(self, *args):
+        self.update("on_train_batch_end")
+
+    def on_train_end(self):
+        swa_utils.update_bn(loader(BATCH), self.average)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.head(self.average(batch[0])).square().mean())
+
+
+AVERAGES = {
+    "mean": {},
+    "ema": {"avg_fn": swa_utils.get_ema_avg_fn(0.9)},
+    "ema of all at once": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9), "use_buffers": True},
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("where", ["in front", "behind", "optimizer_step", "on_train_batch_end"])
+def test_averages_that_users_keep(where, average):
+    def make_module():
+        return fresh(Averaged, where=where, average=average)
+
+    (reference, plain, _), (ours, fitted, _) = fit_both(list, make_module, memory="180KiB", max_epochs=2)
+    assert same_weights(ours, reference)
+    for name in ("val_loss", "distance"):
+        assert fitted.callback_metrics[name] == plain.callback_metrics[name]
 
 
 class Thawing(callbacks.BaseFinetuning):

@@ -63,6 +63,9 @@ class Glue(TorchFunctionMode):
         segment = self._current()
         if segment is None:
             return func(*args, **kwargs)
+        if not (buffers := segment.state.buffers).is_empty:
+            with torch._C.DisableTorchFunction():
+                _map_tensors(buffers.come_home, (args, kwargs))
         kind = _KINDS.get(func) or _classify(func)
         if kind == "derivative":
             with torch._C.DisableTorchFunction():

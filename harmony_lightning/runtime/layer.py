@@ -92,7 +92,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
-        tensors = [segment.bring(tensor) for tensor in originals]
+        tensors = [segment.bring(segment.state.buffers.come_home(tensor)) for tensor in originals]
         arguments.place_tensors(segment.bring_within)
     state = segment.state
     trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)

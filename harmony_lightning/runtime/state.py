@@ -29,6 +29,7 @@ class RuntimeState:
         depth: how many layers the running code is inside of; 0 in glue.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
+        slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
@@ -40,7 +41,8 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
-        self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
+        self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
+        self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker)
         self.depth = 0
         self.is_recomputing = False
