@@ -256,6 +256,33 @@ def test_no_graph_is_kept_unless_asked_for():
     assert replayed([weight * 1, weight * 2], [1, 1], enable_graph=True)[0].requires_grad
 
 
+def test_a_tensor_that_is_written_later_was_logged_as_it_was():
+    total = torch.zeros(())
+    collection = Collection()
+    log = MergedLog(collection)
+    for index in range(2):
+        log.set_microbatch(index, 1)
+        log.log("training_step", "total", total.add_(1))
+    log.replay()
+    assert collection.calls[0][2] == 1.5
+
+
+def test_calls_that_are_held_back_come_unmerged_each_with_its_metric_value():
+    collection, metric = Collection(), MeanMetric()
+    log = MergedLog(collection)
+    for index in (0, 1, 0):
+        log.set_microbatch(index, 1)
+        metric(float(10 * index + len(log._calls)))
+        log.log("validation_step", "mean", metric)
+        log.log("validation_step", "index", torch.tensor(index))
+    found = []
+    collection.log = lambda fx, name, value, **kwargs: found.append(getattr(value, "_forward_cache", value).item())
+    log.replay_of(0)
+    assert found == [0, 0, 4, 0]
+    log.replay_of(1)
+    assert found[4:] == [12, 1]
+
+
 def test_keys_come_in_the_order_in_which_they_were_first_seen():
     collection = Collection()
     log = MergedLog(collection)

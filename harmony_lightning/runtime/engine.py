@@ -22,6 +22,7 @@ from torch import nn
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.errors import DeviceOutOfMemoryError
 from harmony_lightning.hardware.device import Cluster, Device, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
@@ -35,11 +36,12 @@ from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer import call_layer, is_layer_hook
 from harmony_lightning.runtime.microbatch import Microbatch
-from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.randomness import Replay, Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Interposition, Site
 from harmony_lightning.runtime.stash import Stash
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.together import Raised, Together, Turns
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.worker import HostWorker
 
@@ -71,6 +73,8 @@ class Engine:
         self._current: Microbatch | None = None
         self._microbatches: list[Microbatch] = []
         self._is_aborting = False
+        self._turns: Turns | None = None
+        """Of steps that share a pass."""
         self._segments_left: Counter[int] = Counter()
         """By pack: segments whose backward has not run."""
         self._uses_left: Counter[str] = Counter()
@@ -140,11 +144,8 @@ class Engine:
     def abort(self) -> None:
         """End all microbatches where they stand and drop what they left behind; weights stay as they are."""
         microbatches, self._microbatches = self._microbatches, []
-        self._is_aborting = True
-        for microbatch in microbatches:
-            microbatch.kill()
-        self._is_aborting = False
-        self._current = None
+        self._kill(microbatches)
+        self._turns = None
         self._segments_left.clear()
         self._uses_left.clear()
         if self._state is not None and self._stash is not None:
@@ -154,6 +155,13 @@ class Engine:
                 self._state.discard()
             except Exception:
                 log.exception("the host worker failed while the step was being given up")
+
+    def _kill(self, microbatches: Sequence[Microbatch]) -> None:
+        self._is_aborting = True
+        for microbatch in microbatches:
+            microbatch.kill()
+        self._is_aborting = False
+        self._current = None
 
     # A training step ----------------------------------------------------------------------------------------------
 
@@ -289,6 +297,79 @@ class Engine:
         derive_on_host(self._derived)
         return result
 
+    # Steps that train nothing ---------------------------------------------------------------------------------------
+
+    def run_together(self, functions: Sequence[Callable[[], Any]]) -> Together:
+        """Run user code that trains nothing: all functions go through each pack before the next one is brought in, and
+        come out as if each had been run after the one before (`together`)."""
+        self.abort()
+        microbatches = [Microbatch(self.state, m, function, None, is_cut=True) for m, function in enumerate(functions)]
+        self._microbatches = list(microbatches)
+        turns = self._turns = Turns(microbatches)
+        trace, self.trace = self.trace, Trace()  # of training: other calls in another order
+        try:
+            with self._active(), self._guarded():
+                with self._visit(0, microbatches, self._next_forward(0, microbatches)):
+                    for microbatch in microbatches:
+                        self._let_go_on(microbatch, turns, first=True)
+                while ready := turns.ready:
+                    pack = min(m.waits_for for m in ready if m.waits_for is not None)
+                    visitors = [m for m in ready if m.waits_for == pack]
+                    with self._visit(pack, visitors, self._next_forward(pack, turns.left)):
+                        for microbatch in visitors:
+                            self._let_go_on(microbatch, turns)
+                self.state.buffers.flush()
+                together = Together(outcomes=turns.outcomes(), obstacle=turns.obstacle)
+                self._end(microbatches)
+        finally:
+            self._turns, self.trace = None, trace
+        derive_on_host(self._derived)
+        return together
+
+    def _let_go_on(self, microbatch: Microbatch, turns: Turns, first: bool = False) -> None:
+        if microbatch not in turns.left:
+            return
+        is_first = microbatch is turns.first
+        device = self.state.device_of(0 if microbatch.waits_for is None else microbatch.waits_for, microbatch.index)
+        drawn = Replay(device)
+        self._current = microbatch
+        try:
+            if first:
+                microbatch.start(0)
+            else:
+                microbatch.resume()
+        except Uncuttable:
+            turns.obstacle = "it takes derivatives across layers"
+            self._kill(turns.give_up_from(microbatch.index))
+        except Exception as error:
+            is_memory = isinstance(error, DeviceOutOfMemoryError | torch.OutOfMemoryError)
+            if is_memory and len(self._microbatches) > 1:
+                turns.obstacle = f"{len(self._microbatches)} at once do not fit ({error})"
+                self._kill(turns.give_up_from(microbatch.index))
+            else:
+                add_place(error, "in the user's code between layers", microbatch.segment)
+                microbatch.end(Raised(error))
+                self._kill(turns.give_up_from(microbatch.index + 1))
+        finally:
+            self._current = None
+        if self._stash is not None:
+            self._stash.turn()
+        drawn.keep_what_was_drawn(device)
+        if not drawn.is_empty:
+            turns.obstacle = "it draws random numbers"
+            if not is_first:
+                drawn.begin(device)
+                self._kill(turns.give_up_from(microbatch.index))
+
+    def take_turn(self) -> None:
+        """Called from user code of one of several steps: wait until all before it have ended."""
+        microbatch, turns = self._current, self._turns
+        if turns is not None and microbatch is not None and not self.state.depth:
+            while microbatch is not turns.first:
+                microbatch.park(microbatch.segment.pack, awaits_turn=True)
+
+    # Beside the steps -------------------------------------------------------------------------------------------------
+
     @contextmanager
     def beside(self, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
         """For an optimizer's step: the code within works on the host, on masters, though it may be called from user code.
@@ -319,6 +400,13 @@ class Engine:
             yield
         finally:
             self._current = current
+
+    @contextmanager
+    def aside_in_turn(self) -> Iterator[None]:
+        """The same for code that must be run in the order of the steps."""
+        self.take_turn()
+        with self.aside():
+            yield
 
     def _put_current(self, microbatch: Microbatch | None) -> None:
         self._current = microbatch

@@ -83,6 +83,9 @@ class Glue(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     args, kwargs = _map_tensors(objects.take, args), _map_tensors(objects.take, kwargs)
             return func(*args, **kwargs)
+        if not (buffers := segment.state.buffers).is_empty:
+            with torch._C.DisableTorchFunction():
+                _map_tensors(buffers.come_home, (args, kwargs))
         kind = _KINDS.get(func) or _classify(func)
         if kind == "derivative":
             with torch._C.DisableTorchFunction():

@@ -96,7 +96,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
-        tensors = [segment.bring(tensor) for tensor in originals]
+        tensors = [segment.bring(segment.state.buffers.come_home(tensor)) for tensor in originals]
         call = LayerCall(site, segment, arguments, is_kept=keeps)
     state, objects = segment.state, call.objects
     trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)

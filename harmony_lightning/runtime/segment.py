@@ -28,8 +28,8 @@ from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides
 
 _NUM_MOVED = 16
-"""Copies that a segment keeps of tensors from elsewhere. Few are used again: masks, encoder states. Code that looks at
-every gradient once must not gather them all on the device."""
+"""Copies that a segment keeps of tensors from elsewhere; of several, no more bytes than a pack's weights have. Few are used
+again: masks, encoder states. Code that looks at every weight once must not gather them all on the device."""
 
 Sink = Callable[[torch.Tensor], None]
 Deposit = Callable[[GradientEdge, torch.Tensor], None]
@@ -230,14 +230,17 @@ class Segment:
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the value on this device, made once as long as the value is the same."""
         version = -1 if tensor.is_inference() else tensor._version
-        entry = self._moved.get(id(tensor))
+        entry = self._moved.pop(id(tensor), None)
         if entry is None or entry[1] != version:
-            copy = self._count_peer(tensor.detach().to(self.device.torch_device), tensor)
-            entry = self._moved[id(tensor)] = (tensor, version, copy)
-            if len(self._moved) > _NUM_MOVED:
-                del self._moved[next(iter(self._moved))]
-            if not self.state.is_device(tensor.device):
-                self._make_room_for_moved()
+            entry = (tensor, version, self._count_peer(tensor.detach().to(self.device.torch_device), tensor))
+        self._moved[id(tensor)] = entry  # used last, so it goes last
+        while len(self._moved) > 1 and (
+            len(self._moved) > _NUM_MOVED
+            or sum(copy.nbytes for _, _, copy in self._moved.values()) > self.state.slot_nbytes
+        ):
+            del self._moved[next(iter(self._moved))]
+        if not self.state.is_device(tensor.device):
+            self._make_room_for_moved()
         return entry[2]
 
     def _make_room_for_moved(self) -> None:

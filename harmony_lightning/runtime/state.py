@@ -34,6 +34,7 @@ class RuntimeState:
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
+        slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
         objects: what the running layer has been given within objects.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
@@ -46,7 +47,8 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
-        self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
+        self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
+        self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self.spare_nbytes)
         self.depth = 0

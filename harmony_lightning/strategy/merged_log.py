@@ -15,6 +15,8 @@ arguments are reported by Lightning when the step ends, in its own words. A valu
 microbatches, a constant too.
 
 A step that is one microbatch has nothing to merge: what it logs is in the collection at once, where it may read it.
+Steps that share a pass but are no microbatches of one minibatch are not merged: what each logs is held back until its turn
+(`held_log`).
 
 Nothing of Lightning is imported, so both of its packages are served.
 """
@@ -57,6 +59,8 @@ class _Call:
     value: Any
     num_samples: int
     kwargs: dict[str, Any]
+    forward_cache: Any = None
+    """Of a Metric: its value for this call."""
 
 
 class MergedLog:
@@ -73,15 +77,14 @@ class MergedLog:
         aside: makes code within no code between layers.
     """
 
-    __slots__ = ("_aside", "_calls", "_current", "_device", "_losses", "_microbatch", "_results", "_seen")
+    __slots__ = ("_aside", "_calls", "_current", "_device", "_losses", "_microbatch", "_results")
 
     _aside: "Aside"
     _results: Any
     _microbatch: Callable[[], tuple[int, int]] | None
     _device: torch.device | None
     _current: tuple[int, int]
-    _calls: dict[tuple[str, str, int], list[_Call]]
-    _seen: Counter[tuple[int, str, str]]
+    _calls: list[_Call]
     _losses: "Losses | None"
 
     def __init__(
@@ -97,8 +100,7 @@ class MergedLog:
             ("_microbatch", microbatch),
             ("_device", device),
             ("_current", (0, 1)),
-            ("_calls", {}),
-            ("_seen", Counter()),
+            ("_calls", []),
             ("_losses", None),
         ):
             object.__setattr__(self, name, value)
@@ -115,23 +117,40 @@ class MergedLog:
     def log(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
         """Buffers what the collection's own `log` takes."""
         index, num_samples = self._current if self._microbatch is None else self._microbatch()
-        if isinstance(value, Tensor) and not kwargs.get("enable_graph", False):
-            value = value.detach()  # a graph kept here would keep the microbatch's activations
-        if isinstance(value, Tensor) and self._device is not None:
-            # Nobody would wait for a copy to the host before the value is read there.
-            value = value.to(self._device, non_blocking=self._device.type != "cpu")
-        # A key may be logged several times within one training_step: the n-th calls of all microbatches belong together.
-        nth = self._seen[index, fx, name]
-        self._seen[index, fx, name] += 1
-        call = _Call(microbatch=index, fx=fx, name=name, value=value, num_samples=num_samples, kwargs=kwargs)
-        self._calls.setdefault((fx, name, nth), []).append(call)
+        if isinstance(value, Tensor):
+            if not kwargs.get("enable_graph", False):
+                value = value.detach()  # a graph kept here would keep the microbatch's activations
+            device = value.device if self._device is None else self._device
+            # A copy, as the user's code may go on to write the tensor. Nobody would wait for one to the host before the
+            # value is read there.
+            value = value.to(device, non_blocking=device.type != "cpu", copy=True)
+        call = _Call(
+            microbatch=index,
+            fx=fx,
+            name=name,
+            value=value,
+            num_samples=num_samples,
+            kwargs=kwargs,
+            forward_cache=getattr(value, "_forward_cache", None),
+        )
+        self._calls.append(call)
 
     def replay(self) -> None:
         """Makes the merged calls on the collection, keys in the order in which they came first, and forgets them."""
-        groups = list(self._calls.values())
+        groups = self._groups()
         self._calls.clear()
-        self._seen.clear()
         self._make(groups)
+
+    def _groups(self) -> list[list[_Call]]:
+        """Calls that belong together. A key may be logged several times within one step: the n-th calls of all microbatches
+        do."""
+        groups: dict[tuple[str, str, int], list[_Call]] = {}
+        seen: Counter[tuple[int, str, str]] = Counter()
+        for call in self._calls:
+            nth = seen[call.microbatch, call.fx, call.name]
+            seen[call.microbatch, call.fx, call.name] += 1
+            groups.setdefault((call.fx, call.name, nth), []).append(call)
+        return list(groups.values())
 
     def _make(self, groups: list[list[_Call]]) -> None:
         for calls in groups:
@@ -142,7 +161,7 @@ class MergedLog:
         before = _state_of(self._results)
         try:
             with self._aside():
-                self._make(list(self._calls.values()))
+                self._make(self._groups())
                 return read(self._results)
         finally:
             _restore(self._results, before)
@@ -150,6 +169,15 @@ class MergedLog:
     def metrics(self, *args: Any, **kwargs: Any) -> Any:
         """The collection's own, for those who read metrics within the step."""
         return self._as_if_ended(lambda results: results.metrics(*args, **kwargs))
+
+    def replay_of(self, microbatch: int) -> None:
+        """Makes the calls of one microbatch on the collection, as they were."""
+        for call in self._calls:
+            if call.microbatch != microbatch:
+                continue
+            if not isinstance(call.value, Tensor):
+                call.value._forward_cache = call.forward_cache
+            self._results.log(call.fx, call.name, call.value, **call.kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._results, name)
@@ -208,14 +236,26 @@ def merged_log(
 
     The real collection is back on every exit. After an exception nothing is replayed.
     """
-    results = loop._results
-    merged = MergedLog(results, microbatch, device, aside)
-    loop._results = merged
-    try:
+    with held_log(loop, microbatch, device, aside) as merged:
         yield merged
+    merged.replay()
+
+
+@contextmanager
+def held_log(
+    loop: Any,
+    microbatch: Callable[[], tuple[int, int]] | None,
+    device: torch.device | None = None,
+    aside: Aside = nullcontext,
+) -> Iterator[MergedLog]:
+    """Holds back what is logged within. The real collection is back on every exit; `replay_of` then gives it the calls."""
+    results = loop._results
+    held = MergedLog(results, microbatch, device, aside)
+    loop._results = held
+    try:
+        yield held
     finally:
         loop._results = results
-    merged.replay()
 
 
 @contextmanager
@@ -251,12 +291,8 @@ def direct_log(loop: Any, device: torch.device, aside: Aside) -> Iterator[None]:
 @contextmanager
 def unlogged(loop: Any) -> Iterator[None]:
     """Within, what is logged is dropped."""
-    results = loop._results
-    loop._results = MergedLog(results, lambda: (0, 1))
-    try:
+    with held_log(loop, lambda: (0, 1)):
         yield
-    finally:
-        loop._results = results
 
 
 def _merge(calls: list[_Call], losses: Losses | None) -> list[_Call]:

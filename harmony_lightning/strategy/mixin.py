@@ -35,12 +35,13 @@ from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_output
 from harmony_lightning.strategy import overrides, precision
 from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.strategy.materialise import materialise, skipped_init
-from harmony_lightning.strategy.merged_log import Losses, direct_log, merged_log, unlogged
-from harmony_lightning.strategy.merged_metrics import Twins, merged_metrics
+from harmony_lightning.strategy.merged_log import Losses, direct_log, held_log, merged_log, unlogged
+from harmony_lightning.strategy.merged_metrics import Aside, Twins, merged_metrics
 from harmony_lightning.strategy.merged_profile import merged_profile
 from harmony_lightning.strategy.microbatch_check import compare_losses, losses_of_pieces, untouched
 from harmony_lightning.strategy.one_task import check_one_task
 from harmony_lightning.strategy.planning import Planning
+from harmony_lightning.strategy.shared_passes import SharedPasses
 from harmony_lightning.strategy.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class HarmonyMixin:
         split_batch: SplitBatch | None = None,
         loss_weight: LossWeight = "mean",
         check_microbatches: bool | None = None,
+        evaluation_batches: int | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -94,6 +96,7 @@ class HarmonyMixin:
             "stash": stash,
             "one_layer_per_pack": one_layer_per_pack,
             "check_microbatches": check_microbatches,
+            "evaluation_batches": evaluation_batches,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
         self._config = HarmonyConfig(
@@ -114,6 +117,7 @@ class HarmonyMixin:
         self._is_uncuttable = False
         """Whether user code was seen to take derivatives across layers."""
         self._twins = Twins()
+        self._shared_passes = SharedPasses(self._config.evaluation_batches)
         self._is_checked = False
         """Whether the losses of a minibatch and of its microbatches were compared."""
         self._loss_scale = 1.0
@@ -212,6 +216,9 @@ class HarmonyMixin:
                 f"accelerator='cpu' or 'cuda'"
             )
         super().setup_environment()  # type: ignore[misc]
+        module = self.lightning_module  # type: ignore[attr-defined]
+        if overrides.copies_at_setup(module.trainer.callbacks, self._pl):
+            materialise(module)  # though a checkpoint may bring other values: a copy of none stays without
 
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
@@ -283,6 +290,7 @@ class HarmonyMixin:
             self._engine = None
             self._planning = None
             self._twins = Twins()
+            self._shared_passes = SharedPasses(self._config.evaluation_batches)
             vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
             precision.restore_backward(self.precision_plugin)  # type: ignore[attr-defined]
         self._root_loss = None
@@ -311,6 +319,7 @@ class HarmonyMixin:
             "_root_loss": None,
             "_planning": None,
             "_twins": Twins(),
+            "_shared_passes": SharedPasses(self._config.evaluation_batches),
             "_updates": Updates(),
         }
 
@@ -319,6 +328,9 @@ class HarmonyMixin:
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The minibatch stays on the host, from where each microbatch takes its part to the GPU that needs it, unless
         the user's own transfer hooks expect to see it on a GPU."""
+        return self._shared_passes.brought(lambda: self._bring(batch, device, dataloader_idx))
+
+    def _bring(self, batch: Any, device: torch.device | None, dataloader_idx: int) -> Any:
         host = torch.device("cpu")
         if overrides.expects_batch_on_device(self.lightning_module, self._pl):  # type: ignore[attr-defined]
             host = device or self.root_device
@@ -417,33 +429,86 @@ class HarmonyMixin:
 
     @contextmanager
     def _around_step(
-        self, context: str, logging: AbstractContextManager[Any], num_microbatches: int = 1
+        self,
+        context: str,
+        logging: AbstractContextManager[Any],
+        num_microbatches: int = 1,
+        aside: Aside | None = None,
     ) -> Iterator[Any]:
         """What is in force while the user's step runs. What is logged is replayed within the context of the precision, in
-        which the user logged it."""
+        which the user logged it. Metrics compute within `aside`."""
         twins = self._twins if num_microbatches > 1 else None
         with (
             self._in_step(),
             getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
             logging as merged,
             uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
-            merged_metrics(self._metrics(), self._require_engine().aside, twins),
+            merged_metrics(self._metrics(), aside or self._require_engine().aside, twins),
         ):
             yield merged
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()  # type: ignore[misc]
+        self._begin_evaluation(self.lightning_module.trainer._evaluation_loop, "validation")  # type: ignore[attr-defined]
+
+    def on_test_start(self) -> None:
+        super().on_test_start()  # type: ignore[misc]
+        self._begin_evaluation(self.lightning_module.trainer._evaluation_loop, "test")  # type: ignore[attr-defined]
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()  # type: ignore[misc]
+        self._begin_evaluation(self.lightning_module.trainer.predict_loop, "predict")  # type: ignore[attr-defined]
+
+    def _begin_evaluation(self, loop: Any, stage: str) -> None:
+        if self._config.evaluation_batches == 1 or self._require_engine().cluster.host_is_device:
+            return
+        obstacle = overrides.comes_between_steps(self.lightning_module, loop, stage, self._pl)  # type: ignore[attr-defined]
+        self._tell_obstacle(stage, obstacle)
+        self._shared_passes.begin(loop, f"{stage}_step", is_alone=obstacle is not None)
+
+    def _tell_obstacle(self, stage: str, obstacle: str | None) -> None:
+        if obstacle is not None:
+            self._tell_once(f"evaluation_batches is left out for {stage}_step: {obstacle}")
+
     def validation_step(self, *args: Any) -> Any:
-        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        step = self.lightning_module.validation_step  # type: ignore[attr-defined]
-        return self._run_in_one_piece(trainer._evaluation_loop, "val_step_context", step, *args)
+        return self._evaluate("validation", "val_step_context", *args)
 
     def test_step(self, *args: Any) -> Any:
-        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        step = self.lightning_module.test_step  # type: ignore[attr-defined]
-        return self._run_in_one_piece(trainer._evaluation_loop, "test_step_context", step, *args)
+        return self._evaluate("test", "test_step_context", *args)
 
     def predict_step(self, *args: Any) -> Any:
-        step = self.lightning_module.predict_step  # type: ignore[attr-defined]
-        return self._run_in_one_piece(None, "predict_step_context", step, *args)
+        return self._evaluate("predict", "predict_step_context", *args)
+
+    def _evaluate(self, stage: str, context: str, *args: Any) -> Any:
+        """The output of one batch, which may have run together with those before it."""
+        module, shared = self.lightning_module, self._shared_passes  # type: ignore[attr-defined]
+        step = getattr(module, f"{stage}_step")
+        loop = module.trainer.predict_loop if stage == "predict" else module.trainer._evaluation_loop
+        if shared.is_on and not shared.has_kept and not any(inner.training for inner in module.modules()):
+            self._run_group(loop, stage, context, step, args)
+        if not shared.has_kept:
+            return self._run_in_one_piece(None if stage == "predict" else loop, context, step, *args)
+        with self._in_step(), getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+            return shared.give()
+
+    def _run_group(self, loop: Any, stage: str, context: str, step: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
+
+        def bring(batch: Any, dataloader_idx: int) -> Any:
+            batch = self.precision_plugin.convert_input(batch)  # type: ignore[attr-defined]
+            return self._bring(batch, None, dataloader_idx)
+
+        group = self._shared_passes.arguments_of_group(loop, args, bring)
+        has_log = stage != "predict"
+        log_context = held_log(loop, lambda: (engine.running_microbatch, 1), self.root_device)
+        with (
+            self._around_step(context, log_context if has_log else nullcontext(), aside=engine.aside_in_turn) as held,
+            merged_profile(module.trainer.profiler),
+        ):
+            together = engine.run_together([functools.partial(step, *arguments) for arguments in group])
+            outcomes = [self._to_root(outcome) for outcome in together.outcomes]
+        self._tell_obstacle(stage, together.obstacle)
+        self._shared_passes.keep(outcomes, held if has_log else None, is_last=together.obstacle is not None)
 
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
         engine = self._engine
