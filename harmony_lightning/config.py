@@ -38,6 +38,9 @@ class HarmonyConfig:
     check_microbatches: bool = False
     """Run the first minibatch in one piece and in microbatches, in evaluation mode and without gradients, and raise a
     ConfigurationError if the losses differ by more than rounding. `training_step` is called for both, once."""
+    evaluation_batches: int = 1
+    """How many successive batches of validation, test or prediction share one pass over the packs, so that weights are
+    swapped in up to as many times less. Results are the same; a step must not depend on what another one leaves behind."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("auto", "pp", "dp"):
@@ -47,6 +50,9 @@ class HarmonyConfig:
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
+        batches = self.evaluation_batches
+        if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
+            raise ConfigurationError(f"evaluation_batches must be a positive integer, got {batches!r}")
         if self.memory != "auto":
             parse_nbytes(self.memory)
         if not isinstance(self.one_layer_per_pack, bool):
@@ -74,7 +80,8 @@ class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH set the knobs of those names;
-    HARMONY_ONE_LAYER_PER_PACK=1 (or 0) too, and HARMONY_CHECK=1 sets check_microbatches. HARMONY_EMULATED_GPUS=4 trains on
+    HARMONY_ONE_LAYER_PER_PACK=1 (or 0) and HARMONY_EVALUATION_BATCHES too, and HARMONY_CHECK=1 sets check_microbatches.
+    HARMONY_EMULATED_GPUS=4 trains on
     that many emulated GPUs of HARMONY_MEMORY each; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
@@ -85,6 +92,7 @@ class Environment:
     one_layer_per_pack: bool | None
     emulated_gpus: int | None
     check_microbatches: bool | None
+    evaluation_batches: str | None
     log_level: str | None
 
     @classmethod
@@ -104,20 +112,21 @@ class Environment:
             one_layer_per_pack=_switch(variables, "HARMONY_ONE_LAYER_PER_PACK"),
             emulated_gpus=int(gpus) if gpus else None,
             check_microbatches=_switch(variables, "HARMONY_CHECK"),
+            evaluation_batches=variables.get("HARMONY_EVALUATION_BATCHES"),
             log_level=level.upper() if level is not None else None,
         )
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
+        names = ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack", "check_microbatches")
         knobs: dict[str, Any] = {
-            name: value
-            for name in ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack", "check_microbatches")
-            if (value := getattr(self, name)) is not None
+            name: value for name in (*names, "evaluation_batches") if (value := getattr(self, name)) is not None
         }
-        if knobs.get("microbatch_size", "auto") != "auto":
-            if not knobs["microbatch_size"].isdecimal():
-                raise ConfigurationError(f"HARMONY_MICROBATCH_SIZE must be a number, got {knobs['microbatch_size']!r}")
-            knobs["microbatch_size"] = int(knobs["microbatch_size"])
+        for name in ("microbatch_size", "evaluation_batches"):
+            if name in knobs and knobs[name] != "auto":
+                if not knobs[name].isdecimal():
+                    raise ConfigurationError(f"HARMONY_{name.upper()} must be a number, got {knobs[name]!r}")
+                knobs[name] = int(knobs[name])
         return knobs
 
 

@@ -14,6 +14,7 @@ from chain import Chain, harmony, loader, same_weights, trainer
 from lightning.pytorch import callbacks
 from lightning.pytorch.tuner import Tuner
 from torch import nn
+from torch.optim import swa_utils
 
 BATCH = 8
 
@@ -191,6 +192,63 @@ def test_weight_averaging(make):
     assert fitted.callback_metrics["val_loss"] == plain.callback_metrics["val_loss"]
 
 
+class Averaged(Chain):
+    """torch's own average of a part of the module, with batch statistics, at each place where users keep it."""
+
+    def __init__(self, where, average):
+        super().__init__()
+        self.net[3] = nn.Sequential(nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())
+        self.where = where
+        self.average = swa_utils.AveragedModel(self.net, **average).requires_grad_(False)
+
+    def configure_optimizers(self):
+        return self.optimizer([*self.net.parameters(), *self.head.parameters()], **self.options)
+
+    def update(self, where):
+        if where == self.where:
+            self.average.update_parameters(self.net)
+
+    def training_step(self, batch, batch_idx):
+        self.update("in front")
+        loss = super().training_step(batch, batch_idx)
+        self.update("behind")
+        with torch.no_grad():
+            self.log("distance", nn.functional.mse_loss(self.average(batch[0]), self.net(batch[0])))
+        return loss
+
+    def optimizer_step(self, *args, **kwargs):
+        super().optimizer_step(*args, **kwargs)
+        self.update("optimizer_step")
+
+    def on_train_batch_end(self, *args):
+        self.update("on_train_batch_end")
+
+    def on_train_end(self):
+        swa_utils.update_bn(loader(BATCH), self.average)
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self.head(self.average(batch[0])).square().mean())
+
+
+AVERAGES = {
+    "mean": {},
+    "ema": {"avg_fn": swa_utils.get_ema_avg_fn(0.9)},
+    "ema of all at once": {"multi_avg_fn": swa_utils.get_ema_multi_avg_fn(0.9), "use_buffers": True},
+}
+
+
+@pytest.mark.parametrize("average", AVERAGES.values(), ids=AVERAGES)
+@pytest.mark.parametrize("where", ["in front", "behind", "optimizer_step", "on_train_batch_end"])
+def test_averages_that_users_keep(where, average):
+    def make_module():
+        return fresh(Averaged, where=where, average=average)
+
+    (reference, plain, _), (ours, fitted, _) = fit_both(list, make_module, memory="180KiB", max_epochs=2)
+    assert same_weights(ours, reference)
+    for name in ("val_loss", "distance"):
+        assert fitted.callback_metrics[name] == plain.callback_metrics[name]
+
+
 class Thawing(callbacks.BaseFinetuning):
     """Blocks 0-3 join at epoch 1, blocks 4-5 at epoch 2."""
 
@@ -237,8 +295,7 @@ def test_backbone_finetuning():
 
 
 def test_pruning():
-    """A pruned layer has a mask beside each weight, and makes the product. Without "lottery tickets", which share memory
-    between the initial weights and those that train on one device, so that the former change too."""
+    """A pruned layer has a mask beside each weight, and makes the product."""
 
     def pruning():
         return [callbacks.ModelPruning("l1_unstructured", amount=0.3, use_lottery_ticket_hypothesis=False)]
@@ -246,6 +303,32 @@ def test_pruning():
     (reference, *_), (ours, *_) = fit_both(pruning, lambda: fresh(depth=24), memory="300KiB", max_epochs=2)
     assert same_weights(ours, reference)
     assert (ours.net[0][0].weight == 0).float().mean() > 0.3
+
+
+class PruningOnGpu(callbacks.ModelPruning):
+    """What `ModelPruning` comes to where the module is on a GPU and the initial values, copied before, are on the host:
+    they are copied again each time. Where both are on the host the weights share their memory, and so train them too."""
+
+    @staticmethod
+    def _copy_param(new, old, name):
+        initial = copy.deepcopy(old)
+        callbacks.ModelPruning._copy_param(new, initial, name)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"resample_parameters": True}, {"use_global_unstructured": False}, {"make_pruning_permanent": False}],
+    ids=str,
+)
+def test_lottery_tickets_go_back_to_the_initial_weights_as_on_a_gpu(options):
+    runs = []
+    for kind, strategy in ((PruningOnGpu, "auto"), (callbacks.ModelPruning, one_piece(memory="300KiB"))):
+        module = fresh(depth=24)
+        run = trainer(strategy, max_epochs=3, callbacks=[kind("l1_unstructured", amount=0.3, **options)])
+        run.fit(module, loader(BATCH), loader(BATCH))
+        runs.append(module)
+    assert same_weights(*runs)
+    assert runs[1].state_dict().keys() == runs[0].state_dict().keys()
 
 
 def test_lambda_callback_and_hooks_that_collect_garbage():

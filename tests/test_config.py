@@ -30,6 +30,8 @@ def test_memory_is_a_size(memory):
         ({"microbatch_size": 2.0}, r"got 2\.0"),
         ({"microbatch_size": "2"}, r"got '2'"),
         ({"microbatch_size": True}, r"got True"),
+        ({"evaluation_batches": 0}, r"evaluation_batches must be a positive integer, got 0"),
+        ({"evaluation_batches": "auto"}, r"got 'auto'"),
         ({"memory": "lots"}, r"'lots' is not a memory size"),
         ({"memory": 0}, r"must be positive"),
         ({"layers": "net.*"}, r"layers must be a list, got 'net\.\*'; write layers=\['net\.\*'\]"),
@@ -54,12 +56,19 @@ def test_variables_are_read():
             "HARMONY_MICROBATCH_SIZE": "3",
             "HARMONY_MEMORY": "1GiB",
             "HARMONY_STASH": "device",
+            "HARMONY_EVALUATION_BATCHES": "5",
             "HARMONY_EMULATED_GPUS": "4",
             "MODE": "pp",
         }
     )
     assert environment.emulated_gpus == 4
-    assert environment.knobs() == {"mode": "dp", "microbatch_size": 3, "memory": "1GiB", "stash": "device"}
+    assert environment.knobs() == {
+        "mode": "dp",
+        "microbatch_size": 3,
+        "memory": "1GiB",
+        "stash": "device",
+        "evaluation_batches": 5,
+    }
 
 
 def test_an_empty_environment_sets_nothing():
@@ -78,6 +87,8 @@ def test_numbers_in_the_environment_are_numbers(text):
         Environment.read({"HARMONY_EMULATED_GPUS": text})
     with pytest.raises(ConfigurationError, match="HARMONY_MICROBATCH_SIZE must be a number"):
         Environment.read({"HARMONY_MICROBATCH_SIZE": text}).knobs()
+    with pytest.raises(ConfigurationError, match="HARMONY_EVALUATION_BATCHES must be a number"):
+        Environment.read({"HARMONY_EVALUATION_BATCHES": text}).knobs()
 
 
 def test_switches_and_levels_in_the_environment():

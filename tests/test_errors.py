@@ -257,7 +257,10 @@ def test_an_error_on_the_host_worker_arrives_too():
 
     threads = []
 
-    class Failing(torch.optim.SGD):
+    class Failing(torch.optim.Optimizer):
+        def __init__(self, parameters, lr):
+            super().__init__(parameters, {"lr": lr})
+
         def step(self, closure=None):
             loss = closure() if closure is not None else None
             if any(p.grad is not None and len(p) == WIDTH for group in self.param_groups for p in group["params"]):

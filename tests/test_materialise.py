@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 from chain import Chain, harmony, loader, same_weights, trainer
+from lightning.pytorch import callbacks
 from torch import nn
 
 from harmony_lightning import ConfigurationError
@@ -205,6 +206,73 @@ def test_a_transformer_on_the_meta_device():
         assert torch.equal(module.get_buffer(name), buffer), name
     assert 0.01 < module.model.model.embed_tokens.weight.std() < 0.04
     assert all(torch.isfinite(p).all() for p in module.parameters())
+
+
+class Copying(callbacks.Callback):
+    """A moving average as users write it."""
+
+    def setup(self, run, module, stage):
+        self.average = copy.deepcopy(module.state_dict())
+
+    def on_train_batch_end(self, run, module, *args):
+        for name, value in module.state_dict().items():
+            self.average[name].lerp_(value, 0.1)
+
+    def on_fit_end(self, run, module):
+        module.load_state_dict(self.average)
+
+
+COPYING = {
+    "ema": lambda: callbacks.EMAWeightAveraging(decay=0.9),
+    "ema that begins late": lambda: callbacks.EMAWeightAveraging(decay=0.9, update_starting_at_step=4),
+    "mean": lambda: callbacks.WeightAveraging(),
+    "swa": lambda: callbacks.StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1),
+    "user's": Copying,
+}
+
+
+def without_values(how):
+    with trainer(harmony()).init_module(empty_init=True) if how == "empty" else torch.device("meta"):
+        return Chain()
+
+
+@pytest.mark.parametrize("make_callback", COPYING.values(), ids=COPYING)
+@pytest.mark.parametrize("how", ["meta", "empty"])
+def test_callbacks_that_copy_the_module_before_it_is_set_up(how, make_callback):
+    """The average takes part in the check before the first epoch, too."""
+
+    class Noting(callbacks.Callback):
+        def on_validation_end(self, run, module):
+            scores.append(float(run.callback_metrics["val_loss"]))
+
+    strategy, ours = harmony(microbatch_size=8), without_values(how)
+    reference, found = built(Chain), []
+    for module, which in ((reference, "auto"), (ours, strategy)):
+        scores = []
+        found.append(scores)
+        torch.manual_seed(0)
+        run = trainer(which, max_epochs=3, callbacks=[make_callback(), Noting()])
+        run.fit(module, loader(8), loader(8))
+    assert same_weights(ours, reference)
+    assert found[0] == found[1]
+    assert len(found[0]) == 4
+
+
+@pytest.mark.parametrize("how", ["meta", "empty"])
+def test_an_average_is_resumed_into_a_module_that_was_declared(tmp_path, how):
+    def averaging():
+        return callbacks.EMAWeightAveraging(decay=0.9)
+
+    reference = built(Chain)
+    run = trainer(callbacks=[averaging()])
+    run.fit(reference, loader(8))
+    run.save_checkpoint(tmp_path / "one.ckpt")
+    for_all = {"max_epochs": 2, "num_sanity_val_steps": 0}
+    trainer(callbacks=[averaging()], **for_all).fit(reference, loader(8), loader(8), ckpt_path=tmp_path / "one.ckpt")
+    strategy, ours = harmony(microbatch_size=8), without_values(how)
+    run = trainer(strategy, callbacks=[averaging()], **for_all)
+    run.fit(ours, loader(8), loader(8), ckpt_path=tmp_path / "one.ckpt")
+    assert same_weights(ours, reference)
 
 
 class Configured(Chain):

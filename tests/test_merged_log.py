@@ -189,15 +189,21 @@ def test_lightning_reports_an_unknown_reduction_itself():
         fit(FLAVOURS[0], training_step, microbatch_size=3)
 
 
-def test_reading_metrics_within_the_step_gives_those_of_the_step_before():
+def test_reading_metrics_within_the_step_gives_what_was_logged_so_far():
     read = []
 
     def training_step(self, batch, batch_idx):
         self.log("index", float(batch_idx))
-        read.append(self.trainer.callback_metrics.get("index"))
+        self.log("mean", batch.mean(), on_step=False, on_epoch=True)
+        held = self.trainer.fit_loop._results["training_step.mean"]
+        read.append((self.trainer.callback_metrics["index"].item(), (held.value / held.cumulated_batch_size).item()))
 
     fit(FLAVOURS[0], training_step, microbatch_size=3, num_rows=12)
-    assert [None if value is None else value.item() for value in read[:4]] == [None, None, 0.0, 0.0]
+    part = torch.linspace(-1, 3, 12).square().view(4, 3).mean(1).tolist()
+    first = (part[0] + part[1]) / 2
+    means = [part[0], first, (first + part[2]) / 2, sum(part) / 4]
+    assert [index for index, _ in read] == [0.0, 0.0, 1.0, 1.0] * 2
+    assert [mean for _, mean in read] == pytest.approx(means * 2)
 
 
 class Collection(dict):
@@ -248,6 +254,33 @@ def test_no_graph_is_kept_unless_asked_for():
     weight = torch.ones((), requires_grad=True)
     assert not replayed([weight * 1, weight * 2], [1, 1])[0].requires_grad
     assert replayed([weight * 1, weight * 2], [1, 1], enable_graph=True)[0].requires_grad
+
+
+def test_a_tensor_that_is_written_later_was_logged_as_it_was():
+    total = torch.zeros(())
+    collection = Collection()
+    log = MergedLog(collection)
+    for index in range(2):
+        log.set_microbatch(index, 1)
+        log.log("training_step", "total", total.add_(1))
+    log.replay()
+    assert collection.calls[0][2] == 1.5
+
+
+def test_calls_that_are_held_back_come_unmerged_each_with_its_metric_value():
+    collection, metric = Collection(), MeanMetric()
+    log = MergedLog(collection)
+    for index in (0, 1, 0):
+        log.set_microbatch(index, 1)
+        metric(float(10 * index + len(log._calls)))
+        log.log("validation_step", "mean", metric)
+        log.log("validation_step", "index", torch.tensor(index))
+    found = []
+    collection.log = lambda fx, name, value, **kwargs: found.append(getattr(value, "_forward_cache", value).item())
+    log.replay_of(0)
+    assert found == [0, 0, 4, 0]
+    log.replay_of(1)
+    assert found[4:] == [12, 1]
 
 
 def test_keys_come_in_the_order_in_which_they_were_first_seen():

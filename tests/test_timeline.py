@@ -27,6 +27,7 @@ def test_two_runs_have_equal_timelines_to_the_bit():
 
 def test_a_timeline_holds_every_byte_and_keeps_the_order_of_lanes():
     found, statistics = timeline()
+
     def moved(lane):
         return sum(span.nbytes for d in range(2) for span in found.lane(d, lane))
 

@@ -109,8 +109,9 @@ def test_autocast_of_the_user_s_own_piles_up_no_casts():
         torch.testing.assert_close(mine, theirs, rtol=1e-2, atol=1e-3)
 
 
+@pytest.mark.parametrize("stash", ["host", "device"])
 @pytest.mark.parametrize("memory", ["160KiB", "64MiB"])
-def test_glue_may_write_what_a_layer_has_read(memory):
+def test_glue_may_write_what_a_layer_has_read(memory, stash):
     """`h += block(h)`: fine in plain training as the block itself does not keep h, but its recompute needs h as it was."""
 
     class Shift(nn.Module):
@@ -135,7 +136,7 @@ def test_glue_may_write_what_a_layer_has_read(memory):
                 hidden += block(hidden)
             return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
 
-    strategy = harmony(1, memory, layers=["first", "net.*", "head"])
+    strategy = harmony(1, memory, layers=["first", "net.*", "head"], stash=stash)
     ours, reference = both(InPlace, strategy, microbatch_size=2)
     assert same_weights(ours, reference)
 
@@ -197,3 +198,22 @@ def test_a_use_of_a_weight_without_gradient_is_no_hindrance():
 
     ours, reference = both(Logged, harmony(2, "64MiB"), microbatch_size=2)
     assert same_weights(ours, reference)
+
+
+class LossIsLeaf(Chain):
+    """In every second step the loss is a weight itself, in the others a tensor of the user's own."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.weight = nn.Parameter(torch.tensor(2.0))
+        self.own = torch.tensor(0.5, requires_grad=True)
+
+    def training_step(self, batch, batch_idx):
+        return self.weight if batch_idx % 2 else self.own
+
+
+@pytest.mark.parametrize("microbatch_size", [8, 2])
+def test_a_loss_that_nothing_was_computed_for(microbatch_size):
+    ours, reference = both(LossIsLeaf, harmony(microbatch_size=microbatch_size), num_batches=4)
+    assert same_weights(ours, reference)
+    assert reference.weight < 2 and ours.own.grad == reference.own.grad == 2

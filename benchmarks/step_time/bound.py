@@ -1,5 +1,9 @@
 from dataclasses import dataclass
+
+
 @dataclass
 class Bound: ...
+
+
 @dataclass
 class Step: ...

@@ -29,7 +29,9 @@ class LastStep(L.Callback):
     """When the steps began and ended on the virtual clock, from the counts of what had been done by then."""
 
 
-def measure(model: str, preset: str, num_gpus: int, num_tokens: int, arguments: argparse.Namespace) -> tuple[Timeline, dict]:
+def measure(
+    model: str, preset: str, num_gpus: int, num_tokens: int, arguments: argparse.Namespace
+) -> tuple[Timeline, dict]:
     shape = MODELS[model]
     cluster = EmulatedCluster(num_gpus, preset=preset, host=arguments.host, fake=True, check_races=False)
     num_sequences = max(1, num_tokens // arguments.length)
@@ -68,7 +70,9 @@ def main() -> None:
     parser.add_argument("--trace")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    strategy, wall, num_parameters = measure(arguments.model, arguments.gpu, arguments.num_gpus, arguments.tokens, arguments)
+    strategy, wall, num_parameters = measure(
+        arguments.model, arguments.gpu, arguments.num_gpus, arguments.tokens, arguments
+    )
     timeline = strategy.timeline()
     print(strategy.statistics(), "wall", wall, "params", num_parameters)
     print("packs", len(strategy.plan.packs), "prefetch", strategy.plan.prefetch)
@@ -79,6 +83,7 @@ def main() -> None:
         print(device, lane, round(timeline.busy_seconds(device, lane), 3))
     if arguments.trace:
         from harmony_lightning.observability.trace import chrome_trace
+
         open(arguments.trace, "w").write(chrome_trace(timeline))
 
 

@@ -115,7 +115,7 @@ class Cluster(Protocol):
         another one would have been due first."""
 
     def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
-        """What a step has computed, on the root device, where the user's code expects it. The caller does not wait for it."""
+        """What a step has computed, on the root device, where the user's code expects it. Nobody waits for it."""
 
     def close(self) -> None:
         """Lift whatever limits were set on the process. The cluster may be used again."""

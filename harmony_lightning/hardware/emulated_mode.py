@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
@@ -18,6 +19,12 @@ from harmony_lightning.hardware.shapes import is_real, run_on_shapes
 aten = torch.ops.aten
 
 
+@functools.cache
+def _calls_others(func: Any) -> bool:
+    """Whether an operation is made of others, and what it returns is new: `einsum`, `lstm`; not `reshape`."""
+    return func._can_decompose() and all(result.alias_info is None for result in func._schema.returns)
+
+
 class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Gives `cpu:i` its meaning on this thread, for operations that no device tensor takes part in."""
 
@@ -27,6 +34,14 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @override
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if torch.is_inference_mode_enabled() and _calls_others(func):
+            # Elsewhere autograd takes such an operation apart before it comes here, and autocast sees what it calls. In
+            # inference mode it comes whole, and autocast has been passed already.
+            with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
+                if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+                    with self:
+                        out = func.decompose(*args, **(kwargs or {}))
+                    return pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t._is_view() else t, out)
         with below_functions():
             return self._dispatch(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 

@@ -193,7 +193,7 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
             inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
     elif hosts or any(tensor.home is not home for tensor in ours):
-        _check_same_device(known, args, kwargs, ours, hosts)
+        _check_same_device(known, args, kwargs, ours, hosts, is_at_rest=devices is None)
     if home is not None and home.machine.is_fake:
         out = run_on_shapes(known, inner_args, inner_kwargs)
     else:
@@ -228,7 +228,9 @@ def _account(
     """Tell the machine what has been read, written and computed."""
     machine = home.machine
     written = known.written(args, kwargs) if known.mutates else ()
-    operands = ((t.inner_tensor, t.allocation.memory, any(t is w for w in written)) for t in ours)
+    operands = (
+        (t.inner_tensor, t.allocation.memory, any(t is w for w in written)) for t in ours if t.home.machine is machine
+    )
     agent, what = machine.use(home.index, known.func, operands)
     if hosts:
         machine.use_host(known.func, hosts)
@@ -304,13 +306,20 @@ def resolve(
 
 
 def _check_same_device(
-    known: Operation, args: Any, kwargs: Any, ours: Sequence[EmulatedTensor], hosts: list[torch.Tensor]
+    known: Operation,
+    args: Any,
+    kwargs: Any,
+    ours: Sequence[EmulatedTensor],
+    hosts: list[torch.Tensor],
+    *,
+    is_at_rest: bool,
 ) -> None:
-    """What CUDA asks for: one device, beside which only host scalars and host indices may be read."""
+    """What CUDA asks for: one device, beside which only host scalars and host indices may be read. `is_at_rest`: no cluster
+    is in use, and what several have left behind on their first GPUs lies, as it would, on the first GPU."""
     if not ours:
         return
     home, func = ours[0].home, known.func
-    is_mixed = any(tensor.home is not home for tensor in ours)
+    is_mixed = any(t.home is not home and not (is_at_rest and t.home.index == home.index) for t in ours)
     if func in _HOST_INDICES and not is_mixed:
         indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
         home.traffic.host_to_device_bytes += sum(index.nbytes for index in indices)

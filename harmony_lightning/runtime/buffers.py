@@ -2,7 +2,8 @@
 
 Each buffer has one current holder, the host or one device. A device that needs it gets a copy from the holder; a
 forward that writes it makes its device the holder. So microbatches see the writes of those before them, in their order,
-on whichever devices they run, as in plain training. At the end of a pass written buffers go home to the module.
+on whichever devices they run, as in plain training. At the end of a pass written buffers go home to the module, and before
+if user code between layers uses one.
 """
 
 import sys
@@ -17,6 +18,7 @@ from harmony_lightning.runtime.counters import Counters
 
 Place = tuple[nn.Module, str]
 """A buffer's place: the module that has it, and its name there."""
+_Key = tuple[int, str]
 
 
 @dataclass(slots=True)
@@ -37,7 +39,9 @@ class BufferStore:
     """
 
     def __init__(self, counters: Counters, limit_nbytes: int = sys.maxsize) -> None:
-        self._buffers: dict[tuple[int, str], tuple[Place, _Buffer]] = {}
+        self._buffers: dict[_Key, tuple[Place, _Buffer]] = {}
+        self._homes: dict[int, tuple[torch.Tensor, _Key]] = {}
+        """The modules' own tensors, by identity."""
         self._counters = counters
         self._limit_nbytes = limit_nbytes
         self._clean_nbytes: Counter[int] = Counter()
@@ -51,6 +55,9 @@ class BufferStore:
         key = (id(module), name)
         if key not in self._buffers:
             self._buffers[key] = (place, _Buffer())
+            home = module._buffers[name]
+            assert home is not None
+            self._homes[id(home)] = home, key
         buffer = self._buffers[key][1]
         copy = buffer.copies.get(device.index)
         if copy is None:
@@ -88,27 +95,49 @@ class BufferStore:
         buffer.copies = {device.index: value}
         buffer.is_written = True
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
+    @property
+    def is_empty(self) -> bool:
+        return not self._buffers
+
+    def come_home(self, tensor: torch.Tensor) -> torch.Tensor:
+        """User code is about to use a tensor, which is returned; if it is a buffer's own, it gets the current value."""
+        if id(tensor) in self._homes:
+            _, key = self._homes.pop(id(tensor))
+            place, buffer = self._buffers.pop(key)
+            if buffer.is_written:
+                _bring_home(place, buffer)
+            else:
+                for device, copy in buffer.copies.items():
+                    self._clean_nbytes[device] -= copy.nbytes
+        return tensor
+
     def flush(self) -> None:
         """Bring written buffers home, into the module's own tensors, and drop all copies."""
-        for (module, name), buffer in self._buffers.values():
-            if not buffer.is_written:
-                continue
-            value = next(iter(buffer.copies.values())).detach()
-            home = module._buffers.get(name)
-            if home is not None and home.shape == value.shape and home.dtype == value.dtype:
-                home.copy_(value)
-            else:
-                module._buffers[name] = value.cpu()
+        for place, buffer in self._buffers.values():
+            if buffer.is_written:
+                _bring_home(place, buffer)
         self.discard()
 
     def drop_clean(self) -> None:
         """Free the device copies that nobody wrote; written ones stay until `flush`."""
         self._buffers = {key: entry for key, entry in self._buffers.items() if entry[1].is_written}
+        self._homes = {home: entry for home, entry in self._homes.items() if entry[1] in self._buffers}
         self._clean_nbytes.clear()
 
     def discard(self) -> None:
         """Drop everything, writes too."""
         self._buffers.clear()
+        self._homes.clear()
         self._clean_nbytes.clear()
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _bring_home(place: Place, buffer: _Buffer) -> None:
+    module, name = place
+    value = next(iter(buffer.copies.values())).detach()
+    home = module._buffers.get(name)
+    if home is not None and home.shape == value.shape and home.dtype == value.dtype:
+        home.copy_(value)
+    else:
+        module._buffers[name] = value.cpu()

@@ -53,7 +53,7 @@ def crosses_cuts(outputs: Any) -> bool:
         node = waiting.pop()
         if node is None or node in seen:
             continue
-        if node.name() == "ImportBackward":
+        if node.name() == "ImportBackward" or getattr(node, "reaches_back", False):
             return True
         seen.add(node)
         waiting += [following for following, _ in node.next_functions]
@@ -104,7 +104,10 @@ def differentiate_weights(state: RuntimeState, func: Any, args: Any, kwargs: Any
             {"retain_graph": given.get("retain_graph"), "allow_unused": True},
         )
         found = [(tensor, gradient) for tensor, gradient in zip(inputs, gradients, strict=True) if gradient is not None]
-        return torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
+        torch.autograd.backward([tensor for tensor, _ in found], [gradient for _, gradient in found])
+        if given.get("create_graph"):
+            refuse_second_derivatives(state)
+        return None
     given = _ARGUMENTS.bind(*args, **kwargs).arguments
     masters = [state.weight_name(tensor) for tensor in inputs]
     others = [tensor for tensor, name in zip(inputs, masters, strict=True) if name is None]
@@ -124,6 +127,20 @@ def differentiate_weights(state: RuntimeState, func: Any, args: Any, kwargs: Any
             "is the desired behavior."
         )
     return gradients
+
+
+def keeps_graph(func: Any, args: Any, kwargs: Any) -> bool:
+    """Whether gradients of a backward are to be differentiated themselves."""
+    position = 3  # in (tensors, gradients, retain_graph, create_graph)
+    given = args[position] if func is not torch.autograd.grad and len(args) > position else False
+    return bool(kwargs.get("create_graph", given))
+
+
+def refuse_second_derivatives(state: RuntimeState) -> None:
+    """Behind a backward that should have kept a graph: gradients of masters may be looked at, not be differentiated."""
+    for name, parameter in state.parameters.items():
+        if parameter.requires_grad and parameter.grad is not None and not parameter.grad.requires_grad:
+            parameter.grad = _Refusal.apply(state.anchor, parameter.grad, name)  # type: ignore[no-untyped-call]
 
 
 def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:

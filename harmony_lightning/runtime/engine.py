@@ -23,23 +23,27 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.errors import DeviceOutOfMemoryError
 from harmony_lightning.hardware.device import Cluster, Device, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable, yielding_hooks
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
+from harmony_lightning.runtime.functions import watched_functions
 from harmony_lightning.runtime.glue import Glue
+from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer import call_layer, is_layer_hook
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch
-from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.randomness import Replay, Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Interposition, Site
-from harmony_lightning.runtime.stash import HostStash
+from harmony_lightning.runtime.stash import Stash
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.together import Raised, Together, Turns
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.transfer import Arrival
 from harmony_lightning.runtime.worker import HostWorker
@@ -72,10 +76,12 @@ class Engine:
         self._host_arithmetic = HostArithmetic()
         self._derived: list[Derived] = []
         self._state: RuntimeState | None = None
-        self._stash: HostStash | None = None
+        self._stash: Stash | None = None
         self._current: Microbatch | None = None
         self._microbatches: list[Microbatch] = []
         self._is_aborting = False
+        self._turns: Turns | None = None
+        """Of steps that share a pass."""
         self._segments_left: Counter[int] = Counter()
         """By pack: segments whose backward has not run."""
         self._uses_left: Counter[str] = Counter()
@@ -95,7 +101,14 @@ class Engine:
         with self.cluster.activate():
             self._state = state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
         self._derived = list(find_derived(self.root))
-        self._stash = HostStash(self._stashing_segment, state.is_weight_memory, self.counters, state.departures)
+        self._stash = Stash(
+            self._stashing_segment,
+            state.is_weight_memory,
+            self._refer,
+            state.glue.restore,
+            self.counters,
+            state.departures,
+        )
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
             layers={layer.name: layer.weights for layer in decomposition.layers},
@@ -153,11 +166,8 @@ class Engine:
     def abort(self) -> None:
         """End all microbatches where they stand and drop what they left behind; weights stay as they are."""
         microbatches, self._microbatches = self._microbatches, []
-        self._is_aborting = True
-        for microbatch in microbatches:
-            microbatch.kill()
-        self._is_aborting = False
-        self._current = None
+        self._kill(microbatches)
+        self._turns = None
         self._segments_left.clear()
         self._uses_left.clear()
         self.has_settled = True
@@ -168,6 +178,12 @@ class Engine:
                 self._state.discard()
             except Exception:
                 log.exception("the host worker failed while the step was being given up")
+
+    def _kill(self, microbatches: Sequence[Microbatch]) -> None:
+        self._is_aborting, self._current = True, None
+        for microbatch in microbatches:
+            microbatch.kill()
+        self._is_aborting, self._current = False, None
 
     # A training step ----------------------------------------------------------------------------------------------
 
@@ -262,8 +278,8 @@ class Engine:
         return results
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:
-        """Run what is left of the backward of the step. Gradients and updates may still be on their way at its end; `settle`
-        waits for them.
+        """Run what is left of the backward of the step. Gradients and updates may be on their way at its end; `settle` waits
+        for them.
 
         Args:
             factor: gradient of the minibatch's loss.
@@ -304,12 +320,87 @@ class Engine:
             self._current = microbatch
             try:
                 result = function()
+            except Exception as error:
+                add_place(error, "in the user's code between layers", microbatch.segment)
+                raise
             finally:
                 self._current = None
             self.state.buffers.flush()
             self._end([microbatch])
         derive_on_host(self._derived)
         return result
+
+    # Steps that train nothing ---------------------------------------------------------------------------------------
+
+    def run_together(self, functions: Sequence[Callable[[], Any]]) -> Together:
+        """Run user code that trains nothing: all functions go through each pack before the next one is brought in, and
+        come out as if each had been run after the one before (`together`)."""
+        self.settle()
+        microbatches = [Microbatch(self.state, m, function, None, is_cut=True) for m, function in enumerate(functions)]
+        self._microbatches = list(microbatches)
+        turns = self._turns = Turns(microbatches)
+        trace, self.trace = self.trace, Trace()  # of training: other calls in another order
+        try:
+            with self._active(), self._guarded():
+                with self._visit(0, microbatches, self._next_forward(0, microbatches)):
+                    for microbatch in microbatches:
+                        self._let_go_on(microbatch, turns, first=True)
+                while ready := turns.ready:
+                    pack = min(m.waits_for for m in ready if m.waits_for is not None)
+                    visitors = [m for m in ready if m.waits_for == pack]
+                    with self._visit(pack, visitors, self._next_forward(pack, turns.left)):
+                        for microbatch in visitors:
+                            self._let_go_on(microbatch, turns)
+                self.state.buffers.flush()
+                together = Together(outcomes=turns.outcomes(), obstacle=turns.obstacle)
+                self._end(microbatches)
+        finally:
+            self._turns, self.trace = None, trace
+        derive_on_host(self._derived)
+        return together
+
+    def _let_go_on(self, microbatch: Microbatch, turns: Turns, first: bool = False) -> None:
+        if microbatch not in turns.left:
+            return
+        is_first = microbatch is turns.first
+        device = self.state.device_of(0 if microbatch.waits_for is None else microbatch.waits_for, microbatch.index)
+        drawn = Replay(device)
+        self.state.departures.turn(device)
+        self._current = microbatch
+        try:
+            if first:
+                microbatch.start(0)
+            else:
+                microbatch.resume()
+        except Uncuttable:
+            turns.obstacle = "it takes derivatives across layers"
+            self._kill(turns.give_up_from(microbatch.index))
+        except Exception as error:
+            is_memory = isinstance(error, DeviceOutOfMemoryError | torch.OutOfMemoryError)
+            if is_memory and len(self._microbatches) > 1:
+                turns.obstacle = f"{len(self._microbatches)} at once do not fit ({error})"
+                self._kill(turns.give_up_from(microbatch.index))
+            else:
+                add_place(error, "in the user's code between layers", microbatch.segment)
+                microbatch.end(Raised(error))
+                self._kill(turns.give_up_from(microbatch.index + 1))
+        finally:
+            self._current = None
+        drawn.keep_what_was_drawn(device)
+        if not drawn.is_empty:
+            turns.obstacle = "it draws random numbers"
+            if not is_first:
+                drawn.begin(device)
+                self._kill(turns.give_up_from(microbatch.index))
+
+    def take_turn(self) -> None:
+        """Called from user code of one of several steps: wait until all before it have ended."""
+        microbatch, turns = self._current, self._turns
+        if turns is not None and microbatch is not None and not self.state.depth:
+            while microbatch is not turns.first:
+                microbatch.park(microbatch.segment.pack, awaits_turn=True)
+
+    # Beside the steps -------------------------------------------------------------------------------------------------
 
     @contextmanager
     def beside(self, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
@@ -325,8 +416,11 @@ class Engine:
                 self._current = None
                 if current is None:
                     self.end_step()
+                self._come_to_rest()
 
         self._current = None
+        if current is not None:
+            self._come_to_rest()  # a graph that user code has left standing may still be on its way to the host
         try:
             yield user_code
         finally:
@@ -340,6 +434,13 @@ class Engine:
             yield
         finally:
             self._current = current
+
+    @contextmanager
+    def aside_in_turn(self) -> Iterator[None]:
+        """The same for code that must be run in the order of the steps."""
+        self.take_turn()
+        with self.aside():
+            yield
 
     def _put_current(self, microbatch: Microbatch | None) -> None:
         self._current = microbatch
@@ -407,7 +508,8 @@ class Engine:
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:
-                    microbatch.park(site.pack, [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)])
+                    leaves = pytree.tree_leaves((args, kwargs))
+                    microbatch.park(site.pack, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
                 else:
                     self._change_pack(microbatch, site.pack)
             if microbatch.is_cut and not microbatch.is_in_backward:
@@ -423,6 +525,14 @@ class Engine:
     def _current_segment(self) -> Segment | None:
         return None if self.state.depth or self._current is None else self._current.segment
 
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as an autograd function of the user's gets it."""
+        segment, objects = self._current_segment(), self.state.objects
+        with torch._C.DisableTorchFunction():
+            if segment is not None:
+                return segment.bring(tensor)
+            return tensor if objects is None else objects.take(tensor)
+
     def _before_write(self, target: torch.Tensor) -> None:
         self.state.before_write(target)
         if self._stash is not None:
@@ -432,13 +542,25 @@ class Engine:
         """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
         return self.state.depth > 0 or (self._current is not None and self._current.is_cut)
 
-    def _stashing_segment(self) -> Segment | None:
-        """The segment whose tensors go to the host; nothing of the last pack does, as its backward is next."""
+    def _stashing_segment(self, tensor: torch.Tensor) -> Segment | None:
+        """The segment, if a tensor that it saves goes to the host. Nothing of the last pack does, as its backward is
+        next; but code that goes through many weights, as a penalty on their change does, may save as much."""
         microbatch = self._current
         if microbatch is None or self.state.is_recomputing or microbatch.is_in_backward:
             return None
-        is_fused = microbatch.is_cut and microbatch.segment.pack == len(self.plan.packs) - 1
-        return None if is_fused else microbatch.segment
+        segment = microbatch.segment
+        if self.state.glue and not self.state.depth and not self.cluster.host_is_device:
+            segment.saved_nbytes += tensor.nbytes
+        is_fused = microbatch.is_cut and segment.pack == len(self.plan.packs) - 1
+        goes = (self.plan.stash == "host" and not is_fused) or segment.saved_nbytes > self.state.spare_nbytes
+        return segment if goes else None
+
+    def _refer(self, tensor: torch.Tensor) -> WeightReference | None:
+        """What stands for a tensor that is saved, if that is a weight."""
+        if self._current is None or not self.state.glue or self.state.is_recomputing:
+            return None
+        segment = self._current.segment
+        return self.state.glue.refer(tensor, segment.device, segment.uses)
 
     def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
         former = microbatch.segment
@@ -462,11 +584,13 @@ class Engine:
             stack.enter_context(self.cluster.activate(continues=continues))
             # Several of autograd's device threads at once would share one state of ours.
             stack.enter_context(torch.autograd.set_multithreading_enabled(False))
-            if self.plan.stash == "host" and self._stash is not None:
+            if self._stash is not None:
                 stack.enter_context(saved_tensors_hooks(self._stash.pack, self._stash.unpack))
             stack.enter_context(yielding_hooks(_steps_aside))
             stack.enter_context(transparent_checkpoints(self._is_checkpointing))
-            glue = Glue(self._current_segment, self.state.is_device, self._before_write, self.notice)
+            stack.enter_context(watched_functions(self._bring))
+            state = self.state
+            glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self.notice)
             glue.host_arithmetic = host_arithmetic
             stack.enter_context(glue)
             yield
@@ -499,7 +623,7 @@ class Engine:
         loss, microbatch.result = settle(microbatch.result)
         if share == 0:
             loss = None  # it counts nothing, and may be 0 / 0
-        if loss is not None and loss.grad_fn is not None:
+        if loss is not None:
             seed = torch.full_like(loss.detach(), share * self._expected_factor)
             microbatch.deposit(get_gradient_edge(loss), Arrival(seed, microbatch.segment.device))
         self.has_loss |= loss is not None
@@ -543,7 +667,7 @@ class Engine:
             self.state.release(pack, device)
 
     def _leave(self) -> None:
-        self.state.release_glue()
+        self.state.glue.clear()
         self.state.buffers.drop_clean()
 
     def _next_forward(self, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
@@ -572,13 +696,13 @@ class Engine:
     def _rescale(self, ratio: float) -> None:
         self.state.gradients.scale(ratio)
         for microbatch in self._microbatches:
-            for edge, parts in microbatch.pending.values():
+            for _, parts in microbatch.pending.values():
                 parts[:] = [Arrival(part.take() * ratio, part.device) for part in parts]
 
 
 def _steps_aside(pack: Any) -> bool:
     """Whether a saved-tensor hook may be taken off for a while."""
-    return isinstance(getattr(pack, "__self__", None), HostStash) or is_layer_hook(pack)
+    return isinstance(getattr(pack, "__self__", None), Stash) or is_layer_hook(pack)
 
 
 def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:

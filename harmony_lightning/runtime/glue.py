@@ -20,8 +20,11 @@ from harmony_lightning.runtime.derivatives import (
     crosses_cuts,
     differentiate_weights,
     inputs_of,
+    keeps_graph,
+    refuse_second_derivatives,
 )
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
+from harmony_lightning.runtime.objects import ObjectTensors
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
@@ -31,6 +34,11 @@ _READS = frozenset(
     retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
 )
 """Functions that take tensors as they are: they leave no trace in the autograd graph and compute nothing on a device."""
+_TOLD = frozenset(
+    """dim dtype element_size is_complex is_floating_point is_leaf is_nested is_quantized is_sparse layout names ndim
+    ndimension nelement numel requires_grad shape size stride __len__""".split()  # noqa: SIM905
+)
+"""Functions and attributes of which each version of a tensor tells the same."""
 _COMPUTED_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 """Attributes whose getters make tensors that belong to the autograd graph."""
 _MOVES = frozenset(("to", "cpu", "cuda"))
@@ -41,16 +49,25 @@ _PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
 
 
 class Glue(TorchFunctionMode):
-    """In force while user code runs; `current` tells the segment it runs in, None inside a layer."""
+    """In force while user code runs.
+
+    Args:
+        current: tells the segment that the code runs in, None inside a layer.
+        is_device: whether a device is one of the cluster's.
+        before_write: called with tensors that are about to be written.
+        objects: what a layer that is running has been given within objects.
+    """
 
     def __init__(
         self,
         current: Callable[[], Segment | None],
         is_device: Callable[[torch.device], bool],
         before_write: Callable[[torch.Tensor], None],
+        objects: Callable[[], ObjectTensors | None],
         notice: Callable[[Iterable[Any]], None],
     ) -> None:
         super().__init__()
+        self._objects = objects
         self._notice = notice
         self._before_write = before_write
         self.host_arithmetic: HostArithmetic | None = None
@@ -64,8 +81,14 @@ class Glue(TorchFunctionMode):
         kwargs = kwargs or {}
         segment = self._current()
         if segment is None:
+            if (objects := self._objects()) is not None and not _is_told_by_anybody(func):
+                with torch._C.DisableTorchFunction():
+                    args, kwargs = _map_tensors(objects.take, args), _map_tensors(objects.take, kwargs)
             return func(*args, **kwargs)
         self._notice(args)
+        if not (buffers := segment.state.buffers).is_empty:
+            with torch._C.DisableTorchFunction():
+                _map_tensors(buffers.come_home, (args, kwargs))
         kind = _KINDS.get(func) or _classify(func)
         if kind == "derivative":
             with torch._C.DisableTorchFunction():
@@ -80,11 +103,16 @@ class Glue(TorchFunctionMode):
                 return gradients
         if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
             # A master stays on the host, wherever its new value was computed.
+            self._before_write(args[0])
             func(args[0], args[1].detach().to("cpu"))
             segment.state.notice_write(args[0])
             return None
         if kind in ("read", "exchange", "derivative"):
-            return self._read(segment, func, _originals(segment, args), kwargs)
+            result = self._read(segment, func, _originals(segment, args), kwargs)
+            if kind == "derivative" and result is None and keeps_graph(func, args, kwargs):
+                with torch._C.DisableTorchFunction():
+                    refuse_second_derivatives(segment.state)
+            return result
         if (host := self.host_arithmetic) is not None:
             with torch._C.DisableTorchFunction():
                 if host.concerns(segment.state, args, kwargs, is_write=kind == "write"):
@@ -93,6 +121,9 @@ class Glue(TorchFunctionMode):
                     return host.run(segment.state, func, args, kwargs)
         with torch._C.DisableTorchFunction():
             if kind == "move" and isinstance(args[0], torch.Tensor) and not args[0].requires_grad:
+                if self.host_arithmetic is not None and "non_blocking" in kwargs:
+                    # A loss scaler follows the gradients, which are on the host here, and reads there at once.
+                    kwargs = {**kwargs, "non_blocking": False}
                 return func(*_originals(segment, args), **kwargs)
             if (kind == "write" or kwargs.get("inplace") is True) and isinstance(args[0], torch.Tensor):
                 return self._write(segment, func, args, kwargs)
@@ -187,6 +218,11 @@ def _classify(func: Callable[..., Any]) -> str:
         kind = "compute"
     _KINDS[func] = kind
     return kind
+
+
+def _is_told_by_anybody(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (getattr(getattr(func, "__self__", None), "__name__", "") if name == "__get__" else name) in _TOLD
 
 
 def _originals(segment: Segment, args: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -51,10 +51,13 @@ class GradientStore:
         counters: Counters,
         worker: HostWorker,
         reads: Callable[[int], Sequence[Event]] = lambda pack: (),
+        limit_nbytes: int = sys.maxsize,
     ) -> None:
-        """`reads` tells the points behind the last swap-ins of a pack."""
+        """`reads` tells the points behind the last swap-ins of a pack; `limit_nbytes` is what gradients that code between
+        layers makes of layers' weights may take on each device."""
         self._reads = reads
         self._parameters = parameters
+        self._limit_nbytes = limit_nbytes
         self._plan = plan
         self._devices = cluster.devices
         self._host_is_device = cluster.host_is_device
@@ -65,6 +68,7 @@ class GradientStore:
             lay_out(parameters, (name for name in pack.parameters if parameters[name].requires_grad))
             for pack in plan.packs
         ]
+        self._layered = frozenset(name for pack in plan.packs for name in pack.parameters)
         self._slots: list[list[_Slot]] = [[] for _ in self._devices]
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
         """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
@@ -102,6 +106,8 @@ class GradientStore:
         held = self._loose.get(key)
         if held is None:
             self._loose[key] = gradient.detach()
+            if not self._host_is_device:
+                self._make_room(key)
             if is_ours:
                 self._owned.add(key)
         elif key in self._owned:
@@ -109,6 +115,19 @@ class GradientStore:
         else:
             self._loose[key] = held + gradient
             self._owned.add(key)
+
+    def _make_room(self, newest: tuple[str, int]) -> None:
+        """Code that goes through many weights makes as many gradients: the oldest go to the host, where later ones are
+        added to them. Weights of no layer are different, as the plan has set room aside for theirs."""
+        held = [key for key in self._loose if key[1] == newest[1] and key[0] in self._layered]
+        total = sum(_payload_nbytes(self._loose[key]) for key in held)
+        for key in held:
+            if key == newest or total <= self._limit_nbytes:
+                return
+            gradient = self._loose.pop(key)
+            self._owned.discard(key)
+            total -= _payload_nbytes(gradient)
+            self._send_loose(key[0], [(key[1], gradient)], False, _ignore)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:

@@ -17,7 +17,7 @@ from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 
 class HostBuffers:
-    """Buffers that are used again when the last tensor over them is gone; `limit` are in use at once while they go round."""
+    """Buffers that are used again when the last tensor over them is gone; `limit` are in use while they go round."""
 
     def __init__(self, cluster: Cluster, worker: HostWorker, limit: int) -> None:
         self._cluster = cluster

@@ -29,6 +29,7 @@ from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.activations import Activations, TakesDerivative
 from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
+from harmony_lightning.runtime.objects import ObjectTensors, Surroundings
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
@@ -42,7 +43,6 @@ class LayerCall:
     def __init__(self, site: Site, segment: Segment, arguments: Arguments, *, is_kept: bool) -> None:
         self.site = site
         self.segment = segment
-        self.arguments = arguments
         self.activations = Activations(site.name, is_kept=is_kept)
         self.autocast = Autocast.capture()
         self.replay: Replay | None = None
@@ -60,6 +60,10 @@ class LayerCall:
         self.result_spec: Any = None
         self.result_leaves: list[Any] = []
         self.tensor_positions: list[int] = []
+        self.objects = ObjectTensors(site.name, segment, arguments)
+        self.arguments = self.objects.copy(arguments)
+        self.given: list[torch.Tensor] = []
+        """The user's tensors, while the layer's forward runs."""
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
 
@@ -92,27 +96,28 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
-        tensors = [segment.bring(tensor) for tensor in originals]
-        arguments.place_tensors(segment.bring_within)
-    state = segment.state
+        tensors = [segment.bring(segment.state.buffers.come_home(tensor)) for tensor in originals]
+        call = LayerCall(site, segment, arguments, is_kept=keeps)
+    state, objects = segment.state, call.objects
     trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
-    call = LayerCall(site, segment, arguments.snapshot(), is_kept=keeps)
-    if not torch.is_grad_enabled() or not (trained or any(tensor.requires_grad for tensor in tensors)):
+    if not torch.is_grad_enabled() or not (trained or objects or any(tensor.requires_grad for tensor in tensors)):
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained
+    call.given = originals
     segment.has_graph = True
     if keeps:
         segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
     with state.inside_layer(segment.device):
-        results = LayerFunction.apply(state.anchor, call, arguments, *tensors)  # type: ignore[no-untyped-call]
-    leaves = call.result_leaves
-    call.result_leaves = []
+        results = LayerFunction.apply(state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
+    leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
+    call.result_leaves, call.given = [], []
+    objects.let_go()
     for position, result in zip(call.tensor_positions, results, strict=False):
         leaves[position] = result
-    for position, value in zip(call.mutated, results[len(call.tensor_positions) :], strict=True):
-        segment.replaced[id(originals[position])] = (originals[position], value)
+    for position, value in zip(call.mutated, results[len(results) - len(call.mutated) :], strict=True):
+        segment.replaced[id(given[position])] = (given[position], value)
     return pytree.tree_unflatten(leaves, call.result_spec)
 
 
@@ -121,9 +126,18 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
     args, kwargs = arguments.build(tensors)
     with state.inside_layer(device):
         buffers = _Buffers(call)
-        result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
+        with call.objects.opened(_as_it_is):
+            result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
         buffers.report_written()
+    call.objects.let_go()
+    arguments.keep_written()
+    arguments.place_tensors(state.off_the_arena)
+    arguments.hand_over()
     return pytree.tree_map_only(torch.Tensor, state.off_the_arena, result)
+
+
+def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
 
 
 def _versions(buffers: list[torch.Tensor]) -> list[int]:
@@ -189,16 +203,51 @@ def _outlive_slots(results: Sequence[torch.Tensor], call: LayerCall) -> None:
             setattr(function, name, pytree.tree_map_only(torch.Tensor, state.off_the_arena, held))
 
 
-def _functions(results: Sequence[torch.Tensor]) -> Iterator[Any]:
-    """Nodes of Python autograd functions in the graph of these tensors."""
+def _refuse_strangers(results: Sequence[torch.Tensor], call: LayerCall, start: int) -> None:
+    """The layer's own graph must end at its inputs and weights: beyond, gradients would be lost. Looked for in the first
+    calls, and where objects were given, into which not everybody can look.
+
+    Raises:
+        UnsupportedError: it goes on to nodes from before `start`, or to weights of others.
+    """
+    site, state = call.site, call.segment.state
+    if site.num_checked >= _NUM_CHECKED and not call.objects:
+        return
+    site.num_checked += 1
+    for node in _nodes(results):
+        variable = getattr(node, "variable", None)
+        name = None if variable is None else state.weight_name(variable)
+        if name is not None and name not in call.trained:
+            what = f"weight {name}"
+        elif variable is None and node._sequence_nr() < start:
+            what = f"a result of {node.name()}"
+        else:
+            continue
+        raise UnsupportedError(
+            f"layer {site.name} used {what}, which requires a gradient and is neither an argument nor a weight of the "
+            f"layer (is it kept in an attribute or a closure?); that gradient would be lost. Hand it to the layer as an "
+            f"argument, or make a module that contains both one layer: HarmonyStrategy(layers=[...])"
+        )
+
+
+_NUM_CHECKED = 4
+"""Calls of each layer whose graph is looked at; what it does then, it is taken to do always."""
+
+
+def _nodes(results: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Of the graph of these tensors."""
     nodes, seen = [result.grad_fn for result in results], set[Any]()
     while nodes:
         node = nodes.pop()
         if node is not None and node not in seen:
             seen.add(node)
-            if isinstance(node, torch.autograd.function.BackwardCFunction):
-                yield node
+            yield node
             nodes += [following for following, _ in node.next_functions]
+
+
+def _functions(results: Sequence[torch.Tensor]) -> Iterator[Any]:
+    """Nodes of Python autograd functions in the graph of these tensors."""
+    return (node for node in _nodes(results) if isinstance(node, torch.autograd.function.BackwardCFunction))
 
 
 def _unreachable(_: Any) -> Any:
@@ -210,26 +259,34 @@ class LayerFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(  # type: ignore[override]
-        ctx: Any, anchor: torch.Tensor, call: LayerCall, arguments: Arguments, *tensors: torch.Tensor
+        ctx: Any, anchor: torch.Tensor, call: LayerCall, arguments: Arguments, *given: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        site, device = call.site, call.segment.device
+        site, device, objects = call.site, call.segment.device, call.objects
         state = call.segment.state
+        tensors = given[: len(call.given)]
         ctx.set_materialize_grads(False)
         ctx.call = call
 
         # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
         copied = site.mutated_inputs
+
+        def begin(value: torch.Tensor) -> torch.Tensor:
+            with torch.enable_grad():
+                return _begin(value.detach().requires_grad_(), state.anchor, site.writes_objects is not False)
+
+        start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         while True:
             buffers = _Buffers(call)
             replay = Replay(device)
             try:
-                with torch.enable_grad(), _saving(call):
+                with torch.enable_grad(), _saving(call), objects.opened(begin):
                     inner = [
                         _begin(tensor, state.anchor, copied is None or index in copied)
                         for index, tensor in enumerate(tensors)
                     ]
                     call.input_edges = [get_gradient_edge(t) if t.requires_grad else None for t in inner]
                     inner_versions = _versions(inner)
+                    around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights_of(site, device, call.trained)
                     call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
@@ -240,21 +297,33 @@ class LayerFunction(torch.autograd.Function):
                 buffers.take_back()
                 replay.keep_what_was_drawn(device)
                 replay.begin(device)
-                arguments = call.arguments.snapshot()
+                arguments = call.arguments.snapshot(objects.original)
+                objects.forget_uses()
         replay.keep_what_was_drawn(device)
         call.replay = replay
 
         call.buffers_before = buffers.report_written()
+        inner += objects.inner
+        inner_versions += objects.versions
+        call.input_edges += objects.edges
         mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if _versions([t]) != [v]]
-        site.mutated_inputs = (copied or frozenset()) | frozenset(mutated)
+        site.mutated_inputs = (copied or frozenset()) | frozenset(i for i in mutated if i < len(tensors))
+        if objects.used:
+            site.writes_objects = bool(site.writes_objects) or any(i >= len(tensors) for i in mutated)
         call.mutated = mutated
 
         leaves, call.result_spec = pytree.tree_flatten(result)
         del result
-        call.tensor_positions = [i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor)]
-        results = [leaves[i] for i in call.tensor_positions] + [inner[i] for i in mutated]
+        call.tensor_positions = [
+            i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and not objects.is_original(leaf)
+        ]
+        results = [leaves[i] for i in call.tensor_positions]
+        arguments.keep_written()
+        results += around.results(leaves, known=[*results, *inner, *objects.originals])
+        results += [inner[i] for i in mutated]
         if not site.differentiates:
             call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
+            _refuse_strangers(results, call, start)
             _outlive_slots(results, call)
         detached = [state.off_the_arena(result.detach()) for result in results]
         ctx.mark_non_differentiable(
@@ -263,7 +332,13 @@ class LayerFunction(torch.autograd.Function):
         for position in call.tensor_positions:
             leaves[position] = None
         call.result_leaves = leaves
-        ctx.save_for_backward(*tensors)
+        ctx.save_for_backward(*tensors, *objects.values)
+        ctx.reaches_back = objects.reaches_back
+        users = [*call.given, *(objects.originals[index] for index in objects.used)]
+        outer = {id(inner[i]): users[i] for i in range(len(inner)) if i not in mutated}
+        outer |= {id(results[i]): detached[i] for i in reversed(range(len(results)))}
+        around.place(leaves, outer)
+        arguments.hand_over()
         _follow_kept_results(call, results, detached)
         return tuple(detached)
 
@@ -276,7 +351,11 @@ class LayerFunction(torch.autograd.Function):
         try:
             call.check_weights()
             with call.segment.state.recomputing(call.segment.device):
-                return (None, None, None, *_differentiate(call, gradients, trained))
+                values = _differentiate(call, gradients, trained)
+                num_arguments = len(values) - len(call.objects.used)
+                with torch._C.DisableTorchFunction():
+                    linked = call.objects.hand_back(values[num_arguments:], is_wanted=reaches_weights(ctx))
+                return (None, None, None, *values[:num_arguments], *linked)
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
             raise
@@ -339,15 +418,26 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     torch.set_autocast_cache_enabled(False)
     present = call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
+    num_arguments = len(stash) - len(call.objects.used)
     try:
         with torch.enable_grad(), hooks:
             leaves = [t.detach().requires_grad_(e is not None) for t, e in zip(stash, call.input_edges, strict=True)]
-            inner = [clone_with_strides(leaf) if index in copied else leaf for index, leaf in enumerate(leaves)]
-            result = site.run(weights, buffers, *call.arguments.snapshot().build(inner))
+            inner = [
+                clone_with_strides(leaf)
+                if (index in copied if index < num_arguments else site.writes_objects)
+                else leaf
+                for index, leaf in enumerate(leaves)
+            ]
+            arguments = call.arguments.snapshot(call.objects.used_again(inner[num_arguments:]))
+            around = Surroundings(arguments)
+            result = site.run(weights, buffers, *arguments.build(inner[:num_arguments]))
     finally:
         present.begin(device)
         autocast.apply()
-    results = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+    arguments.keep_written()
+    result_leaves = pytree.tree_leaves(result)
+    results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
+    results += around.results(result_leaves, known=[*results, *inner])
     return _SecondRun(leaves, results + [inner[i] for i in call.mutated])
 
 

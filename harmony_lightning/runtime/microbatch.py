@@ -29,6 +29,7 @@ class Microbatch:
             user code differentiates by itself: then packs are brought in whenever they are called.
         segments: those whose backward has not run, oldest first.
         waits_for: the pack that it is about to enter, while it is parked.
+        awaits_turn: it is parked until all microbatches before it have ended.
         replaced: tensors whose later value is another object, by identity, with the original held.
     """
 
@@ -40,6 +41,7 @@ class Microbatch:
         self.is_cut = is_cut
         self.segments: list[Segment] = []
         self.waits_for: int | None = None
+        self.awaits_turn = False
         self.is_done = False
         self.result: Any = None
         self.replaced: Replaced = {}
@@ -85,17 +87,20 @@ class Microbatch:
         self.resume()
 
     def _run(self) -> None:
-        self.result = self._function()
+        self.end(self._function())
+
+    def end(self, result: Any) -> None:
+        self.result = result
         self.is_done = True
 
-    def park(self, pack: int, needed: Sequence[torch.Tensor]) -> None:
+    def park(self, pack: int, needed: Sequence[torch.Tensor] = (), *, awaits_turn: bool = False) -> None:
         """Called within the greenlet: wait until the engine has come to `pack`, which first needs these tensors."""
-        self.waits_for = pack
+        self.waits_for, self.awaits_turn = pack, awaits_turn
         self._luggage = Luggage(self.segment, needed)
         self.segment.leave()  # while this one waits, nothing of the past may stay on the device for it
         assert self._greenlet is not None and self._greenlet.parent is not None
         self._greenlet.parent.switch()
-        self.waits_for = None
+        self.waits_for, self.awaits_turn = None, False
         self.open(pack)
         self.segment.expect(self._luggage.sent)
         self._luggage = None

@@ -158,6 +158,12 @@ class Replay:
             if now is not None and torch.equal(self._device_state, now):
                 self._device_state = None
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was drawn."""
+        kept = (self._torch, self._python, self._numpy, self._device_state)
+        return all(state is None for state in kept)
+
     def begin(self, device: Device) -> "Replay":
         """Set the kept states; returns the present ones, whose own `begin` undoes it."""
         present = object.__new__(Replay)

@@ -27,11 +27,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides
-from harmony_lightning.runtime.transfer import Arrival, bring_in, send
+from harmony_lightning.runtime.transfer import Arrival, bring_in
 
 _NUM_MOVED = 16
-"""Copies that a segment keeps of tensors from elsewhere. Few are used again: masks, encoder states. Code that looks at
-every gradient once must not gather them all on the device."""
+"""Copies that a segment keeps of tensors from elsewhere; of several, no more bytes than a pack's weights have. Few are used
+again: masks, encoder states. Code that looks at every weight once must not gather them all on the device."""
 
 Sink = Callable[[torch.Tensor], None]
 Deposit = Callable[[GradientEdge, Arrival], None]
@@ -84,6 +84,7 @@ class Segment:
         partial: gradients of weights with uses still to come.
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
             segments of the microbatch.
+        saved_nbytes: of what glue has saved while it used weights.
         stashed: what has gone to the host from in here, so that each tensor goes once.
         stash: the same for backward, in the order of leaving.
         on_leave: called when the microbatch goes on to another pack.
@@ -103,6 +104,7 @@ class Segment:
         self.uses: Counter[str] = Counter()
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
+        self.saved_nbytes = 0
         self.stashed: dict[Any, Any] = {}
         self.stash: list[weakref.ref[Any]] = []
         self.on_leave: list[Callable[[], None]] = []
@@ -122,19 +124,35 @@ class Segment:
         if gradient is None:
             gradient = held
         elif held is not None:
-            gradient, is_ours = held + gradient, True
+            gradient, is_ours = held.to(gradient.device) + gradient, True
         if gradient is None:
             return
         if self.is_cut and self.uses[name] > 0:
             self.partial[name] = gradient
+            self._make_room(name)
         else:
             self.state.gradients.add(name, gradient, self.device.index, pack, is_ours)
 
+    def _make_room(self, newest: str) -> None:
+        """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
+        state, here = self.state, self.device.torch_device
+        if state.cluster.host_is_device or state.slot_pack(newest, self.pack) is not None:
+            return
+        held = [n for n, g in self.partial.items() if g.device == here and state.slot_pack(n, self.pack) is None]
+        total = sum(self.partial[name].nbytes for name in held)
+        for name in held[:-1]:
+            if total <= state.spare_nbytes:
+                return
+            total -= self.partial[name].nbytes
+            state.counters.swap_out_bytes += self.partial[name].nbytes
+            self.partial[name] = self.partial[name].detach().to("cpu")
+
     def add_partial_gradients(self) -> None:
         """The segment's backward is over: uses that have got no gradient until now never will."""
-        for name, gradient in self.partial.items():
+        while self.partial:
+            name = next(iter(self.partial))
+            gradient = self.partial.pop(name).to(self.device.torch_device)
             self.state.gradients.add(name, gradient, self.device.index, self.state.slot_pack(name, self.pack))
-        self.partial.clear()
 
     def leave(self) -> None:
         """The microbatch goes on to another pack, and the weights of this one may go."""
@@ -153,8 +171,7 @@ class Segment:
 
     def bring(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
         """The tensor as glue or a layer in this segment may use it."""
-        if self.replaced and (entry := self.replaced.get(id(tensor))) is not None:
-            tensor = entry[1]
+        tensor = self.present(tensor)
         is_local = tensor.device == self.device.torch_device
         node = tensor.grad_fn
         if node is None:
@@ -169,9 +186,19 @@ class Segment:
             return self._move(tensor)
         if not torch.is_grad_enabled():
             return tensor if is_local else self._move(tensor)
-        if node._sequence_nr() >= self.start:  # type: ignore[attr-defined]
+        if self.is_own(tensor):
             return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
         return self._cut(tensor, is_written)
+
+    def present(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What has taken the tensor's place since it was written."""
+        entry = self.replaced.get(id(tensor)) if self.replaced else None
+        return tensor if entry is None else entry[1]
+
+    def is_own(self, tensor: torch.Tensor) -> bool:
+        """Whether the graph of this segment may go on to the tensor's node: it is no older, or a leaf."""
+        node = tensor.grad_fn
+        return node is None or node._sequence_nr() >= self.start  # type: ignore[attr-defined]
 
     def bring_within(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor within an object that a layer is given: on this device, unless it belongs to a graph."""
@@ -187,23 +214,27 @@ class Segment:
         return result
 
     def _bring_weight(self, name: str, trains: bool) -> torch.Tensor:
-        copy = self.state.glue_weight(name, self.device)
+        copy = self.state.glue.fetch(name, self.device)
         if not (trains and torch.is_grad_enabled()):
             return copy
         self.uses[name] += 1
         return self._import(copy, lambda gradient: self.add_gradient(name, None, gradient))
 
     def _cut(self, tensor: torch.Tensor, is_written: bool) -> torch.Tensor:
-        edge, deposit = get_gradient_edge(tensor), self._deposit
-        if tensor.device == self.device.torch_device:
-            device = self.device
-            return self._import(tensor.detach(), lambda gradient: deposit(edge, Arrival(gradient, device)), is_written)
-        state, here, home = self.state, self.device, self.state.find_device(tensor.device)
+        is_local = tensor.device == self.device.torch_device
+        return self._import(tensor.detach() if is_local else self._move(tensor), self.sink(tensor), is_written)
 
-        def sink(gradient: torch.Tensor) -> None:
-            deposit(edge, state.send(gradient, here, home))
+    def sink(self, tensor: torch.Tensor) -> Sink:
+        """Takes the gradient of a tensor of an older segment."""
+        edge, deposit, home = get_gradient_edge(tensor), self._deposit, tensor.device
+        return lambda gradient: deposit(edge, self.send_home(gradient, home))
 
-        return self._import(self._move(tensor), sink, is_written)
+    def send_home(self, gradient: torch.Tensor, home: torch.device) -> Arrival:
+        """A gradient, on its way to where the tensor is that it belongs to."""
+        source, target = self.state.find_device(gradient.device), self.state.find_device(home)
+        if source is None or target is None or source is target:
+            return Arrival(gradient.to(home), target or self.device)
+        return self.state.send(gradient, source, target)
 
     def _import(self, source: torch.Tensor, sink: Sink, is_written: bool = False) -> torch.Tensor:
         self.has_graph = True
@@ -212,11 +243,17 @@ class Segment:
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the value on this device, made once as long as the value is the same."""
         version = -1 if tensor.is_inference() else tensor._version
-        entry = self._moved.get(id(tensor))
+        entry = self._moved.pop(id(tensor), None)
         if entry is None or entry[1] != version:
-            entry = self._moved[id(tensor)] = (tensor, version, self._bring_over(tensor.detach()))
-            if len(self._moved) > _NUM_MOVED:
-                del self._moved[next(iter(self._moved))]
+            entry = (tensor, version, self._bring_over(tensor.detach()))
+        self._moved[id(tensor)] = entry  # used last, so it goes last
+        while len(self._moved) > 1 and (
+            len(self._moved) > _NUM_MOVED
+            or sum(copy.value.nbytes for _, _, copy in self._moved.values()) > self.state.slot_nbytes
+        ):
+            del self._moved[next(iter(self._moved))]
+        if not self.state.is_device(tensor.device):
+            self._make_room_for_moved()
         return entry[2].take()
 
     def _bring_over(self, tensor: torch.Tensor) -> Arrival:
@@ -225,6 +262,15 @@ class Segment:
             return self.state.send(tensor, home, self.device)
         self.state.counters.input_bytes += tensor.nbytes
         return Arrival(bring_in(tensor, self.device), self.device)
+
+    def _make_room_for_moved(self) -> None:
+        """Of tensors on the host, such as former weights, the user may have as many as of weights."""
+        held = [key for key, (source, _, _) in self._moved.items() if not self.state.is_device(source.device)]
+        total = sum(self._moved[key][2].value.nbytes for key in held)
+        for key in held[:-1]:
+            if total <= self.state.spare_nbytes:
+                return
+            total -= self._moved.pop(key)[2].value.nbytes
 
     def _is_host(self, tensor: torch.Tensor) -> bool:
         """Functions of any device read scalars of the host; those of another GPU they do not."""

@@ -9,6 +9,7 @@ every other attribute must be equal to the bit. Gradients are small and large, m
 
 import copy
 import functools
+import inspect
 import random
 from collections import OrderedDict, defaultdict
 from collections.abc import Callable, Iterable, Mapping
@@ -48,6 +49,10 @@ class Separability:
 
     def __init__(self) -> None:
         self._known: WeakKeyDictionary[Any, dict[Any, str | None]] = WeakKeyDictionary()
+
+    def __reduce__(self) -> tuple[type["Separability"], tuple[()]]:
+        """A copy finds out anew: weak references cannot be pickled."""
+        return Separability, ()
 
     def reason_against(self, optimizer: Optimizer) -> str | None:
         """Why the optimizer must step all its parameters together; None if it need not.
@@ -146,7 +151,21 @@ def _observer(optimizer: Optimizer) -> str | None:
     own = vars(optimizer).get("step")
     if own is not None and not getattr(own, "_wrapped_by_lr_sched", False):
         return "its step was replaced"
+    return _step_of_user(type(optimizer))
+
+
+def _step_of_user(kind: type[Optimizer]) -> str | None:
+    """Whether somebody's step goes around that of an optimizer of torch: it counts, prints or records steps, which a trial
+    on copies and a call for each pack would show. One that somebody has written from scratch is tried."""
+    owners = [cls for cls in kind.__mro__ if cls is not Optimizer and "step" in vars(cls)]
+    are_of_torch = [_is_of_torch(inspect.unwrap(vars(cls)["step"])) for cls in owners]
+    if any(_is_of_torch(cls) for cls in owners) and not all(are_of_torch):
+        return "its step goes around that of one of torch's optimizers, and is called once in each step"
     return None
+
+
+def _is_of_torch(named: Any) -> bool:
+    return str(getattr(named, "__module__", None)).startswith("torch.optim.")
 
 
 def _list_for_parameters(optimizer: Optimizer) -> str | None:

@@ -52,6 +52,10 @@ class Site:
         """By training flags of the buffers' owners: which places a forward was seen to write."""
         self.mutated_inputs: frozenset[int] | None = None
         """Positions of input tensors that a forward was seen to write in place; None before the first call."""
+        self.writes_objects: bool | None = None
+        """Whether a forward was seen to write tensors within the objects it is given; None before the first."""
+        self.num_checked = 0
+        """Calls whose graph was looked through."""
         self.differentiates = False
         """Whether a forward was seen to take derivatives by itself."""
         self.has_functions: bool | None = None

@@ -2,7 +2,8 @@
 
 Both the inputs that layers keep and whatever glue saves for its own backward pass through autograd's saved-tensor
 hooks. With the stash on the host, a tensor leaves on the SWAP_OUT lane when it is saved and comes back when its backward
-asks for it. Slot memory is never stashed, and neither is anything of the fused last pack, whose backward is next.
+asks for it. Slot memory is never stashed, and neither is anything of the fused last pack, whose backward is next. Of a
+weight only a reference is kept (`glue_weights`).
 """
 
 import weakref
@@ -15,6 +16,7 @@ import torch
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.structure import without_repetition
 from harmony_lightning.runtime.transfer import Arrival, Departures
@@ -46,18 +48,30 @@ class _Held:
         self.is_copied = False
 
 
-class HostStash:
-    """The hooks; `current` tells the segment that is saving, None if its tensors stay where they are."""
+class Stash:
+    """The hooks.
+
+    Args:
+        leaves: the segment that saves a tensor, if that is to go to the host; None if it stays where it is.
+        is_weight_memory: whether a tensor lies where the plan has put weights, and so stays there.
+        refer: what stands for a tensor that is a weight; None for others.
+        restore: the inverse.
+        counters: of bytes.
+    """
 
     def __init__(
         self,
-        current: Callable[[], Segment | None],
-        stays: Callable[[torch.Tensor], bool],
+        leaves: Callable[[torch.Tensor], Segment | None],
+        is_weight_memory: Callable[[torch.Tensor], bool],
+        refer: Callable[[torch.Tensor], WeightReference | None],
+        restore: Callable[[WeightReference], torch.Tensor],
         counters: Counters,
         departures: Departures,
     ) -> None:
-        self._current = current
-        self._stays = stays
+        self._leaves = leaves
+        self._is_weight_memory = is_weight_memory
+        self._refer = refer
+        self._restore = restore
         self._counters = counters
         self._departures = departures
         self._held: dict[int, weakref.WeakSet[_Held]] = {}
@@ -72,8 +86,10 @@ class HostStash:
             return self._return(held)
 
     def _leave(self, tensor: torch.Tensor) -> Any:
-        segment = self._current()
-        if segment is None or tensor.device != segment.device.torch_device or self._stays(tensor):
+        if (reference := self._refer(tensor)) is not None:
+            return reference
+        segment = self._leaves(tensor)
+        if segment is None or tensor.device != segment.device.torch_device or self._is_weight_memory(tensor):
             # Not the tensor itself: an operation that saves its own result would then hold itself alive for ever.
             held_here = _Held(tensor.detach())
             self._held.setdefault(storage_key(tensor), weakref.WeakSet()).add(held_here)
@@ -92,13 +108,18 @@ class HostStash:
         self._counters.stash_out_bytes += host.nbytes
         left = self._departures.hold(device, Lane.SWAP_OUT, source)
         stashed = Stashed(host, tensor.shape, source.stride(), device, left)
-        segment.stashed[key] = (source, tensor._version, stashed)
-        segment.stash.append(weakref.ref(stashed))
+        if segment.saved_nbytes > segment.state.spare_nbytes:
+            self._departures.let_go()  # it leaves because there is too much of it
+        else:
+            segment.stashed[key] = (source, tensor._version, stashed)
+            segment.stash.append(weakref.ref(stashed))
         return stashed
 
     def _return(self, held: Any) -> torch.Tensor:
         if isinstance(held, _Held):
             return held.value
+        if isinstance(held, WeightReference):
+            return self._restore(held)
         assert isinstance(held, Stashed)
         arrival = held.back or self._bring(held)
         held.back = None

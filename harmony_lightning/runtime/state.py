@@ -7,6 +7,7 @@ from visit to visit.
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,6 +17,7 @@ from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
@@ -28,9 +30,14 @@ class RuntimeState:
 
     Attributes:
         depth: how many layers the running code is inside of; 0 in glue.
+        spare_nbytes: what copies, sums and the like that the plan knows nothing of may take on a device, each kind, before
+            they give way to the next: code between layers may go through all weights.
+        glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
+        slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
+        objects: what the running layer has been given within objects.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
 
@@ -41,12 +48,15 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
-        self.buffers = BufferStore(counters, limit_nbytes=max(pack.slot_nbytes for pack in plan.packs))
-        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self._reads)
+        self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
+        self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
+        self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
+        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self._reads, self.spare_nbytes)
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
         self.upcoming: dict[int, int] = {}
+        self.objects: Any = None
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
@@ -56,10 +66,17 @@ class RuntimeState:
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
         self.departures = Departures(cluster.devices)
-        self._glue: dict[tuple[str, int], torch.Tensor] = {}
-        """Device copies of glue weights during one visit."""
         self._loaders: list[HostWorker] = []
         """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
+        layered = {name for pack in plan.packs for name in pack.parameters}
+        self.glue = GlueWeights(
+            self.parameters,
+            self.parameters.keys() - layered,
+            counters,
+            self.spare_nbytes,
+            self.gradients.await_updates,
+            host_is_device=cluster.host_is_device,
+        )
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
@@ -111,23 +128,9 @@ class RuntimeState:
             weights[name].requires_grad_(name in trained)
         return weights
 
-    def glue_weight(self, name: str, device: Device) -> torch.Tensor:
-        """A weight that user code uses outside of layers: one copy per device and visit, without gradient."""
-        key = (name, device.index)
-        if key not in self._glue:
-            self.gradients.await_updates((name,))
-            with torch.inference_mode(False), torch.no_grad():
-                copy = self.parameters[name].detach().to(device.torch_device)
-            if not self.cluster.host_is_device:
-                self.counters.swap_in_bytes += copy.nbytes
-            self._glue[key] = copy
-        return self._glue[key].detach()
-
     def is_weight_memory(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a device copy of weights, which the plan moves, not the user's code."""
-        return any(weights.holds(tensor) for weights in self._weights) or any(
-            tensor is copy or tensor._base is copy for copy in self._glue.values()
-        )
+        return self.glue.holds(tensor) or any(weights.holds(tensor) for weights in self._weights)
 
     def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
@@ -143,6 +146,7 @@ class RuntimeState:
         if self._is_master(tensor):
             for device in self.cluster.devices:
                 device.record(Lane.SWAP_IN).synchronize()
+            self.glue.before_write(tensor.data_ptr())
 
     def _is_master(self, tensor: torch.Tensor) -> bool:
         is_on_host = tensor.device.type == "cpu" and not self.is_device(tensor.device)
@@ -224,7 +228,7 @@ class RuntimeState:
             worker.drain()
 
     def close(self) -> None:
-        """Let go of threads and, at once, of device memory: nobody else would end the circle of those who wait for weights."""
+        """Let go of threads and of device memory: nobody else would end the circle of those who wait for weights."""
         for loader in self._loaders:
             loader.close()
         self._weights = []
@@ -233,12 +237,9 @@ class RuntimeState:
         """A pack's weights are not needed on a device any more."""
         self._weights[device].release(pack)
 
-    def release_glue(self) -> None:
-        self._glue.clear()
-
     def release_all(self) -> None:
         """No weights are needed on any device."""
-        self._glue.clear()
+        self.glue.clear()
         for weights in self._weights:
             weights.release_all()
 
@@ -247,6 +248,7 @@ class RuntimeState:
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
+        self.objects = None
         self.captured = None
         self._is_collecting = False
         self.upcoming = {}

@@ -5,8 +5,8 @@ import functools
 import random
 import types
 import weakref
-from collections import deque
-from collections.abc import Callable
+from collections import OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy
@@ -27,28 +27,33 @@ _FUNCTIONS = (
 """Not all that can be called: a graph of PyG can."""
 
 
-def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
-    """A copy of an object graph in which tensors and modules are shared and everything mutable around them is not.
+Put = Callable[[torch.Tensor], torch.Tensor]
+
+
+def copy_structure(value: Any, copies: dict[int, Any] | None = None, put: Put = lambda tensor: tensor) -> Any:
+    """A copy of an object graph with `put(tensor)` for each tensor. Modules are shared, everything mutable is not.
 
     A layer may write into an object that it is given, as attention layers append to a key-value cache; its recompute
     must find the object as the forward found it.
     """
     copies = {} if copies is None else copies
+    if isinstance(value, torch.Tensor):
+        return put(value)
     if not is_opaque(value):
         return value
     if id(value) in copies:
         return copies[id(value)]
     if isinstance(value, tuple | frozenset):
-        items = [copy_structure(item, copies) for item in value]
+        items = [copy_structure(item, copies, put) for item in value]
         return type(value)(*items) if hasattr(value, "_fields") else type(value)(items)
     if isinstance(value, list | dict | set | deque):
         result: Any = copy.copy(value)
         copies[id(value)] = result
         if not isinstance(value, set):
             for key in list(value) if isinstance(value, dict) else range(len(value)):
-                result[key] = copy_structure(value[key], copies)
+                result[key] = copy_structure(value[key], copies, put)
         for name, item in getattr(value, "__dict__", {}).items():
-            object.__setattr__(result, name, copy_structure(item, copies))
+            object.__setattr__(result, name, copy_structure(item, copies, put))
         return result
     if isinstance(value, torch.Generator):
         result = torch.Generator(value.device)
@@ -56,17 +61,17 @@ def copy_structure(value: Any, copies: dict[int, Any] | None = None) -> Any:
         return result
     if isinstance(value, numpy.random.Generator | numpy.random.RandomState | random.Random):
         return copy.deepcopy(value)
-    if getattr(type(value), "__new__") is not object.__new__:  # noqa: B009
+    if getattr(type(value), "__new__") not in (object.__new__, types.SimpleNamespace.__new__):  # noqa: B009
         return value  # numbers, generators and the like: not made of parts that could be copied one by one
-    result = copies[id(value)] = object.__new__(type(value))
+    result = copies[id(value)] = type(value).__new__(type(value))  # type: ignore[call-overload]
     state = object.__getstate__(value)
     for part in state if isinstance(state, tuple) else (state,):
         for name, item in (part or {}).items():
-            object.__setattr__(result, name, copy_structure(item, copies))
+            object.__setattr__(result, name, copy_structure(item, copies, put))
     return result
 
 
-def place_tensors(value: Any, place: Callable[[torch.Tensor], torch.Tensor], seen: set[int] | None = None) -> Any:
+def place_tensors(value: Any, place: Put, seen: set[int] | None = None) -> Any:
     """Put `place(tensor)` for every tensor of an object graph, in the objects themselves; they keep their identity.
 
     Returns the value, or what stands for it if it is a tensor or cannot be written.
@@ -123,9 +128,12 @@ class Arguments:
     A tensor that stands in several places is one tensor, and stays one: layers ask `query is key`.
     """
 
-    __slots__ = ("_opaque", "_places", "_rest", "_spec")
+    __slots__ = ("_containers", "_opaque", "_own", "_places", "_rest", "_spec")
 
     def __init__(self, args: Any, kwargs: Any) -> None:
+        self._own: Any = (args, tuple(kwargs.values()))
+        self._containers: list[tuple[Any, Any, list[Any]]] = []
+        """Lists and dicts of the user's, those that stand for them in a call, and what was in these at first."""
         flat, self._spec = pytree.tree_flatten((args, kwargs))
         self._rest: list[Any] = flat
         self._places: list[tuple[int, int]] = []
@@ -146,10 +154,12 @@ class Arguments:
             self._rest[place] = None
         return tensors
 
-    def place_tensors(self, place: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def place_tensors(self, place: Put) -> None:
         """Those within opaque leaves: graphs, caches, data classes."""
         for i in self._opaque:
             self._rest[i] = place_tensors(self._rest[i], place)
+        for _, built, _ in self._containers:
+            place_tensors(built, place)
 
     def build(self, tensors: list[torch.Tensor]) -> tuple[Any, Any]:
         """The arguments with these tensors, in the order of `take_tensors`, in place."""
@@ -157,16 +167,62 @@ class Arguments:
         for place, index in self._places:
             flat[place] = tensors[index]
         args, kwargs = pytree.tree_unflatten(flat, self._spec)
+        built = (args, tuple(kwargs.values()))
+        self._containers = list(_pairs(built if self._own is None else self._own, built))
         return args, kwargs
 
-    def snapshot(self) -> "Arguments":
-        """The same with copies of objects that the call may write; `self` if there are none."""
+    def keep_written(self) -> None:
+        """The call is over: of lists and dicts, those count from now on that it has written."""
+        self._containers = [
+            (own, built, items)
+            for own, built, items in self._containers
+            if len(built) != len(items)
+            or any(new is not old for new, old in zip(_items(built), items, strict=True))
+            or (own is not built and isinstance(own, dict) and list(own) != list(built))
+        ]
+
+    def hand_over(self) -> None:
+        """Let the user's lists and dicts be as those that stood for them."""
+        for own, built, items in self._containers:
+            kept = {id(item): former for item, former in zip(items, _items(own), strict=True)}
+            if isinstance(own, dict):
+                for key in [key for key in own if key not in built]:
+                    del own[key]
+                own.update((key, kept.get(id(item), item)) for key, item in built.items())
+            else:
+                new = [kept.get(id(item), item) for item in built]
+                own.clear()
+                own.extend(new)
+        self._own, self._containers = None, []
+
+    def snapshot(self, put: Put = lambda tensor: tensor) -> "Arguments":
+        """The same with copies of objects that the call may write, and `put(tensor)` for each tensor in them; `self` if
+        there are none."""
         if not self._opaque:
             return self
         twin = object.__new__(Arguments)
         twin._places, twin._spec, twin._opaque = self._places, self._spec, self._opaque
+        twin._own, twin._containers = None, []
         twin._rest = list(self._rest)
         shared: dict[int, Any] = {}
         for i in self._opaque:
-            twin._rest[i] = copy_structure(self._rest[i], shared)
+            twin._rest[i] = copy_structure(self._rest[i], shared, put)
         return twin
+
+
+_MUTABLE = (list, deque, dict, OrderedDict, defaultdict)
+"""Containers that are taken apart, so that a call gets others in their place."""
+
+
+def _items(container: Any) -> list[Any]:
+    return list(container.values() if isinstance(container, dict) else container)
+
+
+def _pairs(own: Any, built: Any) -> Iterator[tuple[Any, Any, list[Any]]]:
+    """Those within `own`, each with that in the same place within `built` and what is in this."""
+    if type(own) in _MUTABLE:
+        yield own, built, _items(built)
+    elif type(own) is not tuple:
+        return
+    for one, other in zip(_items(own), _items(built), strict=True):
+        yield from _pairs(one, other)

@@ -14,18 +14,25 @@ A `torchmetrics.Metric` is one object that all microbatches have updated; `merge
 arguments are reported by Lightning when the step ends, in its own words. A value logged with `sum` is summed over the
 microbatches, a constant too.
 
+A step that is one microbatch has nothing to merge: what it logs is in the collection at once, where it may read it.
+Steps that share a pass but are no microbatches of one minibatch are not merged: what each logs is held back until its turn
+(`held_log`).
+
 Nothing of Lightning is imported, so both of its packages are served.
 """
 
+import copy
 import dataclasses
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from harmony_lightning.runtime.derivatives import Uncuttable
 
 _SUM, _MEAN, _MAX, _MIN = "sum", "mean", "max", "min"
 _REDUCTIONS: dict[Any, str] = {
@@ -52,26 +59,32 @@ class _Call:
     value: Any
     num_samples: int
     kwargs: dict[str, Any]
+    forward_cache: Any = None
+    """Of a Metric: its value for this call."""
 
 
 class MergedLog:
     """Stands in for the training loop's result collection; everything but `log` is the collection's own.
+
+    What is read within the step is what the collection would hold if the step ended there: what the microbatches have
+    logged so far, merged.
 
     Args:
         results: the collection, which must hold the whole minibatch as its `batch`.
         microbatch: gives (index, number of samples) of the microbatch that is running, for microbatches that interleave;
             without it `set_microbatch` tells.
         bring: takes logged values to where they are wanted; None leaves them where they are.
+        aside: makes code within no code between layers.
     """
 
-    __slots__ = ("_bring", "_calls", "_current", "_losses", "_microbatch", "_results", "_seen")
+    __slots__ = ("_aside", "_bring", "_calls", "_current", "_losses", "_microbatch", "_results")
 
+    _aside: "Aside"
     _results: Any
     _microbatch: Callable[[], tuple[int, int]] | None
     _bring: Callable[[Tensor], Tensor] | None
     _current: tuple[int, int]
-    _calls: dict[tuple[str, str, int], list[_Call]]
-    _seen: Counter[tuple[int, str, str]]
+    _calls: list[_Call]
     _losses: "Losses | None"
 
     def __init__(
@@ -79,14 +92,15 @@ class MergedLog:
         results: Any,
         microbatch: Callable[[], tuple[int, int]] | None = None,
         bring: Callable[[Tensor], Tensor] | None = None,
+        aside: "Aside" = nullcontext,
     ) -> None:
         for name, value in (
+            ("_aside", aside),
             ("_results", results),
             ("_microbatch", microbatch),
             ("_bring", bring),
             ("_current", (0, 1)),
-            ("_calls", {}),
-            ("_seen", Counter()),
+            ("_calls", []),
             ("_losses", None),
         ):
             object.__setattr__(self, name, value)
@@ -103,24 +117,65 @@ class MergedLog:
     def log(self, fx: str, name: str, value: Any, **kwargs: Any) -> None:
         """Buffers what the collection's own `log` takes."""
         index, num_samples = self._current if self._microbatch is None else self._microbatch()
-        if isinstance(value, Tensor) and not kwargs.get("enable_graph", False):
-            value = value.detach()  # a graph kept here would keep the microbatch's activations
-        if isinstance(value, Tensor) and self._bring is not None:
-            value = self._bring(value)
-        # A key may be logged several times within one training_step: the n-th calls of all microbatches belong together.
-        nth = self._seen[index, fx, name]
-        self._seen[index, fx, name] += 1
-        call = _Call(microbatch=index, fx=fx, name=name, value=value, num_samples=num_samples, kwargs=kwargs)
-        self._calls.setdefault((fx, name, nth), []).append(call)
+        if isinstance(value, Tensor):
+            if not kwargs.get("enable_graph", False):
+                value = value.detach()  # a graph kept here would keep the microbatch's activations
+            brought = value if self._bring is None else self._bring(value)
+            value = brought.clone() if brought is value else brought  # the user's code may go on to write the tensor
+        call = _Call(
+            microbatch=index,
+            fx=fx,
+            name=name,
+            value=value,
+            num_samples=num_samples,
+            kwargs=kwargs,
+            forward_cache=getattr(value, "_forward_cache", None),
+        )
+        self._calls.append(call)
 
     def replay(self) -> None:
         """Makes the merged calls on the collection, keys in the order in which they came first, and forgets them."""
-        groups = list(self._calls.values())
+        groups = self._groups()
         self._calls.clear()
-        self._seen.clear()
+        self._make(groups)
+
+    def _groups(self) -> list[list[_Call]]:
+        """Calls that belong together. A key may be logged several times within one step: the n-th calls of all microbatches
+        do."""
+        groups: dict[tuple[str, str, int], list[_Call]] = {}
+        seen: Counter[tuple[int, str, str]] = Counter()
+        for call in self._calls:
+            nth = seen[call.microbatch, call.fx, call.name]
+            seen[call.microbatch, call.fx, call.name] += 1
+            groups.setdefault((call.fx, call.name, nth), []).append(call)
+        return list(groups.values())
+
+    def _make(self, groups: list[list[_Call]]) -> None:
         for calls in groups:
             for call in _merge(calls, self._losses):
                 self._results.log(call.fx, call.name, call.value, **call.kwargs)
+
+    def _as_if_ended(self, read: Callable[[Any], Any]) -> Any:
+        before = _state_of(self._results)
+        try:
+            with self._aside():
+                self._make(self._groups())
+                return read(self._results)
+        finally:
+            _restore(self._results, before)
+
+    def metrics(self, *args: Any, **kwargs: Any) -> Any:
+        """The collection's own, for those who read metrics within the step."""
+        return self._as_if_ended(lambda results: results.metrics(*args, **kwargs))
+
+    def replay_of(self, microbatch: int) -> None:
+        """Makes the calls of one microbatch on the collection, as they were."""
+        for call in self._calls:
+            if call.microbatch != microbatch:
+                continue
+            if not isinstance(call.value, Tensor):
+                call.value._forward_cache = call.forward_cache
+            self._results.log(call.fx, call.name, call.value, **call.kwargs)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._results, name)
@@ -130,7 +185,7 @@ class MergedLog:
 
     # The collection is a dict, and Lightning asks for its truth. Python looks such methods up on the type.
     def __len__(self) -> int:
-        return len(self._results)
+        return len(self._results) or len(self._calls)
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._results)
@@ -139,7 +194,23 @@ class MergedLog:
         return key in self._results
 
     def __getitem__(self, key: Any) -> Any:
-        return self._results[key]
+        return self._as_if_ended(lambda results: copy.copy(results[key]))
+
+
+Aside = Callable[[], AbstractContextManager[Any]]
+
+
+def _state_of(results: Any) -> dict[str, dict[str, Any] | None]:
+    """What `_restore` needs; None for entries that have no attributes. Logging replaces tensors and never writes them."""
+    return {key: dict(vars(result)) if hasattr(result, "__dict__") else None for key, result in results.items()}
+
+
+def _restore(results: Any, state: dict[str, dict[str, Any] | None]) -> None:
+    for key in results.keys() - state.keys():
+        del results[key]
+    for key, attributes in state.items():
+        if attributes is not None:
+            vars(results[key]).update(attributes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -157,30 +228,69 @@ def merged_log(
     loop: Any,
     microbatch: Callable[[], tuple[int, int]] | None = None,
     bring: Callable[[Tensor], Tensor] | None = None,
+    aside: Aside = nullcontext,
 ) -> Iterator[MergedLog]:
     """Merges what is logged within, for one step of a loop that holds a result collection as `_results`.
 
     The real collection is back on every exit. After an exception nothing is replayed.
     """
-    results = loop._results
-    merged = MergedLog(results, microbatch, bring)
-    loop._results = merged
-    try:
+    with held_log(loop, microbatch, bring, aside) as merged:
         yield merged
+    merged.replay()
+
+
+@contextmanager
+def held_log(
+    loop: Any,
+    microbatch: Callable[[], tuple[int, int]] | None,
+    bring: Callable[[Tensor], Tensor] | None = None,
+    aside: Aside = nullcontext,
+) -> Iterator[MergedLog]:
+    """Holds back what is logged within. The real collection is back on every exit; `replay_of` then gives it the calls."""
+    results = loop._results
+    held = MergedLog(results, microbatch, bring, aside)
+    loop._results = held
+    try:
+        yield held
     finally:
         loop._results = results
-    merged.replay()
+
+
+@contextmanager
+def direct_log(loop: Any, bring: Callable[[Tensor], Tensor], aside: Aside) -> Iterator[None]:
+    """For a step that is one microbatch: what it logs goes into the loop's collection at once.
+
+    Args:
+        loop: holds a result collection as `_results`.
+        bring: takes logged values to where the collection computes.
+        aside: makes code within no code between layers.
+    """
+    results = loop._results
+    log = results.log
+    before = _state_of(results)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def log_beside(fx: str, name: str, value: Any, **kwargs: Any) -> None:
+        if isinstance(value, Tensor):
+            value = bring(value)
+        with aside():
+            log(fx, name, value, **kwargs)
+
+    results.log = log_beside
+    try:
+        yield
+    except Uncuttable:  # the step will be run again
+        _restore(results, before)
+        raise
+    finally:
+        del results.log
 
 
 @contextmanager
 def unlogged(loop: Any) -> Iterator[None]:
     """Within, what is logged is dropped."""
-    results = loop._results
-    loop._results = MergedLog(results, lambda: (0, 1))
-    try:
+    with held_log(loop, lambda: (0, 1)):
         yield
-    finally:
-        loop._results = results
 
 
 def _merge(calls: list[_Call], losses: Losses | None) -> list[_Call]:

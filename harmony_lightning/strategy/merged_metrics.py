@@ -54,6 +54,22 @@ def _emptied(metric: Metric) -> Iterator[None]:
             vars(module).update(values)
 
 
+class _Instead:
+    """A callable in the place of a method; for all else it is the method, which may be somebody's own object."""
+
+    def __init__(self, call: Callable[..., Any], method: Callable[..., Any]) -> None:
+        self._call, self._method = call, method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._call(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._method, name)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Instead":
+        return self  # of no copy's business: `Twins` takes it away
+
+
 @contextmanager
 def merged_metrics(metrics: Sequence[Metric], aside: Aside, twins: Twins | None) -> Iterator[None]:
     """Within, the metrics compute where they are. Their methods are back on every exit.
@@ -81,7 +97,7 @@ def merged_metrics(metrics: Sequence[Metric], aside: Aside, twins: Twins | None)
                     twin.update(*args, **kwargs)
                 return result
 
-        return moved
+        return _Instead(moved, method)
 
     before = [(metric, {name: vars(metric)[name] for name in _METHODS if name in vars(metric)}) for metric in metrics]
     try:

@@ -18,12 +18,12 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from harmony_lightning.config import Environment, HarmonyConfig, LossWeight, SplitBatch
-from harmony_lightning.errors import ConfigurationError, UnsupportedError
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.hardware.host import HostCluster
-from harmony_lightning.observability.device_stats import with_all_devices
+from harmony_lightning.observability.device_stats import AllDeviceStats
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan
 from harmony_lightning.plan.timeline import Span, Timeline
@@ -35,12 +35,13 @@ from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_output
 from harmony_lightning.strategy import overrides, precision
 from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.strategy.materialise import materialise, skipped_init
-from harmony_lightning.strategy.merged_log import Losses, merged_log, unlogged
-from harmony_lightning.strategy.merged_metrics import Twins, merged_metrics
+from harmony_lightning.strategy.merged_log import Losses, direct_log, held_log, merged_log, unlogged
+from harmony_lightning.strategy.merged_metrics import Aside, Twins, merged_metrics
 from harmony_lightning.strategy.merged_profile import merged_profile
 from harmony_lightning.strategy.microbatch_check import compare_losses, losses_of_pieces, untouched
 from harmony_lightning.strategy.one_task import check_one_task
 from harmony_lightning.strategy.planning import Planning
+from harmony_lightning.strategy.shared_passes import SharedPasses
 from harmony_lightning.strategy.updates import Updates
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,7 @@ class HarmonyMixin:
         split_batch: SplitBatch | None = None,
         loss_weight: LossWeight = "mean",
         check_microbatches: bool | None = None,
+        evaluation_batches: int | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -94,6 +96,7 @@ class HarmonyMixin:
             "stash": stash,
             "one_layer_per_pack": one_layer_per_pack,
             "check_microbatches": check_microbatches,
+            "evaluation_batches": evaluation_batches,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
         self._config = HarmonyConfig(
@@ -114,6 +117,7 @@ class HarmonyMixin:
         self._is_uncuttable = False
         """Whether user code was seen to take derivatives across layers."""
         self._twins = Twins()
+        self._shared_passes = SharedPasses(self._config.evaluation_batches)
         self._is_checked = False
         """Whether the losses of a minibatch and of its microbatches were compared."""
         self._loss_scale = 1.0
@@ -212,6 +216,9 @@ class HarmonyMixin:
                 f"accelerator='cpu' or 'cuda'"
             )
         super().setup_environment()  # type: ignore[misc]
+        module = self.lightning_module  # type: ignore[attr-defined]
+        if overrides.copies_at_setup(module.trainer.callbacks, self._pl):
+            materialise(module)  # though a checkpoint may bring other values: a copy of none stays without
 
     def setup(self, trainer: Any) -> None:
         """Layers and plan are made with the first batch, when its size is known; what can fail fails here."""
@@ -224,7 +231,7 @@ class HarmonyMixin:
         self._engine = Engine(self.model, self._cluster())
         if not self._engine.cluster.host_is_device:
             accelerator: Any = self.accelerator  # type: ignore[attr-defined]
-            accelerator.get_device_stats = with_all_devices(accelerator.get_device_stats, self._engine.cluster.devices)
+            accelerator.get_device_stats = AllDeviceStats(accelerator.get_device_stats, self._engine.cluster.devices)
         if (text := what_runs_eagerly(self.lightning_module, self._emulated is not None)) is not None:  # type: ignore[attr-defined]
             self._tell_once(text)
         for device in self._engine.cluster.devices:
@@ -242,6 +249,7 @@ class HarmonyMixin:
         self.setup_precision_plugin()  # type: ignore[attr-defined]
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._planning = Planning(self._engine, self._config, self._given_plan)
+        precision.extend_backward(self.precision_plugin, self._backward)  # type: ignore[attr-defined]
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:
@@ -282,7 +290,9 @@ class HarmonyMixin:
             self._engine = None
             self._planning = None
             self._twins = Twins()
+            self._shared_passes = SharedPasses(self._config.evaluation_batches)
             vars(self.accelerator).pop("get_device_stats", None)  # type: ignore[attr-defined]
+            precision.restore_backward(self.precision_plugin)  # type: ignore[attr-defined]
         self._root_loss = None
 
     def on_exception(self, exception: BaseException) -> None:
@@ -309,6 +319,7 @@ class HarmonyMixin:
             "_root_loss": None,
             "_planning": None,
             "_twins": Twins(),
+            "_shared_passes": SharedPasses(self._config.evaluation_batches),
             "_updates": Updates(),
         }
 
@@ -317,6 +328,9 @@ class HarmonyMixin:
     def batch_to_device(self, batch: Any, device: torch.device | None = None, dataloader_idx: int = 0) -> Any:
         """The minibatch stays on the host, from where each microbatch takes its part to the GPU that needs it, unless
         the user's own transfer hooks expect to see it on a GPU."""
+        return self._shared_passes.brought(lambda: self._bring(batch, device, dataloader_idx))
+
+    def _bring(self, batch: Any, device: torch.device | None, dataloader_idx: int) -> Any:
         host = torch.device("cpu")
         if overrides.expects_batch_on_device(self.lightning_module, self._pl):  # type: ignore[attr-defined]
             host = device or self.root_device
@@ -329,7 +343,9 @@ class HarmonyMixin:
         if not module.automatic_optimization:
             self._tell_once("manual optimization: each minibatch runs as one microbatch, packs are swapped as called")
             return self._run_in_one_piece(module.trainer.fit_loop.epoch_loop, "train_step_context", step, batch, *args)
-        engine = self._require_engine()
+        engine = self._engine
+        if engine is None:
+            return self._run_in_one_piece(None, "train_step_context", step, batch, *args)
         assert self._planning is not None
         parts = self._planning.split(batch)
         if parts.reason is not None:
@@ -338,7 +354,7 @@ class HarmonyMixin:
         shares = loss_shares(self._config.loss_weight, parts)
         if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
             self._check(batch, args, parts, shares)
-        functions = [functools.partial(step, part, *args) for part in parts.batches]
+        functions = [functools.partial(_call_step, step, part, *args) for part in parts.batches]
         try:
             output = self._run_microbatches(functions, parts, shares)
         except Uncuttable:
@@ -369,10 +385,16 @@ class HarmonyMixin:
             differentiable.append(loss)
             return differentiable.pop(), with_loss(result, loss.detach())
 
-        logging_merged = merged_log(
-            module.trainer.fit_loop.epoch_loop,
-            lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
-            self._to_root,
+        loop = module.trainer.fit_loop.epoch_loop
+        logging_merged: AbstractContextManager[Any] = (
+            merged_log(
+                loop,
+                lambda: (engine.running_microbatch, parts.num_samples[engine.running_microbatch]),
+                self._to_root,
+                engine.aside,
+            )
+            if len(functions) > 1
+            else direct_log(loop, self._to_root, engine.aside)
         )
         with (
             self._around_step("train_step_context", logging_merged, len(functions)) as merged,
@@ -383,7 +405,7 @@ class HarmonyMixin:
             self._loss_scale = scale_without(shares, [loss_of(output) is None for output in outputs])
             shares = [share * self._loss_scale for share in shares]
             output = merge_outputs(outputs, parts.num_samples, shares)
-            if self._config.loss_weight != "mean" and (total := loss_of(output)) is not None:
+            if len(outputs) > 1 and self._config.loss_weight != "mean" and (total := loss_of(output)) is not None:
                 losses = {m: loss for m, output in enumerate(outputs) if (loss := loss_of(output)) is not None}
                 merged.know_losses(Losses(parts=losses, total=total))
             return output
@@ -407,37 +429,93 @@ class HarmonyMixin:
 
     @contextmanager
     def _around_step(
-        self, context: str, logging: AbstractContextManager[Any], num_microbatches: int = 1
+        self,
+        context: str,
+        logging: AbstractContextManager[Any],
+        num_microbatches: int = 1,
+        aside: Aside | None = None,
     ) -> Iterator[Any]:
         """What is in force while the user's step runs. What is logged is replayed within the context of the precision, in
-        which the user logged it."""
+        which the user logged it. Metrics compute within `aside`."""
         twins = self._twins if num_microbatches > 1 else None
         with (
             self._in_step(),
             getattr(self.precision_plugin, context)(),  # type: ignore[attr-defined]
             logging as merged,
             uncompiled_step(self.lightning_module),  # type: ignore[attr-defined]
-            merged_metrics(self._metrics(), self._require_engine().aside, twins),
+            merged_metrics(self._metrics(), aside or self._require_engine().aside, twins),
         ):
             yield merged
 
+    def on_validation_start(self) -> None:
+        super().on_validation_start()  # type: ignore[misc]
+        self._begin_evaluation(self.lightning_module.trainer._evaluation_loop, "validation")  # type: ignore[attr-defined]
+
+    def on_test_start(self) -> None:
+        super().on_test_start()  # type: ignore[misc]
+        self._begin_evaluation(self.lightning_module.trainer._evaluation_loop, "test")  # type: ignore[attr-defined]
+
+    def on_predict_start(self) -> None:
+        super().on_predict_start()  # type: ignore[misc]
+        self._begin_evaluation(self.lightning_module.trainer.predict_loop, "predict")  # type: ignore[attr-defined]
+
+    def _begin_evaluation(self, loop: Any, stage: str) -> None:
+        if self._config.evaluation_batches == 1 or self._require_engine().cluster.host_is_device:
+            return
+        obstacle = overrides.comes_between_steps(self.lightning_module, loop, stage, self._pl)  # type: ignore[attr-defined]
+        self._tell_obstacle(stage, obstacle)
+        self._shared_passes.begin(loop, f"{stage}_step", is_alone=obstacle is not None)
+
+    def _tell_obstacle(self, stage: str, obstacle: str | None) -> None:
+        if obstacle is not None:
+            self._tell_once(f"evaluation_batches is left out for {stage}_step: {obstacle}")
+
     def validation_step(self, *args: Any) -> Any:
-        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        step = self.lightning_module.validation_step  # type: ignore[attr-defined]
-        return self._run_in_one_piece(trainer._evaluation_loop, "val_step_context", step, *args)
+        return self._evaluate("validation", "val_step_context", *args)
 
     def test_step(self, *args: Any) -> Any:
-        trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        step = self.lightning_module.test_step  # type: ignore[attr-defined]
-        return self._run_in_one_piece(trainer._evaluation_loop, "test_step_context", step, *args)
+        return self._evaluate("test", "test_step_context", *args)
 
     def predict_step(self, *args: Any) -> Any:
-        step = self.lightning_module.predict_step  # type: ignore[attr-defined]
-        return self._run_in_one_piece(None, "predict_step_context", step, *args)
+        return self._evaluate("predict", "predict_step_context", *args)
+
+    def _evaluate(self, stage: str, context: str, *args: Any) -> Any:
+        """The output of one batch, which may have run together with those before it."""
+        module, shared = self.lightning_module, self._shared_passes  # type: ignore[attr-defined]
+        step = getattr(module, f"{stage}_step")
+        loop = module.trainer.predict_loop if stage == "predict" else module.trainer._evaluation_loop
+        if shared.is_on and not shared.has_kept and not any(inner.training for inner in module.modules()):
+            self._run_group(loop, stage, context, step, args)
+        if not shared.has_kept:
+            return self._run_in_one_piece(None if stage == "predict" else loop, context, step, *args)
+        with self._in_step(), getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+            return shared.give()
+
+    def _run_group(self, loop: Any, stage: str, context: str, step: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        engine, module = self._require_engine(), self.lightning_module  # type: ignore[attr-defined]
+
+        def bring(batch: Any, dataloader_idx: int) -> Any:
+            batch = self.precision_plugin.convert_input(batch)  # type: ignore[attr-defined]
+            return self._bring(batch, None, dataloader_idx)
+
+        group = self._shared_passes.arguments_of_group(loop, args, bring)
+        has_log = stage != "predict"
+        log_context = held_log(loop, lambda: (engine.running_microbatch, 1), self._to_root)
+        with (
+            self._around_step(context, log_context if has_log else nullcontext(), aside=engine.aside_in_turn) as held,
+            merged_profile(module.trainer.profiler),
+        ):
+            together = engine.run_together([functools.partial(step, *arguments) for arguments in group])
+            outcomes = [map_tensors(self._to_root, outcome) for outcome in together.outcomes]
+        self._tell_obstacle(stage, together.obstacle)
+        self._shared_passes.keep(outcomes, held if has_log else None, is_last=together.obstacle is not None)
 
     def _run_in_one_piece(self, loop: Any, context: str, step: Callable[..., Any], *args: Any) -> Any:
-        engine = self._require_engine()
-        log_context = merged_log(loop, lambda: (0, 1), self._to_root) if loop is not None else nullcontext()
+        engine = self._engine
+        if engine is None:  # called outside of a run: everything is on the host
+            with getattr(self.precision_plugin, context)():  # type: ignore[attr-defined]
+                return step(*args)
+        log_context = direct_log(loop, self._to_root, engine.aside) if loop is not None else nullcontext()
         with self._around_step(context, log_context):
             return map_tensors(self._to_root, engine.run(lambda: step(*args), trains=context == "train_step_context"))
 
@@ -457,14 +535,20 @@ class HarmonyMixin:
         scale: float = scaler.get_scale() if scaler is not None else 1.0
         return scale / self.lightning_module.trainer.accumulate_grad_batches  # type: ignore[attr-defined,no-any-return]
 
-    def backward(
-        self, closure_loss: torch.Tensor, optimizer: Optimizer | None, *args: Any, **kwargs: Any
-    ) -> torch.Tensor:
-        module = self.lightning_module  # type: ignore[attr-defined]
-        self.pre_backward(closure_loss)  # type: ignore[attr-defined]
-        closure_loss = self.precision_plugin.pre_backward(closure_loss, module)  # type: ignore[attr-defined]
+    def _backward(
+        self,
+        lightnings: Callable[..., None],
+        loss: torch.Tensor,
+        module: Any,
+        optimizer: Any,
+        *args: Any,
+        **kwargs: Any,
+    ) -> None:
+        """What the precision plugin's `backward` is during a run: Lightning's own goes to the root of the loss, and what is
+        left goes through the packs, before any hook sees gradients. The strategy's own `backward` is not touched: it is
+        what others watch."""
         try:
-            self.precision_plugin.backward(closure_loss, module, optimizer, *args, **kwargs)  # type: ignore[attr-defined]
+            lightnings(loss, module, optimizer, *args, **kwargs)
         except RuntimeError as error:
             if self._root_loss is not None:
                 error.add_note(
@@ -472,26 +556,24 @@ class HarmonyMixin:
                     "its own; call loss.backward(), or use torch.autograd.grad inside training_step"
                 )
             raise
-        engine = self._require_engine()
         root, self._root_loss = self._root_loss, None
-        if root is None:
-            pass  # manual optimization: that was the whole backward
-        elif root.grad is None:
+        if root is None or self._engine is None:
+            return  # manual optimization, or no run: that was the whole backward
+        engine = self._engine
+        if root.grad is None:
             engine.abort()
-            raise UnsupportedError(
-                "backward() was called, but no gradient reached the loss that training_step returned; an overridden "
-                "backward must differentiate that loss (loss.backward(...)), or use manual optimization"
+            self._tell_once(
+                "backward() left the loss that training_step returned without a gradient, so there are no gradients in "
+                "this step; an overridden backward must differentiate that loss (loss.backward(...)), or use manual "
+                "optimization"
             )
+            return
+        on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
+        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
+        if self._updates.may_go_on(engine):
+            engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
         else:
-            on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
-            engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
-            if self._updates.may_go_on(engine):
-                engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
-            else:
-                engine.settle()
-        closure_loss = self.precision_plugin.post_backward(closure_loss, module)  # type: ignore[attr-defined]
-        self.post_backward(closure_loss)  # type: ignore[attr-defined]
-        return closure_loss
+            engine.settle()
 
     def _factor(self, gradient: torch.Tensor) -> float:
         """What the loss counts; the expected number where the loss's type can only hold it rounded."""
@@ -500,7 +582,9 @@ class HarmonyMixin:
 
     def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], model: Any = None, **kwargs: Any) -> Any:
         trainer = self.lightning_module.trainer  # type: ignore[attr-defined]
-        engine = self._require_engine()
+        engine = self._engine
+        if engine is None:
+            return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
         with (
             self._in_step(),
             self._updates.stepping(optimizer, closure, engine, trainer) as closure,
@@ -536,6 +620,13 @@ class HarmonyMixin:
 
 
 _COUNTS = tuple(name for name in Statistics.__dataclass_fields__ if name != "peak_device_bytes")
+
+
+def _call_step(step: Callable[..., Any], *args: Any) -> Any:
+    """A weight that is the loss itself is made one that the loss is computed from."""
+    output = step(*args)
+    loss = loss_of(output)
+    return with_loss(output, loss * 1) if isinstance(loss, torch.nn.Parameter) else output
 
 
 def _log_to_stderr(level: str) -> None:

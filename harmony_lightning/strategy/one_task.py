@@ -13,7 +13,10 @@ def check_one_task(environment: Any) -> None:
     Raises:
         ConfigurationError: it has started more than one task.
     """
-    num_tasks = environment.world_size()
+    try:
+        num_tasks = environment.world_size()
+    except KeyError:  # SLURM is named as a plugin, or asked for, but has not started this process
+        num_tasks = 1
     if getattr(environment, "creates_processes_externally", False):
         # Lightning's own environment learns the number from the strategy, whoever has started the processes.
         declared = os.environ.get("WORLD_SIZE", "1")

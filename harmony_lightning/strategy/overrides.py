@@ -3,6 +3,7 @@
 Flavour-free: the base classes to compare with come in through the Lightning package that is passed.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 _BETWEEN_BACKWARD_AND_STEP = (
@@ -26,6 +27,8 @@ _PRECISION_BETWEEN = (
 )
 _TRANSFERS = ("transfer_batch_to_device", "on_before_batch_transfer", "on_after_batch_transfer")
 _BEHIND_STEP = ("on_train_batch_end",)
+_COPIES_AT_SETUP = ("WeightAveraging", "StochasticWeightAveraging", "ModelPruning")
+"""Lightning's callbacks that do."""
 
 
 def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | None:
@@ -45,7 +48,7 @@ def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | 
                 return f"{type(callback).__name__}.{hook} sees gradients"
     if not _is_of_package(type(precision_plugin), pl):
         for hook in _PRECISION_BETWEEN:
-            if _is_overridden(precision_plugin, hook, pl.plugins.Precision):
+            if getattr(type(precision_plugin), hook, None) is not getattr(pl.plugins.Precision, hook, None):
                 return f"{type(precision_plugin).__name__}.{hook} sees gradients"
     return None
 
@@ -56,6 +59,42 @@ def looks_back(module: Any, pl: Any) -> bool:
         not _is_of_package(type(callback), pl) and _is_overridden(callback, hook, pl.Callback)
         for callback in module.trainer.callbacks
         for hook in _BEHIND_STEP
+    )
+
+
+def comes_between_steps(module: Any, loop: Any, stage: str, pl: Any) -> str | None:
+    """What of the user's runs between two steps of an evaluation, and so may see, or change, what steps work with; None if
+    nothing does. Lightning's own callbacks only look at progress and outputs.
+
+    Args:
+        loop: ready to ask for its first batch.
+        stage: validation, test or predict.
+    """
+    if hasattr(loop._data_fetcher, "iterator_wrapper"):
+        return "it asks for its batches itself (dataloader_iter)"
+    hooks = (f"on_{stage}_batch_start", f"on_{stage}_batch_end")
+    for hook in hooks:
+        if _is_overridden(module, hook, pl.LightningModule):
+            return f"{type(module).__name__}.{hook} runs between them"
+        for callback in module.trainer.callbacks:
+            definer = next((kind for kind in type(callback).__mro__ if hook in vars(kind)), type(callback))
+            if hook in vars(callback) or not _is_of_package(definer, pl):
+                return f"{type(callback).__name__}.{hook} runs between them"
+    datamodule, hook = module.trainer.datamodule, "on_before_batch_transfer"
+    if _is_overridden(module, hook, pl.LightningModule):
+        return f"{type(module).__name__}.{hook} runs between them"
+    if datamodule is not None and _is_overridden(datamodule, hook, pl.LightningDataModule):
+        return f"{type(datamodule).__name__}.{hook} runs between them"
+    return None
+
+
+def copies_at_setup(callbacks: Sequence[Any], pl: Any) -> bool:
+    """Whether a callback may copy the module before the strategy is set up."""
+    known = tuple(getattr(pl.callbacks, name) for name in _COPIES_AT_SETUP if hasattr(pl.callbacks, name))
+    return any(
+        isinstance(callback, known)
+        or (not _is_of_package(type(callback), pl) and _is_overridden(callback, "setup", pl.Callback))
+        for callback in callbacks
     )
 
 

@@ -3,6 +3,8 @@
 Flavour-free: plugins are known by name, so that nothing of Lightning is imported.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -30,6 +32,21 @@ def check_plugin(plugin: Any) -> None:
                 f"strategy='harmony' cannot use {type(plugin).__name__}: {reason}; use precision='32-true', 'bf16-true', "
                 f"'bf16-mixed', '16-mixed', '16-true' or '64-true'"
             )
+
+
+def extend_backward(plugin: Any, extended: Callable[..., None]) -> None:
+    """Until `restore_backward`, the plugin's `backward` is `extended`, which gets the plugin's own as first argument."""
+    plugin.backward = functools.partial(extended, plugin.backward)
+
+
+def restore_backward(plugin: Any) -> None:
+    """May be called twice."""
+    backward = vars(plugin).get("backward")
+    if isinstance(backward, functools.partial):
+        (own,) = backward.args
+        del plugin.backward
+        if own != plugin.backward:
+            plugin.backward = own
 
 
 def keep_scaler_on_host(scaler: Any) -> None:

@@ -93,8 +93,8 @@ class Updates:
         return self._just_in_time
 
     def may_go_on(self, engine: Engine) -> bool:
-        """Whether the updates of this backward may go on while the next step begins: everything they write is there already,
-        and nobody but the worker looks for gradients."""
+        """Whether the updates of this backward may go on while the next step begins: everything they write is there, and
+        nobody but the worker looks for gradients."""
         optimizer, updated = self._optimizer, engine.updated
         if optimizer is None or self._just_in_time is None or self._just_in_time.keeps_gradients:
             return False

@@ -148,6 +148,21 @@ def test_forward_and_backward_are_bitwise_those_of_the_cpu(case: str, cluster: E
 
 
 @pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
+def test_autocast_reaches_what_a_composite_operation_calls(cluster: EmulatedCluster, guard: Callable[[], Any]) -> None:
+    device, lstm = cluster.devices[0].torch_device, nn.LSTM(4, 4)
+    x, y = torch.randn(3, 4), torch.randn(4, 4)
+    results = []
+    for on in ("cpu", device):
+        with guard(), torch.autocast("cpu", dtype=torch.bfloat16):
+            half = x.to(on) @ y.to(on)
+            results += [torch.einsum("ij,jk->ik", half, y.to(on)), lstm.to(on)(half)[0]]
+    for expected, actual in zip(results[:2], results[2:], strict=True):
+        assert actual.device == device
+        assert actual.dtype == expected.dtype == torch.bfloat16
+        torch.testing.assert_close(actual.cpu(), expected, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("guard", [torch.no_grad, torch.inference_mode])
 def test_evaluation_is_bitwise_that_of_the_cpu(guard: Any, cluster: EmulatedCluster) -> None:
     module, x = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval(), torch.randn(2, 5, 8)
     twin = copy.deepcopy(module).to("cpu:0")

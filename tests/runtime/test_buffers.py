@@ -171,3 +171,21 @@ def test_written_copies_stay_whatever_comes(cluster):
         assert store.fetch((home, f"b{index}"), one).tolist() == [index + 1] * 4
     store.flush()
     assert [getattr(home, f"b{index}")[0].item() for index in range(8)] == [1, 2, 3, 4, 5, 6, 7, 8]
+
+
+def test_user_code_finds_what_a_forward_has_written(cluster, store):
+    home, (one, two) = Home(), cluster.devices
+    store.fetch((home, "count"), two)
+    store.written((home, "mean"), one, store.fetch((home, "mean"), one) + 1)
+    other = torch.zeros(4)
+    assert store.come_home(other) is other
+    assert store.come_home(home.mean) is home.mean
+    assert home.mean.tolist() == [1, 2, 3, 4]
+    home.mean.zero_()
+    assert store.fetch((home, "mean"), two).tolist() == [0, 0, 0, 0]
+    store.come_home(home.count.add_(1))
+    assert store.fetch((home, "count"), two) == 8
+    store.come_home(home.count)
+    store.come_home(home.mean)
+    assert store.is_empty
+    assert not +store._clean_nbytes

@@ -36,8 +36,11 @@ class _Broken(Exception):
     pass
 
 
-class _Breaking(torch.optim.SGD):
+class _Breaking(torch.optim.Optimizer):
     """Fails on the host worker, which then drops what else has been submitted."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
 
     def step(self, closure=None):
         loss = closure() if closure is not None else None

@@ -1,7 +1,9 @@
 """The probe: which optimizers may update pack by pack."""
 
 import inspect
+import pickle
 import random
+from unittest import mock
 
 import pytest
 import torch
@@ -238,19 +240,48 @@ def test_one_group_of_many_that_is_not_separable_is_found():
 
 
 def test_options_that_change_are_probed_again():
-    class Optional(GlobalClip):
-        def change(self, parameters):
-            if self.param_groups[0]["clips"]:
-                super().change(parameters)
+    class Optional(torch.optim.Optimizer):
+        def step(self, closure=None):
+            loss = closure() if closure is not None else None
+            for group in self.param_groups:
+                parameters = [p for p in group["params"] if p.grad is not None]
+                if parameters and group["clips"]:
+                    nn.utils.clip_grad_norm_(parameters, 10.0)
+                for parameter in parameters:
+                    parameter.data.add_(parameter.grad, alpha=-group["lr"])
+            return loss
 
-    optimizer = Optional(make_net().parameters(), lr=0.1)
-    optimizer.param_groups[0]["clips"] = False
+    optimizer = Optional(make_net().parameters(), {"lr": 0.1, "clips": False})
     known = Separability()
     assert known.reason_against(optimizer) is None
     optimizer.param_groups[0]["clips"] = True
     assert known.reason_against(optimizer) is not None
     optimizer.param_groups[0].update(clips=False, lr=0.01)
     assert known.reason_against(optimizer) is None
+
+
+def test_a_step_around_that_of_an_optimizer_of_torch_is_not_tried():
+    calls = []
+
+    class Recording(torch.optim.AdamW):
+        def step(self, closure=None):
+            calls.append(closure)
+            return super().step(closure)
+
+    assert "goes around" in Separability().reason_against(Recording(make_net().parameters()))
+    optimizer = torch.optim.SGD(make_net().parameters(), lr=0.1)
+    for options in ({}, {"autospec": True}):
+        with mock.patch.object(torch.optim.SGD, "step", **options) as step:
+            assert "goes around" in Separability().reason_against(optimizer)
+        step.assert_not_called()
+    assert not calls
+    assert Separability().reason_against(torch.optim.AdamW(make_net().parameters())) is None
+
+
+def test_what_is_known_is_not_pickled():
+    known = Separability()
+    assert known.reason_against(torch.optim.SGD(make_net().parameters(), lr=0.1)) is None
+    assert pickle.loads(pickle.dumps(known)).reason_against(torch.optim.LBFGS(make_net().parameters())) is not None
 
 
 def test_hooks_on_the_step_speak_against_and_may_go_again():

@@ -7,7 +7,7 @@ pytest.importorskip("pytorch_forecasting", exc_type=(ImportError, RuntimeError))
 import numpy as np
 import pandas as pd
 from beside_plain import run_both
-from pytorch_forecasting import DecoderMLP, NBeats, NHiTS, TemporalFusionTransformer, TimeSeriesDataSet
+from pytorch_forecasting import DecoderMLP, DeepAR, NBeats, NHiTS, TemporalFusionTransformer, TimeSeriesDataSet
 from pytorch_forecasting.metrics import QuantileLoss
 
 pytestmark = pytest.mark.third_party
@@ -78,6 +78,16 @@ def test_feed_forward_forecasters_are_equal_to_the_bit(make_data, kind, sizes, m
         room=2 * memory,
     )
     assert runs.differences == {}
+
+
+def test_deep_ar_is_equal_to_the_bit():
+    """Its forecasts are samples, so that random numbers are drawn between layers."""
+    data = series(time_varying_known_reals=["known"], static_categoricals=["group"])
+
+    def make_module():
+        return DeepAR.from_dataset(data, hidden_size=32, rnn_layers=3, learning_rate=0.01, log_interval=-1)
+
+    assert run(data, make_module, memory=310_000, room=3_000_000).differences == {}
 
 
 def test_temporal_fusion_transformer():
