@@ -566,6 +566,7 @@ class Engine:
         former = microbatch.segment
         self.state.release(former.pack, former.device.index)
         self._leave()
+        self.state.departures.let_go()
         if not torch.is_grad_enabled():
             microbatch.segments.clear()
         microbatch.open(pack)

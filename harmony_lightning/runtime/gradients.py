@@ -221,6 +221,11 @@ class GradientStore:
         self._parts.clear()
         self._for_hooks.clear()
 
+    def close(self) -> None:
+        """Free the slots."""
+        for slots in self._slots:
+            slots.clear()
+
     def _slot(self, pack: int, device: int) -> _Slot:
         slots = self._slots[device]
         slot = next((slot for slot in slots if slot.pack == pack), None)

@@ -232,6 +232,7 @@ class RuntimeState:
         for loader in self._loaders:
             loader.close()
         self._weights = []
+        self.gradients.close()
 
     def release(self, pack: int, device: int) -> None:
         """A pack's weights are not needed on a device any more."""
