@@ -281,7 +281,7 @@ class Engine:
         return results
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:
-        """Run what is left of the backward of the step; `settle` waits for gradients and updates that are on their way then.
+        """Run what is left of the backward of the step; `settle` waits for gradients and updates still on their way then.
 
         Args:
             factor: gradient of the minibatch's loss.
