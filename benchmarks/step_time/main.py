@@ -1,48 +1,45 @@
-"""Step time on emulated GPUs against what the machine allows: `README.md` tells how to read the table."""
+"""Step time on emulated GPUs against what the machine allows; `README.md` tells how to read the table."""
 
 import argparse
-import json
+import logging
 import time
 import warnings
-from dataclasses import dataclass
+from pathlib import Path
 
 import lightning as L
 import torch
-from bound import Bound, Step
+from bound import bound, starts
 from models import MODELS, LanguageModel, tokens
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import gpu_model, host_model
-from harmony_lightning.plan.timeline import Timeline
+from harmony_lightning.observability.trace import chrome_trace
+
+NUM_STEPS = 4
+"""The first one is not yet in full flow; the time between the starts of the last two is told."""
+HEADER = (
+    "| model | GPUs | tokens per step | packs | step | bound | ratio | of which | peak per GPU | this took |\n"
+    "|---|---|---|---|---|---|---|---|---|---|"
+)
 
 
-@dataclass(frozen=True)
-class Result:
-    seconds: float
-    bound: Bound
-    peak_nbytes: int
-    swap_in_nbytes: int
-    wall_seconds: float
-
-
-class LastStep(L.Callback):
-    """When the steps began and ended on the virtual clock, from the counts of what had been done by then."""
-
-
-def measure(
-    model: str, preset: str, num_gpus: int, num_tokens: int, arguments: argparse.Namespace
-) -> tuple[Timeline, dict]:
-    shape = MODELS[model]
-    cluster = EmulatedCluster(num_gpus, preset=preset, host=arguments.host, fake=True, check_races=False)
+def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
+    """One row of the table."""
+    shape, num_gpus = MODELS[arguments.model], arguments.num_gpus
+    cluster = EmulatedCluster(num_gpus, preset=arguments.gpu, host=arguments.host, fake=True, check_races=False)
     num_sequences = max(1, num_tokens // arguments.length)
+    microbatch_size = max(1, num_sequences // arguments.microbatches)
     strategy = HarmonyStrategy(
-        mode="pp", microbatch_size=max(1, -(-num_sequences // arguments.microbatches)), cluster=cluster
+        mode="pp",
+        microbatch_size=microbatch_size,
+        one_layer_per_pack=arguments.one_layer_per_pack,
+        cluster=cluster,
     )
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
         precision=arguments.precision,
-        max_steps=arguments.steps,
+        max_steps=NUM_STEPS,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -52,39 +49,44 @@ def measure(
         module = LanguageModel(shape)
     module.to_empty(device="cpu")
     begin = time.perf_counter()
-    trainer.fit(module, tokens(num_sequences, arguments.length, shape.vocabulary, arguments.steps))
-    return strategy, time.perf_counter() - begin, sum(p.numel() for p in module.parameters())
+    trainer.fit(module, tokens(num_sequences, arguments.length, shape.vocabulary, NUM_STEPS))
+    took = time.perf_counter() - begin
+    timeline, statistics = strategy.timeline(), strategy.statistics()
+    if arguments.trace is not None:
+        arguments.trace.write_text(chrome_trace(timeline))
+    num_parameters = sum(parameter.numel() for parameter in module.parameters())
+    dtype = "float32" if arguments.precision == "32-true" else "bfloat16"
+    least = bound(
+        timeline, NUM_STEPS, num_gpus, num_parameters, gpu_model(arguments.gpu), host_model(arguments.host), dtype
+    )
+    first, second = starts(timeline)[-2:]
+    seconds = second - first
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(least).items())
+    return (
+        f"| {arguments.model} | {num_gpus}x {arguments.gpu} | {num_sequences * arguments.length} | "
+        f"{statistics.num_packs} | {seconds:.3f} s | {least.seconds:.3f} s ({least.resource.replace('_', ' ')}) | "
+        f"{seconds / least.seconds:.3f} | {parts} | {max(statistics.peak_device_bytes) / 2**30:.1f} GiB | {took:.0f} s |"
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", default="gpt2-xl", choices=sorted(MODELS))
-    parser.add_argument("--gpu", default="3090")
+    parser.add_argument("--gpu", default="3090", help="a preset of harmony_lightning.hardware.presets")
     parser.add_argument("--num-gpus", type=int, default=4)
-    parser.add_argument("--host", default="server")
-    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--host", default="server", help="a preset, too")
+    parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
-    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--trace")
+    parser.add_argument("--one-layer-per-pack", action="store_true")
+    parser.add_argument("--trace", type=Path, help="write the last run's timeline, for https://ui.perfetto.dev")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
-    strategy, wall, num_parameters = measure(
-        arguments.model, arguments.gpu, arguments.num_gpus, arguments.tokens, arguments
-    )
-    timeline = strategy.timeline()
-    print(strategy.statistics(), "wall", wall, "params", num_parameters)
-    print("packs", len(strategy.plan.packs), "prefetch", strategy.plan.prefetch)
-    total = timeline.seconds
-    print("total", total, "per step", total / arguments.steps)
-    lanes = sorted({(s.device, s.lane) for s in timeline.spans})
-    for device, lane in lanes:
-        print(device, lane, round(timeline.busy_seconds(device, lane), 3))
-    if arguments.trace:
-        from harmony_lightning.observability.trace import chrome_trace
-
-        open(arguments.trace, "w").write(chrome_trace(timeline))
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    print(HEADER)
+    for num_tokens in arguments.tokens:
+        print(measure(arguments, num_tokens), flush=True)
 
 
 if __name__ == "__main__":
