@@ -200,7 +200,7 @@ def test_a_transformer_on_the_meta_device():
 
     module, plain = declared(Model), Model()
     data = torch.randint(0, 64, (8, 12), generator=torch.Generator().manual_seed(1))
-    fitted = trainer(harmony(2, "300KiB"))
+    fitted = trainer(harmony(2, "320KiB"))
     fitted.fit(module, torch.utils.data.DataLoader(data, batch_size=4))
     for name, buffer in plain.named_buffers():
         assert torch.equal(module.get_buffer(name), buffer), name

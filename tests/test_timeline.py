@@ -34,7 +34,9 @@ def test_a_timeline_holds_every_byte_and_keeps_the_order_of_lanes():
     payload = statistics.swap_in_bytes
     assert payload <= moved("swap-in") < 1.001 * payload  # arenas travel with the gaps between weights
     assert moved("stash-in") == statistics.stash_in_bytes
-    assert statistics.p2p_bytes < moved("peer-out") < 1.01 * statistics.p2p_bytes  # with losses on their way to the root
+    assert (
+        statistics.p2p_bytes < moved("peer-out") < 1.01 * statistics.p2p_bytes
+    )  # with losses on their way to the root
     for device in range(2):
         for lane in ("compute", "swap-in", "swap-out"):
             spans = found.lane(device, lane)

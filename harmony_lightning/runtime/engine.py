@@ -11,6 +11,8 @@ skipped layers and other orders than the plan's need no special case, only more 
 
 import dataclasses
 import logging
+import os
+import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -72,6 +74,7 @@ class Engine:
         """Whether updates may write a tensor."""
         self.is_cut = True
         """Whether the microbatches of the step are cut at pack borders."""
+        _engines.add(self)
         self._interposition = Interposition(root)
         self._host_arithmetic = HostArithmetic()
         self._derived: list[Derived] = []
@@ -278,8 +281,7 @@ class Engine:
         return results
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:
-        """Run what is left of the backward of the step. Gradients and updates may be on their way at its end; `settle` waits
-        for them.
+        """Run what is left of the backward of the step; `settle` waits for gradients and updates still on their way then.
 
         Args:
             factor: gradient of the minibatch's loss.
@@ -699,6 +701,18 @@ class Engine:
         for microbatch in self._microbatches:
             for _, parts in microbatch.pending.values():
                 parts[:] = [Arrival(part.take() * ratio, part.device) for part in parts]
+
+
+_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
+
+
+def _settle_all() -> None:
+    for engine in list(_engines):
+        engine.settle()
+
+
+# Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.
+os.register_at_fork(before=_settle_all)
 
 
 def _steps_aside(pack: Any) -> bool:

@@ -50,11 +50,12 @@ class GradientStore:
         cluster: Cluster,
         counters: Counters,
         worker: HostWorker,
-        reads: Callable[[int], Sequence[Event]] = lambda pack: (),
+        reads: Callable[[Iterable[str]], Sequence[Event]] = lambda names: (),
         limit_nbytes: int = sys.maxsize,
     ) -> None:
-        """`reads` tells the points behind the last swap-ins of a pack; `limit_nbytes` is what gradients that code between
-        layers makes of layers' weights may take on each device."""
+        """`reads` tells the points behind the last swap-ins of weights, which must come before an update though no compute
+        may have waited for them; `limit_nbytes` is what gradients that code between layers makes of layers' weights may
+        take on each device."""
         self._reads = reads
         self._parameters = parameters
         self._limit_nbytes = limit_nbytes
@@ -159,8 +160,7 @@ class GradientStore:
         if holders:
             assert pack is not None
             self._reduce(holders)
-            # Weights may have come in that no compute has waited for; they must have been read before they are updated.
-            self._swap_out(*holders[0], is_complete, on_complete, self._reads(pack))
+            self._swap_out(*holders[0], is_complete, on_complete)
 
     def hold(self) -> None:
         """Bring everything to the host; nothing becomes complete."""
@@ -172,16 +172,15 @@ class GradientStore:
         """End of a backward: whatever has not become complete by now never gets more."""
         self.hold()
 
-        def complete_parts() -> None:
-            parts, self._parts = self._parts, {}
-            self._receive(parts, frozenset(parts), on_complete)
-
-        ticket = self._worker.submit(complete_parts, LAST)
-        self._updates.update(dict.fromkeys(self._in_parts, ticket))
-        self._in_parts.clear()
+        complete, self._in_parts = frozenset(self._in_parts), set()
+        self._submit(self._take_parts, complete, on_complete, priority=LAST)
         if any(has_hooks(parameter) for parameter in self._parameters.values()):
             self._worker.drain()
             self._deliver(on_complete)
+
+    def _take_parts(self) -> dict[str, torch.Tensor]:
+        parts, self._parts = self._parts, {}
+        return parts
 
     def await_updates(self, names: Iterable[str]) -> None:
         """Return when the last updates of these weights are done."""
@@ -268,14 +267,7 @@ class GradientStore:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_out(
-        self,
-        device: int,
-        slot: _Slot,
-        is_complete: Callable[[str], bool],
-        on_complete: OnComplete,
-        read: Sequence[Event] = (),
-    ) -> None:
+    def _swap_out(self, device: int, slot: _Slot, is_complete: Callable[[str], bool], on_complete: OnComplete) -> None:
         assert slot.pack is not None
         layout = self._layouts[slot.pack]
         nbytes = layout_nbytes(layout)
@@ -297,16 +289,10 @@ class GradientStore:
         slot_pack, slot.pack = slot.pack, None
         slot.written.clear()
 
-        def receive() -> None:
-            for event in (arrival, *read):
-                event.synchronize()
-            self._receive(arrived, complete, on_complete)
-
         in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
         self._in_parts.update(arrived.keys() - complete)
-        ticket = self._worker.submit(receive, 0 if in_turn else self._plan.update_priority(slot_pack))
-        self._buffers.follow(buffer, ticket)
-        self._updates.update(dict.fromkeys(complete, ticket))
+        priority = 0 if in_turn else self._plan.update_priority(slot_pack)
+        self._buffers.follow(buffer, self._submit(lambda: arrived, complete, on_complete, arrival, priority))
 
     @torch.no_grad()
     def _send_loose(
@@ -321,11 +307,28 @@ class GradientStore:
             self._counters.swap_out_bytes += _payload_nbytes(total)
             total = total.cpu()
         complete = frozenset((name,)) if is_complete else frozenset[str]()
-        arrived_on_host = {name: total}
-        if not is_complete:
-            self._in_parts.add(name)
-        ticket = self._worker.submit(lambda: self._receive(arrived_on_host, complete, on_complete))
+        self._in_parts.update({name} - complete)
+        self._submit(lambda: {name: total}, complete, on_complete)
+
+    def _submit(
+        self,
+        take: Callable[[], dict[str, torch.Tensor]],
+        complete: frozenset[str],
+        on_complete: OnComplete,
+        arrival: Event | None = None,
+        priority: int = 0,
+    ) -> Ticket:
+        """Have the worker deal with gradients that reach the host at `arrival`; those in `complete` get no more parts."""
+        events = [*self._reads(complete), *([arrival] if arrival is not None else [])]
+
+        def receive() -> None:
+            for event in events:
+                event.synchronize()
+            self._receive(take(), complete, on_complete)
+
+        ticket = self._worker.submit(receive, priority)
         self._updates.update(dict.fromkeys(complete, ticket))
+        return ticket
 
     @torch.no_grad()
     def _receive(self, arrived: dict[str, torch.Tensor], complete: frozenset[str], on_complete: OnComplete) -> None:

@@ -5,7 +5,7 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -48,6 +48,10 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
+        self._packs_of: dict[str, list[int]] = {}
+        for index, pack in enumerate(plan.packs):
+            for name in pack.parameters:
+                self._packs_of.setdefault(name, []).append(index)
         self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
         self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
@@ -113,8 +117,10 @@ class RuntimeState:
         """`pack` if the weight has a place in its gradient slot."""
         return pack if name in self.plan.packs[pack].parameters else None
 
-    def _reads(self, pack: int) -> list[Event]:
-        return [read for weights in self._weights if (read := weights.last_read(pack)) is not None]
+    def _reads(self, names: Iterable[str]) -> list[Event]:
+        packs = sorted({pack for name in names for pack in self._packs_of.get(name, ())})
+        reads = (weights.last_read(pack) for weights in self._weights for pack in packs)
+        return [read for read in reads if read is not None]
 
     def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
         """Device-resident weights of a layer; those in `trained` require a gradient."""

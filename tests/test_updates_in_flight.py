@@ -1,0 +1,122 @@
+"""Updates go on while the next step begins; whoever looks at weights or at states of the optimizer sees finished ones."""
+
+import copy
+import os
+
+import lightning as L
+import pytest
+import torch
+from chain import Chain, harmony, loader, same_weights, trainer
+
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
+
+NUM_STEPS = 4
+
+
+def fit(strategy=None, callbacks=(), make=Chain, **options):
+    torch.manual_seed(0)
+    module = make(depth=6, optimizer=torch.optim.AdamW)
+    accumulate = {} if strategy else {"accumulate_grad_batches": 4}
+    data = loader(8 if strategy else 2)
+    steps = {"limit_train_batches": NUM_STEPS if strategy else 4 * NUM_STEPS}
+    trainer(strategy or "auto", callbacks=list(callbacks), **steps, **accumulate, **options).fit(module, data)
+    return module
+
+
+class Looking(L.Callback):
+    """Looks at something behind each step."""
+
+    def __init__(self, look):
+        self.look = look
+        self.seen = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            self.seen.append(self.look(trainer, module))
+
+
+def moments(trainer, module):
+    (optimizer,) = trainer.optimizers
+    return [optimizer.state[parameter]["exp_avg"].clone() for parameter in module.parameters()]
+
+
+LOOKS = {
+    "values": lambda trainer, module: [parameter.detach().clone() for parameter in module.parameters()],
+    "sum": lambda trainer, module: [parameter.sum() for parameter in module.parameters()],
+    "data": lambda trainer, module: [parameter.data.clone() for parameter in module.parameters()],
+    "numpy": lambda trainer, module: [torch.from_numpy(p.detach().numpy().copy()) for p in module.parameters()],
+    "copy": lambda trainer, module: [p.detach() for p in copy.deepcopy(module).parameters()],
+    "state dict": lambda trainer, module: [value.clone() for value in module.state_dict().values()],
+    "moments": moments,
+}
+
+
+@pytest.mark.parametrize("look", LOOKS)
+def test_what_is_looked_at_is_that_of_the_end_of_the_step(look):
+    plain, ours = Looking(LOOKS[look]), Looking(LOOKS[look])
+    assert same_weights(fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours]))
+    assert len(plain.seen) == len(ours.seen) == NUM_STEPS
+    for expected, found in zip(plain.seen, ours.seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+class Writing(L.Callback):
+    """Writes weights behind each step, as weight clipping does."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.clamp_(-0.05, 0.05)
+
+
+def test_weights_may_be_written_between_steps():
+    assert same_weights(fit(callbacks=[Writing()]), fit(harmony(2), callbacks=[Writing()]))
+
+
+class Remembering(Chain):
+    """Keeps views of the weights from the beginning, and uses them in the step and behind it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.norms = []
+
+    def on_fit_start(self):
+        self.views = [parameter.data.view(-1) for parameter in self.parameters()]
+
+    def training_step(self, batch, batch_idx):
+        self.norms.append(sum(view.norm().item() for view in self.views))
+        return super().training_step(batch, batch_idx)
+
+
+def test_views_of_weights_are_watched_too():
+    plain, ours = fit(make=Remembering), fit(harmony(2), make=Remembering)
+    assert ours.norms[::4] == plain.norms[::4]
+
+
+def test_a_process_that_is_forked_finds_finished_weights():
+    """As workers of a data loader are, between epochs."""
+
+    def child_sees(trainer, module):
+        reader, writer = os.pipe()
+        if (child := os.fork()) == 0:
+            total = sum(float(p.detach().double().numpy().sum()) for p in module.parameters())
+            os.write(writer, repr(total).encode())
+            os._exit(0)
+        os.waitpid(child, 0)
+        return torch.tensor(float(os.read(reader, 100)), dtype=torch.float64)
+
+    plain, ours = (Looking(lambda trainer, module: [child_sees(trainer, module)]) for _ in range(2))
+    fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours])
+    assert plain.seen == ours.seen
+
+
+def test_an_update_goes_on_while_the_next_step_begins():
+    cluster = EmulatedCluster(2, "200KiB", preset="3090", host="desktop")
+    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster)
+    module = fit(strategy)
+    assert same_weights(module, fit())
+    ends = [span.end for span in strategy.timeline().spans if span.lane.endswith("harmony-host-worker")]
+    forward = [s.start for s in strategy.timeline().spans if s.name.startswith("forward of pack 0, microbatch 0")]
+    steps = sorted(forward)
+    assert any(min(ends) < start < max(ends) for start in steps[1:])
