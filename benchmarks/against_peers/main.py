@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report["versions"] = {"python": platform.python_version(), "torch": torch.__version__}
     limit = None
     if not options.dry_run:
-        lines, reason = _run("rates", arguments, options, deadline)
+        lines, reason = _run("rates", arguments, options, time.monotonic() + options.limit)
         measured = next((line for line in lines if "rates" in line), None)
         if measured is None:
             print(f"the machine's rates could not be measured ({reason}), so there is no bound")

@@ -104,20 +104,22 @@ def main() -> None:
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")
     shape = SHAPES[arguments.model]
-    print("| model | GPUs | m | schedule | in per GPU | out per GPU | times ours |")
-    print("|---|---|---|---|---|---|---|")
+    print("| model | GPUs | schedule |", " | ".join(f"m = {count}" for count in arguments.microbatches), "|")
+    print("|" + "---|" * (3 + len(arguments.microbatches)))
     for num_gpus in arguments.gpus:
+        cells: dict[str, list[str]] = {}
         for num_microbatches in arguments.microbatches:
             runs = {
                 mode: run(shape, mode, num_gpus, num_microbatches, arguments.memory, arguments.length)
                 for mode in ("dp", "pp")
             }
             table = rows(runs, num_gpus, num_microbatches, arguments.memory)
-            ours = dict(table)["ours pp, measured"]
+            ours = dict(table)["ours pp, measured"].total
             for name, moved in table:
                 sizes = (format_nbytes(nbytes / num_gpus) for nbytes in (moved.into_gpus, moved.out_of_gpus))
-                cells = (arguments.model, num_gpus, num_microbatches, name, *sizes, f"{moved.total / ours.total:.2f}")
-                print("|", " | ".join(map(str, cells)), "|", flush=True)
+                cells.setdefault(name, []).append(f"{' + '.join(sizes)} ({moved.total / ours:.2f})")
+        for name, row in cells.items():
+            print("|", " | ".join((arguments.model, str(num_gpus), name, *row)), "|", flush=True)
 
 
 if __name__ == "__main__":
