@@ -2,11 +2,15 @@
 
 from dataclasses import dataclass
 
-import lightning as L
 import torch
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
+
+try:
+    import lightning as L
+except ImportError:
+    import pytorch_lightning as L
 
 
 @dataclass(frozen=True)

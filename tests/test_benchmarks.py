@@ -1,0 +1,131 @@
+"""The benchmarks that need no GPU, or that must say so: their formulas, their bounds, and that they start."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def modules(monkeypatch):
+    """Imports modules of one benchmark's folder, which is on the path only when its own script runs."""
+    before = set(sys.modules)
+
+    def load(folder, *names):
+        monkeypatch.syspath_prepend(str(BENCHMARKS / folder))
+        return [importlib.import_module(name) for name in names]
+
+    yield load
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+def run(folder, *arguments):
+    command = [sys.executable, str(BENCHMARKS / folder / "main.py"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=250)
+
+
+def test_scripts_tell_how_to_use_them(modules, capsys):
+    done = run("swap_bytes", "--help")
+    assert done.returncode == 0 and "usage:" in done.stdout
+    (main,) = modules("against_peers", "main")
+    with pytest.raises(SystemExit, match="0"):
+        main.main(["--help"])
+    assert "usage:" in capsys.readouterr().out
+
+
+def test_the_runtime_moves_what_the_formulas_say(modules):
+    """m = 3 on each of 2 GPUs; `rows` itself compares each count with the plan."""
+    main, formulas = modules("swap_bytes", "main", "formulas")
+    shape = main.Shape(4, 64, 4, 4, 256, 512, is_gated=False)
+    runs = {mode: main.run(shape, mode, 2, 3, "1MiB", 4) for mode in ("dp", "pp")}
+    table = dict(main.rows(runs, 2, 3, "1MiB"))
+    packs = runs["pp"].plan.packs
+    weights, met = sum(pack.nbytes for pack in packs), sum(pack.nbytes for pack in packs[-2:])
+    assert len(packs) > 2 and {run.statistics.num_microbatches for run in runs.values()} == {6}
+    assert table["ours pp, measured"] == formulas.Moved(into_gpus=2 * weights - met, out_of_gpus=weights)
+    assert table["Harmony PP"] == formulas.Moved(into_gpus=2 * weights, out_of_gpus=weights)
+    assert table["Harmony DP"] == formulas.Moved(into_gpus=4 * weights, out_of_gpus=2 * weights)
+    # 3 x (2 GPUs x 2 gathers + 1 share of gradients from the other), 3 x (2 gathers to the other + 2 GPUs' gradients)
+    sharded = formulas.Moved(into_gpus=3 * 5 * weights, out_of_gpus=3 * 4 * weights)
+    assert table["ZeRO-3 offload, FSDP2 CPU offload"] == sharded
+
+
+def test_paging_moves_everything_that_is_touched_where_one_page_fits(modules):
+    (formulas,) = modules("swap_bytes", "formulas")
+    setting = formulas.Setting(weight_nbytes=40, gradient_nbytes=40, num_gpus=2, num_microbatches=3)
+    moved = formulas.virtual_memory([(10, 10)] * 4, setting, states=2, memory_bytes=20)
+    # Each GPU: weights for 3 forwards, 3 backwards and the update, gradients for 2 additions and the update, states once.
+    # Where the order turns round, a page is still there: the last weights 3 times, then the first ones twice, and the
+    # first gradients once.
+    assert moved.into_gpus == 2 * (7 * 40 - 3 * 10 - 2 * 10 + 3 * 40 - 10 + 80)
+    # Gradients after each backward, weights and states after the update.
+    assert moved.out_of_gpus == 2 * (3 * 40 + 40 + 80)
+
+
+def test_paging_moves_nothing_where_all_fits(modules):
+    (formulas,) = modules("swap_bytes", "formulas")
+    setting = formulas.Setting(weight_nbytes=40, gradient_nbytes=40, num_gpus=1, num_microbatches=3)
+    moved = formulas.virtual_memory([(10, 10)] * 4, setting, states=2, memory_bytes=160)
+    assert moved == formulas.Moved(into_gpus=0, out_of_gpus=0)
+
+
+def test_the_bound_is_the_longest_of_what_has_to_be_done(modules):
+    (bounds,) = modules("against_peers", "bound")
+    work = bounds.Work(
+        block_parameters=80,
+        head_parameters=20,
+        num_parameters=110,
+        tokens=10,
+        length=4,
+        depth=2,
+        width=3,
+        wire_nbytes=2,
+    )
+    rates = bounds.Rates(
+        flops_per_second=100.0, in_bytes_per_second=20.0, out_bytes_per_second=10.0, updates_per_second=1.0
+    )
+    assert work.flops == 10 * (8 * 80 + 4 * 2 * 4 * 3 * 2 + 6 * 20)
+    swapped = bounds.bound(work, rates, memory_bytes=100)
+    assert (swapped.link_in, swapped.link_out) == ((220 + 120) / 20, 220 / 10)
+    assert (swapped.seconds, swapped.bottleneck) == (110, "update")
+    resident = bounds.bound(work, rates, memory_bytes=16 * 110)
+    assert (resident.seconds, resident.bottleneck) == (work.flops / 100, "compute")
+
+
+def test_competitors_that_fail_are_listed_with_the_reason(modules):
+    (main,) = modules("against_peers", "main")
+    steps = [{"seconds": seconds, "peak_nbytes": 2**30, "loss": 1.0} for seconds in (9.0, 9.0, 1.0, 3.0)]
+    done = main.summary("harmony", steps, None, 1000, None)
+    failed = main.summary("deepspeed", [], "ModuleNotFoundError: No module named 'deepspeed'", 1000, None)
+    cut = main.summary("fsdp2", steps[:1], "time limit", 1000, None)
+    assert (done["tokens_per_second"], done["num_steps"]) == (500, 2)
+    rows = main.table([done, failed, cut]).splitlines()
+    assert rows[2] == "| harmony | 500 | 2.000 | 2 | 1 GiB |  | ok |"
+    assert rows[3] == "| deepspeed |  |  | 0 |  |  | ModuleNotFoundError: No module named 'deepspeed' |"
+    assert rows[4] == "| fsdp2 | 111 | 9.000 | 1 | 1 GiB |  | time limit |"
+
+
+def test_competitors_train_the_same_model_on_the_same_data(tmp_path):
+    """With one microbatch all report the same loss: that of the whole minibatch."""
+    results = tmp_path / "results.json"
+    sizes = ("--sequences", "2", "--microbatch", "2", "--steps", "2", "--precision", "32-true")
+    done = run("against_peers", "--dry-run", *sizes, "--json", str(results))
+    assert done.returncode == 0, done.stderr
+    losses = {result["name"]: result.get("losses") for result in json.loads(results.read_text())["results"]}
+    assert losses["harmony"] == pytest.approx(losses["plain"], rel=1e-5)
+    assert losses["fsdp2"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_without_a_gpu_it_says_so(modules, capsys, monkeypatch):
+    (main,) = modules("against_peers", "main")
+    monkeypatch.setattr(main.torch.cuda, "is_available", lambda: False)
+    assert main.main([]) == 2
+    told = capsys.readouterr().out
+    assert told.count("\n") == 1 and "no CUDA GPU" in told
