@@ -118,3 +118,16 @@ def test_statistics_are_read_while_training():
     fitted = trainer(harmony(), callbacks=[Watching()])
     fitted.fit(ours, loader(8))
     assert seen == [fitted.strategy.plan.swap_in_bytes_per_step * step for step in range(1, 6)]
+
+
+def test_actions_of_the_strategy_are_named_as_on_one_device(tmp_path):
+    names = []
+    for strategy in ("auto", harmony(2)):
+        profiler = SimpleProfiler(dirpath=tmp_path)
+        fit = trainer(strategy, profiler=profiler, limit_train_batches=2, limit_val_batches=1)
+        fit.fit(Chain(depth=6), loader(8), loader(8))
+        names.append({name for name in profiler.recorded_durations if name.startswith("[Strategy]")})
+        assert "profile" not in vars(profiler)
+    plain, ours = names
+    steps = {"training_step", "validation_step", "backward", "batch_to_device", "on_train_start"}
+    assert {f"[Strategy]SingleDeviceStrategy.{step}" for step in steps} <= plain & ours

@@ -37,7 +37,7 @@ from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eager
 from harmony_lightning.strategy.materialise import materialise, skipped_init
 from harmony_lightning.strategy.merged_log import Losses, direct_log, held_log, merged_log, unlogged
 from harmony_lightning.strategy.merged_metrics import Aside, Twins, merged_metrics
-from harmony_lightning.strategy.merged_profile import merged_profile
+from harmony_lightning.strategy.merged_profile import merged_profile, name_as_on_one_device, name_as_usual
 from harmony_lightning.strategy.microbatch_check import compare_losses, losses_of_pieces, untouched
 from harmony_lightning.strategy.one_task import check_one_task
 from harmony_lightning.strategy.planning import Planning
@@ -250,6 +250,7 @@ class HarmonyMixin:
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))  # type: ignore[attr-defined]
         self._planning = Planning(self._engine, self._config, self._given_plan)
         precision.extend_backward(self.precision_plugin, self._backward)  # type: ignore[attr-defined]
+        name_as_on_one_device(trainer.profiler)
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:
@@ -303,6 +304,8 @@ class HarmonyMixin:
     def teardown(self) -> None:
         self._close_engine()
         module: Any = self.lightning_module  # type: ignore[attr-defined]
+        if module is not None and module._trainer is not None:
+            name_as_usual(module._trainer.profiler)
         if module is not None and any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
             self._lightning_module = None  # set-up has failed; what has no values cannot be moved to the host
         try:
