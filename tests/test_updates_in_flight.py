@@ -2,6 +2,7 @@
 
 import copy
 import os
+import time
 
 import lightning as L
 import pytest
@@ -9,13 +10,14 @@ import torch
 from chain import Chain, harmony, loader, same_weights, trainer
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
+from harmony_lightning.hardware.presets import HostModel
 
 NUM_STEPS = 4
 
 
-def fit(strategy=None, callbacks=(), make=Chain, **options):
+def fit(strategy=None, callbacks=(), make=Chain, optimizer=torch.optim.AdamW, **options):
     torch.manual_seed(0)
-    module = make(depth=6, optimizer=torch.optim.AdamW)
+    module = make(depth=6, optimizer=optimizer)
     accumulate = {} if strategy else {"accumulate_grad_batches": 4}
     data = loader(8 if strategy else 2)
     steps = {"limit_train_batches": NUM_STEPS if strategy else 4 * NUM_STEPS}
@@ -24,15 +26,19 @@ def fit(strategy=None, callbacks=(), make=Chain, **options):
 
 
 class Looking(L.Callback):
-    """Looks at something behind each step."""
+    """Looks at something in front of each step but the first. Hooks behind a step have updates finished anyway."""
 
     def __init__(self, look):
         self.look = look
         self.seen = []
+        self.num_in_flight = 0
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
-            self.seen.append(self.look(trainer, module))
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
+            return
+        engine = getattr(trainer.strategy, "_engine", None)
+        self.num_in_flight += engine is not None and not engine.has_settled
+        self.seen.append(self.look(trainer, module))
 
 
 def moments(trainer, module):
@@ -55,16 +61,50 @@ LOOKS = {
 def test_what_is_looked_at_is_that_of_the_end_of_the_step(look):
     plain, ours = Looking(LOOKS[look]), Looking(LOOKS[look])
     assert same_weights(fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours]))
-    assert len(plain.seen) == len(ours.seen) == NUM_STEPS
+    assert len(plain.seen) == len(ours.seen) == NUM_STEPS - 1
+    assert ours.num_in_flight == NUM_STEPS - 2  # the first update makes the optimizer's states
     for expected, found in zip(plain.seen, ours.seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
-class Writing(L.Callback):
-    """Writes weights behind each step, as weight clipping does."""
+class Counting(torch.optim.Optimizer):
+    """Takes its time, and counts its steps in numbers, which nobody can be seen to look at."""
 
-    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        if (batch_idx + 1) % trainer.accumulate_grad_batches == 0:
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    time.sleep(0.005)
+                    state = self.state[parameter]
+                    state["step"] = state.get("step", 0) + 1
+                    parameter.sub_(parameter.grad, alpha=group["lr"])
+        return loss
+
+
+def test_a_checkpoint_holds_the_numbers_of_the_end_of_the_step():
+    def counts(trainer, module):
+        state = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
+        return [entry["step"] for entry in state.values()]
+
+    looking = Looking(counts)
+    strategy = harmony(2)
+    fit(strategy, callbacks=[looking], optimizer=Counting)
+    assert strategy.statistics().updates_just_in_time == NUM_STEPS
+    assert looking.seen == [[step] * 14 for step in range(1, NUM_STEPS)]
+    assert looking.num_in_flight == NUM_STEPS - 2
+
+
+class Writing(L.Callback):
+    """Writes weights in front of each step, as weight clipping does."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx % trainer.accumulate_grad_batches == 0:
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.clamp_(-0.05, 0.05)
@@ -108,15 +148,18 @@ def test_a_process_that_is_forked_finds_finished_weights():
 
     plain, ours = (Looking(lambda trainer, module: [child_sees(trainer, module)]) for _ in range(2))
     fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours])
-    assert plain.seen == ours.seen
+    assert plain.seen == ours.seen and ours.num_in_flight
 
 
-def test_an_update_goes_on_while_the_next_step_begins():
-    cluster = EmulatedCluster(2, "200KiB", preset="3090", host="desktop")
+def test_updates_go_on_while_the_next_step_begins():
+    """On a host whose memory is slow, in the order in which the next forward wants them."""
+    host = HostModel(name="slow", memory_bytes_per_second=1e9, update_parameters_per_second=1e8, flops_per_second=1e9)
+    cluster = EmulatedCluster(2, "200KiB", preset="3090", host=host)
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster)
-    module = fit(strategy)
-    assert same_weights(module, fit())
-    ends = [span.end for span in strategy.timeline().spans if span.lane.endswith("harmony-host-worker")]
-    forward = [s.start for s in strategy.timeline().spans if s.name.startswith("forward of pack 0, microbatch 0")]
-    steps = sorted(forward)
-    assert any(min(ends) < start < max(ends) for start in steps[1:])
+    assert same_weights(fit(strategy), fit())
+    timeline = strategy.timeline()
+    updates = [span for span in timeline.spans if span.lane.endswith("harmony-host-worker") and span.nbytes]
+    forward = [
+        span for device in range(2) for span in timeline.lane(device, "compute") if span.name.startswith("forward")
+    ]
+    assert any(update.start < span.start < update.end for update in updates for span in forward)

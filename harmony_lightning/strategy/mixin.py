@@ -597,6 +597,8 @@ class HarmonyMixin:
 
     def optimizer_state(self, optimizer: Optimizer) -> dict[str, Any]:
         """In the order of the parameters, though packs were first updated from the last to the first."""
+        if self._engine is not None:
+            self._engine.settle()
         state: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
         if isinstance(state.get("state"), dict):
             positions = [parameter for group in state.get("param_groups", ()) for parameter in group["params"]]
