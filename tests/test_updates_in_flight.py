@@ -11,6 +11,7 @@ from chain import Chain, harmony, loader, same_weights, trainer
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import HostModel
+from harmony_lightning.runtime.residency import DeviceWeights
 
 NUM_STEPS = 4
 
@@ -163,3 +164,28 @@ def test_updates_go_on_while_the_next_step_begins():
         span for device in range(2) for span in timeline.lane(device, "compute") if span.name.startswith("forward")
     ]
     assert any(update.start < span.start < update.end for update in updates for span in forward)
+
+
+class Exchanging(Chain):
+    """Gives weights other memory in front of each step, and within."""
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.head.weight.data = self.head.weight.data.clone()
+
+    def training_step(self, batch, batch_idx):
+        with torch.no_grad():
+            for block in self.net:
+                block[0].bias.data = torch.ones_like(block[0].bias.data)
+        return super().training_step(batch, batch_idx)
+
+
+def test_the_memory_of_weights_may_be_exchanged(monkeypatch):
+    """Though a swap-in of them was asked for before, and comes late."""
+    swap_in = DeviceWeights._swap_in
+
+    def late(*args):
+        time.sleep(0.005)
+        swap_in(*args)
+
+    monkeypatch.setattr(DeviceWeights, "_swap_in", late)
+    assert same_weights(fit(make=Exchanging), fit(harmony(2), make=Exchanging))

@@ -89,15 +89,15 @@ class HostArena:
         self.bytes = cluster.host_buffer(layout_nbytes(self.layout))
         self._parameters = [parameters[name] for name in self.layout]
         self._addresses: list[int] = []
-        self._move_in()
+        self.move_in()
 
-    def refresh(self) -> None:
-        """Take in weights whose memory user code has exchanged (`parameter.data = ...`) since they moved here."""
-        if any(p.data_ptr() != address for p, address in zip(self._parameters, self._addresses, strict=True)):
-            self._move_in()
+    def is_out_of_date(self) -> bool:
+        """Whether user code has exchanged the memory of weights (`parameter.data = ...`) since they moved here."""
+        return any(p.data_ptr() != address for p, address in zip(self._parameters, self._addresses, strict=True))
 
     @torch.no_grad()
-    def _move_in(self) -> None:
+    def move_in(self) -> None:
+        """Take in weights that lie elsewhere."""
         memory = self.bytes.numpy()
         for parameter, region in zip(self._parameters, self.layout.values(), strict=True):
             own = region.alias(memory)

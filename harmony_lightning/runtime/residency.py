@@ -66,8 +66,11 @@ class DeviceWeights:
         counters: Counters,
         worker: HostWorker,
         await_updates: Callable[[Iterable[str]], None],
+        all_reads: Callable[[Iterable[str]], Iterable[Event]],
     ) -> None:
-        """`worker` enqueues swap-ins, in their order, each behind the updates of the weights: `await_updates`."""
+        """`worker` enqueues swap-ins, in their order, each behind the updates of the weights: `await_updates`. `all_reads`
+        tells the points behind the last swap-ins of weights to any device."""
+        self._all_reads = all_reads
         self._worker = worker
         self._await_updates = await_updates
         self._device = device
@@ -147,6 +150,11 @@ class DeviceWeights:
             self._last = None
         slot.pack = pack
         layout = self._store.layouts[pack]
+        if (arena := self._store.arenas[pack]).is_out_of_date():
+            self._await_updates(layout)
+            for read in self._all_reads(layout):
+                read.synchronize()
+            arena.move_in()
         if pack not in slot.views:
             slot.views[pack] = {name: region.view(slot.bytes).detach() for name, region in layout.items()}
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
@@ -161,7 +169,6 @@ class DeviceWeights:
         self._await_updates(layout)
         if released is not None:
             self._device.wait(Lane.SWAP_IN, released)
-        arena.refresh()
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
             slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
             for name in self._store.borrowed[pack]:

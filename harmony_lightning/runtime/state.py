@@ -88,7 +88,7 @@ class RuntimeState:
             store = WeightStore(self.parameters, plan, cluster)
             self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
             self._weights = [
-                DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates)
+                DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
                 for device, loader in zip(cluster.devices, self._loaders, strict=True)
             ]
 
