@@ -1,6 +1,7 @@
 """Updates go on while the next step begins; whoever looks at weights or at states of the optimizer sees finished ones."""
 
 import copy
+import functools
 import os
 import time
 
@@ -68,11 +69,18 @@ def test_what_is_looked_at_is_that_of_the_end_of_the_step(look):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
 
+class _Broken(Exception):
+    pass
+
+
 class Counting(torch.optim.Optimizer):
     """Takes its time, and counts its steps in numbers, which nobody can be seen to look at."""
 
-    def __init__(self, parameters, lr):
+    def __init__(self, parameters, lr, breaks=False):
+        parameters = list(parameters)
         super().__init__(parameters, {"lr": lr})
+        self.breaking = id(parameters[0]) if breaks else None
+        """Whose third step fails; not that of its stand-in when the optimizer is tried."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -85,6 +93,8 @@ class Counting(torch.optim.Optimizer):
                     state = self.state[parameter]
                     state["step"] = state.get("step", 0) + 1
                     parameter.sub_(parameter.grad, alpha=group["lr"])
+                    if id(parameter) == self.breaking and state["step"] == 3:
+                        raise _Broken
         return loss
 
 
@@ -164,6 +174,18 @@ def test_updates_go_on_while_the_next_step_begins():
         span for device in range(2) for span in timeline.lane(device, "compute") if span.name.startswith("forward")
     ]
     assert any(update.start < span.start < update.end for update in updates for span in forward)
+
+
+@pytest.mark.parametrize("forks", [False, True])
+def test_an_update_that_fails_in_flight_ends_the_run(forks):
+    def fork(trainer, module):
+        if forks and os.fork() == 0:
+            os._exit(0)
+
+    looking = Looking(fork)
+    with pytest.raises(_Broken):
+        fit(harmony(2), callbacks=[looking], optimizer=functools.partial(Counting, breaks=True))
+    assert len(looking.seen) == 3
 
 
 class Exchanging(Chain):

@@ -706,13 +706,14 @@ class Engine:
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()
 
 
-def _settle_all() -> None:
+def _wait_for_all() -> None:
     for engine in list(_engines):
-        engine.settle()
+        if not engine.has_settled:
+            engine.state.wait()  # an error would be lost here; it is raised where the engine settles
 
 
 # Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.
-os.register_at_fork(before=_settle_all)
+os.register_at_fork(before=_wait_for_all)
 
 
 def _steps_aside(pack: Any) -> bool:

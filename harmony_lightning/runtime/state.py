@@ -228,6 +228,11 @@ class RuntimeState:
             if first is not None:
                 self._weights[device].prefetch(first)
 
+    def wait(self) -> None:
+        """Return when no weights are updated or read any more."""
+        for worker in (self._worker, *self._loaders):
+            worker.wait()
+
     def settle(self) -> None:
         """Return when no weights are updated or read any more; raise what an update has raised."""
         for worker in (self._worker, *self._loaders):

@@ -76,16 +76,15 @@ class HostWorker:
             self._changed.notify()
         return ticket
 
-    @property
-    def is_idle(self) -> bool:
-        """Whether all jobs have been drained."""
-        return not self._open
-
-    def drain(self) -> None:
-        """Return when all submitted jobs are done; raise what one of them raised."""
+    def wait(self) -> None:
+        """Return when all submitted jobs are done; what one of them raised stays for others to find."""
         tickets, self._open = self._open, []
         for ticket in tickets:
             ticket.wait()
+
+    def drain(self) -> None:
+        """Return when all submitted jobs are done; raise what one of them raised."""
+        self.wait()
         self.raise_error()
 
     def raise_error(self) -> None:
