@@ -17,6 +17,19 @@ from harmony_lightning.runtime.residency import DeviceWeights
 NUM_STEPS = 4
 
 
+@pytest.fixture(params=["at once", "late"], autouse=True)
+def swap_ins(request, monkeypatch):
+    """Threads enqueue them when they come to it."""
+    swap_in = DeviceWeights._swap_in
+
+    def late(*args):
+        time.sleep(0.003)
+        swap_in(*args)
+
+    if request.param == "late":
+        monkeypatch.setattr(DeviceWeights, "_swap_in", late)
+
+
 def fit(strategy=None, callbacks=(), make=Chain, optimizer=torch.optim.AdamW, **options):
     torch.manual_seed(0)
     module = make(depth=6, optimizer=optimizer)
@@ -201,13 +214,31 @@ class Exchanging(Chain):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_memory_of_weights_may_be_exchanged(monkeypatch):
-    """Though a swap-in of them was asked for before, and comes late."""
-    swap_in = DeviceWeights._swap_in
-
-    def late(*args):
-        time.sleep(0.005)
-        swap_in(*args)
-
-    monkeypatch.setattr(DeviceWeights, "_swap_in", late)
+def test_the_memory_of_weights_may_be_exchanged():
     assert same_weights(fit(make=Exchanging), fit(harmony(2), make=Exchanging))
+
+
+class Decaying(Chain):
+    """Writes weights within the step, of packs that are on their way already."""
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
+            self.decay()
+
+    def training_step(self, batch, batch_idx):
+        self.decay()
+        return super().training_step(batch, batch_idx)
+
+    def decay(self):
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.99)
+
+
+def test_weights_may_be_written_within_the_step():
+    # One microbatch: each further one would find weights that the one before has written.
+    plain = Decaying(depth=6)
+    ours = copy.deepcopy(plain)
+    trainer(limit_train_batches=NUM_STEPS).fit(plain, loader(8))
+    trainer(harmony(2, microbatch_size=8), limit_train_batches=NUM_STEPS).fit(ours, loader(8))
+    assert same_weights(plain, ours)

@@ -493,6 +493,8 @@ class Engine:
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""
+        if self._state is not None:
+            self._state.finish_enqueuing()
         for device in self.cluster.devices:
             for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT):
                 device.record(lane).synchronize()

@@ -150,6 +150,7 @@ class RuntimeState:
     def before_write(self, tensor: torch.Tensor) -> None:
         """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
         if self._is_master(tensor):
+            self.finish_enqueuing()
             for device in self.cluster.devices:
                 device.record(Lane.SWAP_IN).synchronize()
             self.glue.before_write(tensor.data_ptr())
@@ -227,6 +228,11 @@ class RuntimeState:
             first = next((p for p in packs if device in self.plan.visitors(p)), None)
             if first is not None:
                 self._weights[device].prefetch(first)
+
+    def finish_enqueuing(self) -> None:
+        """Return when all swap-ins that were asked for are in their lanes."""
+        for loader in self._loaders:
+            loader.wait()
 
     def wait(self) -> None:
         """Return when no weights are updated or read any more."""
