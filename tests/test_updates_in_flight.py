@@ -124,6 +124,22 @@ def test_a_checkpoint_holds_the_numbers_of_the_end_of_the_step():
     assert looking.num_in_flight == NUM_STEPS - 2
 
 
+class Growing(Chain):
+    """Has its optimizer take in a weight within a step."""
+
+    def training_step(self, batch, batch_idx):
+        (optimizer,) = self.trainer.optimizers
+        if batch_idx == 2 * self.trainer.accumulate_grad_batches and len(optimizer.param_groups) == 1:
+            self.extra = torch.nn.Parameter(torch.zeros(1))
+            optimizer.add_param_group({"params": [self.extra]})
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_group_of_parameters_may_be_added_within_a_step():
+    plain, ours = fit(make=Growing), fit(harmony(2), make=Growing)
+    assert same_weights(plain, ours) and torch.equal(plain.extra, ours.extra)
+
+
 class Writing(L.Callback):
     """Writes weights in front of each step, as weight clipping does."""
 
@@ -146,10 +162,10 @@ class Remembering(Chain):
         self.norms = []
 
     def on_fit_start(self):
-        self.views = [parameter.data.view(-1) for parameter in self.parameters()]
+        self.views = [parameter.data.view(-1) for parameter in self.parameters() if parameter.dim() == 1]
 
     def training_step(self, batch, batch_idx):
-        self.norms.append(sum(view.norm().item() for view in self.views))
+        self.norms.append(torch.cat(self.views).norm().item())  # in a list: no function is given a view itself
         return super().training_step(batch, batch_idx)
 
 

@@ -5,7 +5,7 @@ put together with targets, which wait on the host, when the epoch ends. On one d
 code brings tensors of several devices together, they come to the root device first; what is on one device stays there.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,7 +19,7 @@ from harmony_lightning.hardware.device import Cluster
 class Between(TorchFunctionMode):
     """Entered when a run is set up and left when it is torn down; `suspended` while a step has a mode of its own."""
 
-    def __init__(self, cluster: Cluster, root: torch.device, notice: Callable[[Iterable[Any]], None]) -> None:
+    def __init__(self, cluster: Cluster, root: torch.device, notice: Callable[[Any], None]) -> None:
         """`notice` is told what functions are about to work with."""
         super().__init__()
         self._notice = notice

@@ -14,7 +14,7 @@ import logging
 import os
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -482,14 +482,18 @@ class Engine:
         self.has_settled = True
         self.state.settle()
 
-    def notice(self, tensors: Iterable[Any]) -> None:
+    def notice(self, arguments: Any) -> None:
         """User code is about to work with these: what is still being updated must be finished first."""
-        if not self.has_settled and any(isinstance(t, torch.Tensor) and self.is_updated(t) for t in tensors):
-            if self._microbatches:
-                self._finish_updates()
-            else:
-                self.settle()
-                self.state.release_all()  # the user may write them
+        if self.has_settled:
+            return
+        tensors = (leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
+        if not any(self.is_updated(tensor) for tensor in tensors):
+            return
+        if self._microbatches:
+            self._finish_updates()
+        else:
+            self.settle()
+            self.state.release_all()  # the user may write them
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""

@@ -8,7 +8,7 @@ original in the rest of the microbatch.
 """
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -64,7 +64,7 @@ class Glue(TorchFunctionMode):
         is_device: Callable[[torch.device], bool],
         before_write: Callable[[torch.Tensor], None],
         objects: Callable[[], ObjectTensors | None],
-        notice: Callable[[Iterable[Any]], None],
+        notice: Callable[[Any], None],
     ) -> None:
         super().__init__()
         self._objects = objects
@@ -85,7 +85,8 @@ class Glue(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     args, kwargs = _map_tensors(objects.take, args), _map_tensors(objects.take, kwargs)
             return func(*args, **kwargs)
-        self._notice(args)
+        with torch._C.DisableTorchFunction():
+            self._notice((args, kwargs))
         if not (buffers := segment.state.buffers).is_empty:
             with torch._C.DisableTorchFunction():
                 _map_tensors(buffers.come_home, (args, kwargs))

@@ -48,7 +48,7 @@ class Updates:
         """Around one step of the optimizer, which is to be called with the closure that is given back."""
         clip_value = trainer.gradient_clip_val
         self._optimizer, self._just_in_time = optimizer, None
-        parameters = [group["params"] for group in optimizer.param_groups]
+        hidden: list[tuple[Any, Any]] = []
         try:
             with stepping_on_host(optimizer), engine.beside(closure) as user_code:
 
@@ -56,9 +56,10 @@ class Updates:
                     result = user_code()
                     if self._just_in_time is not None and not self._just_in_time.leaves_gradients(engine.updated):
                         trainer.gradient_clip_val = None  # done; torch cannot clip nothing
-                    if not engine.has_settled:
+                    if not engine.has_settled:  # the worker steps them
                         for group in optimizer.param_groups:
-                            group["params"] = []  # the worker steps them
+                            hidden.append((group, group["params"]))
+                            group["params"] = []
                     return result
 
                 yield closure_with_updates
@@ -69,7 +70,7 @@ class Updates:
                 self._just_in_time.give_back()
                 self._stepped = frozenset(engine.updated)
         finally:
-            for group, members in zip(optimizer.param_groups, parameters, strict=True):
+            for group, members in hidden:
                 group["params"] = members
             trainer.gradient_clip_val = clip_value
             self._optimizer = self._just_in_time = None
