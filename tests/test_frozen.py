@@ -74,7 +74,7 @@ def recomputed(monkeypatch):
 @pytest.mark.parametrize("num_gpus", [1, 2])
 def test_frozen_packs_cost_what_the_plan_says(case, mode, num_gpus, recomputed):
     """Each pack is brought in for its forward; again for its backward if it, or one before it, trains, except where
-    forward and backward meet. Only gradients of what trains leave. Counted by hand here, and by the plan."""
+    slots hold it still, as they may in the next step what nobody updates. Only gradients of what trains leave."""
     ours, reference = build(case), build(case)
     trainer(accumulate_grad_batches=4).fit(reference, loader(2))
     fitted = trainer(harmony(num_gpus, mode=mode))
@@ -88,12 +88,11 @@ def test_frozen_packs_cost_what_the_plan_says(case, mode, num_gpus, recomputed):
     swapped = 0
     for device in range(num_gpus):
         here = [p for p in range(num_packs) if mode == "dp" or p % num_gpus == device]
-        backward = [p for p in here if p >= first]
-        swapped += sum(plan.packs[p].nbytes for p in here) + sum(
-            plan.packs[p].nbytes for p in backward if p != here[-1]
-        )
+        again = [p for p in here[: -1 - plan.prefetch] if p >= first]
+        swapped += sum(plan.packs[p].nbytes for p in here) + sum(plan.packs[p].nbytes for p in again)
     gradients = sum(p.nbytes for p in ours.parameters() if p.requires_grad)
-    assert statistics.swap_in_bytes == 5 * swapped == 5 * plan.swap_in_bytes_per_step
+    assert plan.swap_in_bytes(is_first=True) == swapped >= plan.swap_in_bytes_per_step
+    assert statistics.swap_in_bytes == swapped + 4 * plan.swap_in_bytes_per_step
     assert statistics.swap_out_bytes == 5 * gradients == 5 * plan.swap_out_bytes_per_step
     packs = {name: index for index, pack in enumerate(plan.packs) for name in pack.layers}
     owners = [next(packs[name] for name in packs if f"{inner}.".startswith(f"{name}.")) for inner in recomputed]

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.plan.slots import swap_ins
 from harmony_lightning.record import Record
 
 ALIGNMENT = 64
@@ -53,12 +54,17 @@ class Plan(Record):
     packs: tuple[Pack, ...]
     """In forward order; forward and backward of the last one meet (fused)."""
     stash: Literal["device", "host"]
-    """Where inputs of layers wait from forward to backward."""
+    """Where inputs of layers wait from forward to backward, but for packs in `stash_stays`."""
     prefetch: int
     """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+    resident: tuple[int, ...] = ()
+    """Packs with slots of their own: their weights stay where they are until somebody writes the masters."""
+    stash_stays: tuple[int, ...] = ()
+    """Packs whose stash waits on the device."""
     keep: tuple[str, ...] = ()
-    """Layers of the last pack that keep their activations until their backward, which is next, instead of making them
-    again."""
+    """Layers that keep their activations until their backward instead of making them again."""
+    peak_bytes: tuple[int, ...] = ()
+    """The most that each device will hold at once in a step like the measured one; empty if nothing was measured."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -72,11 +78,16 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        layers = {name for pack in self.packs for name in pack.layers}
         for name in self.keep:
-            if name not in self.packs[-1].layers:
-                raise ConfigurationError(
-                    f"only layers of the last pack can keep their activations, {name!r} is not in it"
-                )
+            if name not in layers:
+                raise ConfigurationError(f"keep names layer {name!r}, which is in no pack")
+        for field in ("resident", "stash_stays"):
+            for index in getattr(self, field):
+                if not 0 <= index < len(self.packs):
+                    raise ConfigurationError(
+                        f"{field} names pack {index}, but packs are 0 to {len(self.packs) - 1}"
+                    )
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
@@ -104,17 +115,14 @@ class Plan(Record):
 
     @property
     def swap_in_bytes_per_step(self) -> int:
-        """Bytes of weights that one step must bring in when every pack is called once.
+        """Bytes of weights that one step must bring in when every pack is called once and all that train are updated;
+        the first step brings frozen ones, too, that later steps find (`slots.swap_ins`)."""
+        return self.swap_in_bytes(is_first=False)
 
-        Once for each pack and visited device, and once more for each that has a backward, less the packs at which forward
-        and backward meet: the last pack on each device is still there when its backward begins.
-        """
-        total = 0
-        for index, pack in enumerate(self.packs):
-            for device in self.visitors(index):
-                is_last = not any(device in self.visitors(later) for later in range(index + 1, len(self.packs)))
-                total += pack.nbytes * (1 if is_last or not self.has_backward(index) else 2)
-        return total
+    def swap_in_bytes(self, *, is_first: bool) -> int:
+        """The same for the first step, or for those behind it."""
+        steps = (swap_ins(self, device) for device in range(self.num_devices))
+        return sum(self.packs[index].nbytes for first, later in steps for index in (first if is_first else later))
 
     @property
     def swap_out_bytes_per_step(self) -> int:
@@ -132,8 +140,28 @@ class Plan(Record):
         gradients that others wait to take the place of go in the order of their arrival."""
         return 0 if pack >= self.num_gradient_buffers else 1 + pack
 
+    def packs_on(self, device: int) -> tuple[int, ...]:
+        """Packs that may visit a device, ascending, however many microbatches there are."""
+        return tuple(range(device, len(self.packs), self.num_devices) if self.mode == "pp" else range(len(self.packs)))
+
+    def rotating(self, device: int) -> tuple[int, ...]:
+        """Packs that share the slots of a device: all but those with slots of their own."""
+        return tuple(index for index in self.packs_on(device) if index not in self.resident)
+
+    def num_shared_slots(self, device: int) -> int:
+        """Slots for weights that rotating packs share."""
+        return min(1 + self.prefetch, len(self.rotating(device)))
+
+    def shared_slot_nbytes(self, device: int) -> int:
+        """Bytes of each of them."""
+        return max((self.packs[index].slot_nbytes for index in self.rotating(device)), default=0)
+
+    def slots_nbytes(self, device: int) -> int:
+        """Bytes that all slots for weights take on a device."""
+        own = sum(self.packs[index].slot_nbytes for index in self.packs_on(device) if index in self.resident)
+        return own + self.num_shared_slots(device) * self.shared_slot_nbytes(device)
+
     def arena_nbytes(self) -> int:
-        """Bytes that the weight and gradient slots take on each device."""
-        per_slot = max(pack.slot_nbytes for pack in self.packs)
+        """Bytes that the weight and gradient slots take on the device that has most of them."""
         per_gradient_slot = max(pack.gradient_slot_nbytes for pack in self.packs)
-        return (1 + self.prefetch) * (per_slot + per_gradient_slot)
+        return max(map(self.slots_nbytes, range(self.num_devices))) + (1 + self.prefetch) * per_gradient_slot

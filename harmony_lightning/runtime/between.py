@@ -19,8 +19,8 @@ from harmony_lightning.hardware.device import Cluster
 class Between(TorchFunctionMode):
     """Entered when a run is set up and left when it is torn down; `suspended` while a step has a mode of its own."""
 
-    def __init__(self, cluster: Cluster, root: torch.device, notice: Callable[[Any], None]) -> None:
-        """`notice` is told what functions are about to work with."""
+    def __init__(self, cluster: Cluster, root: torch.device, notice: Callable[..., None]) -> None:
+        """`notice` is told what functions are about to work with, and whether memory `leaks` from torch to others."""
         super().__init__()
         self._notice = notice
         self._devices = frozenset(device.torch_device for device in cluster.devices)
@@ -58,7 +58,7 @@ class Between(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             leaves = pytree.tree_leaves((args, kwargs))
             if getattr(getattr(func, "__self__", None), "__name__", "") not in _FIXED:
-                self._notice(leaves)
+                self._notice(leaves, leaks=getattr(func, "__name__", "") in _LEAKS)
             devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
             # Scalars of the host go everywhere; those of a GPU only with tensors of that GPU.
             devices |= {
@@ -79,6 +79,9 @@ class Between(TorchFunctionMode):
 
 _FIXED = frozenset(("device", "dtype", "grad_fn", "is_leaf", "layout", "names", "ndim", "requires_grad", "shape"))
 """Attributes that an update does not change."""
+
+_LEAKS = frozenset(("__array__", "__dlpack__", "data_ptr", "numpy"))
+"""Functions behind which memory may be written without torch."""
 
 
 def _takes_any(func: Callable[..., Any]) -> bool:

@@ -186,6 +186,7 @@ class Engine:
                 written; the next step must be the same with `is_cut` False.
         """
         self.end_step()
+        self.state.begin()
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
@@ -245,6 +246,7 @@ class Engine:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
         differentiates and updates by itself (`trains`)."""
         self.settle()
+        self.state.begin()
         code = self._user_code
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
@@ -261,6 +263,7 @@ class Engine:
         """Run user code that trains nothing: all functions go through each pack before the next one is brought in, and
         come out as if each had been run after the one before (`together`)."""
         self.settle()
+        self.state.begin()
         shared = self._shared_pass = SharedPass(self._user_code, functions)
         self._microbatches = shared.microbatches
         trace, self.trace = self.trace, Trace()  # of training: other calls in another order
@@ -304,8 +307,9 @@ class Engine:
 
         def put_current() -> None:
             code.microbatch = current
+            self.state.expect_writes(trained_only=True)  # or they have been written
             if current is not None:
-                self.state.release_all()  # masters have been written
+                self.state.release_all()
 
         def user_code() -> Any:
             put_current()
@@ -372,7 +376,15 @@ class Engine:
             self._finish_updates()
         else:
             self.settle()
-            self.state.release_all()  # the user may write them
+            self.state.expect_writes()
+            self.state.release_all()
+
+    def notice_between(self, arguments: Any, *, leaks: bool) -> None:
+        """The same for user code between steps, which may write masters where nobody sees it; for good if the memory
+        `leaks` to others than torch."""
+        self.notice(arguments)
+        if self._code is not None:
+            self.state.notice_look(arguments, leaks=leaks)
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""

@@ -1,8 +1,9 @@
 """Which pack's weights are on which device: slots, swap-in, release.
 
-Each device has a fixed number of equal slots, allocated once. Swap-in copies a pack's arena into a free slot on the
-SWAP_IN lane; compute waits for that copy, and the next copy into the slot waits for the compute that used it. Weights
-are never copied back: the host's are the masters, and only gradients leave (`gradients`).
+Each device has a fixed number of slots, allocated once: one for each resident pack, and equal ones that the others share.
+Swap-in copies a pack's arena into a slot on the SWAP_IN lane; compute waits for that copy, and the next copy into the slot
+waits for the compute that used it. Weights are never copied back: the host's are the masters, and only gradients leave
+(`gradients`). What a released slot holds stays good until the masters are written or another pack takes the slot.
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -30,6 +31,14 @@ class WeightStore:
         self.arenas: list[HostArena] = []
         self.layouts: list[Layout] = []
         self.borrowed: list[tuple[str, ...]] = []
+        self.generations = [0] * len(plan.packs)
+        """By pack: how often its masters were written, or are going to be; copies of an earlier generation are no good."""
+        self.is_copied = False
+        """Whether copies were asked for since then."""
+        self.has_leaked = False
+        """Whether somebody may write masters without torch."""
+        self._memory: set[int] = set()
+        self._trains = [any(parameters[name].requires_grad for name in pack.parameters) for pack in plan.packs]
         owned: set[str] = set()
         for pack in plan.packs:
             names = [name for name in pack.parameters if name not in owned]
@@ -40,11 +49,41 @@ class WeightStore:
             self.layouts.append(lay_out(parameters, (*names, *self.borrowed[-1])))
             return_freed_memory()  # pack by pack: else the host would hold the weights twice for a moment
 
+    def holds(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of masters."""
+        if not self._memory:
+            self._memory = {storage_key(p) for layout in self.layouts for p in map(self.parameters.get, layout) if p is not None}
+        return storage_key(tensor) in self._memory
+
+    def move_in(self, pack: int) -> None:
+        """Take in weights that user code has given other memory."""
+        self.arenas[pack].move_in()
+        self._memory.clear()
+
+    def expect_writes(self, *, trained_only: bool = False) -> None:
+        """Somebody writes masters, or is going to: copies that were asked for until now are no good afterwards."""
+        self.is_copied &= trained_only
+        for pack, trains in enumerate(self._trains):
+            self.generations[pack] += trains or not trained_only
+
+    def versions(self, pack: int) -> int:
+        """Grows whenever torch sees a master written, by whomever."""
+        return sum(self.parameters[name]._version for name in self.layouts[pack])
+
 
 @dataclass(slots=True, eq=False)
 class _Slot:
     bytes: torch.Tensor
+    owner: int | None = None
+    """The resident pack that it is for; None if packs share it."""
     pack: int | None = None
+    """Whose weights are in it, or on their way."""
+    is_free: bool = True
+    """Whether nobody needs them now."""
+    generation: int = -1
+    """Of the masters that they are copies of."""
+    versions: tuple[int, int] = (-1, -1)
+    """Of those masters, and of the copy, behind the swap-in."""
     loading: Ticket | None = None
     """Of the job that enqueues the swap-in of the present content; None once compute waits for that."""
     ready: Event | None = None
@@ -82,16 +121,17 @@ class DeviceWeights:
         self._reads: dict[int, Event] = {}
         """By pack: behind the last swap-in."""
         self._slots: list[_Slot] = []
+        """Least recently used first."""
         self._last: _Slot | None = None
 
     def acquire(self, pack: int) -> Weights:
         """Weights of `pack`, brought in if they are not there; compute enqueued from now on may use them."""
-        if self._last is not None and self._last.pack == pack:
+        if self._last is not None and self._last.pack == pack and not self._last.is_free:
             return self._last.views[pack]
         slot = self._last = self._load(pack)
         self._finish_loading(slot)
         self._slots.remove(slot)
-        self._slots.append(slot)  # most recently used last
+        self._slots.append(slot)
         return slot.views[pack]
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -108,7 +148,7 @@ class DeviceWeights:
     def prefetch(self, pack: int) -> None:
         """Start to bring `pack` in if a slot is free."""
         self._allocate()
-        if self._find(pack) is None and any(slot.pack is None for slot in self._slots):
+        if self._find(pack) is not None or self._vacant(pack) is not None:
             self._load(pack)
 
     def _finish_loading(self, slot: _Slot) -> None:
@@ -121,40 +161,76 @@ class DeviceWeights:
             self._device.wait(Lane.COMPUTE, slot.ready)
 
     def release(self, pack: int) -> None:
-        """The pack is not needed here any more."""
-        slot = self._find(pack)
-        if slot is not None:
-            slot.pack = None
-            slot.released = self._device.record(Lane.COMPUTE)
+        """The pack is not needed here for now."""
+        for slot in self._slots:
+            if slot.pack == pack and not slot.is_free:
+                slot.is_free = True
+                slot.released = self._device.record(Lane.COMPUTE)
 
     def release_all(self) -> None:
+        """No pack is needed here for now."""
         for slot in self._slots:
             if slot.pack is not None:
                 self.release(slot.pack)
+        for slot in [slot for slot in self._slots if slot.owner not in (None, *self._plan.resident)]:
+            self._finish_loading(slot)
+            self._slots.remove(slot)
+
+    def change_slots(self, plan: Plan) -> None:
+        """Let all slots go; those that come next are of another plan for the same packs."""
+        for slot in self._slots:
+            self._finish_loading(slot)
+        self._slots.clear()
+        self._last = None
+        self._plan = plan
 
     def _find(self, pack: int) -> _Slot | None:
-        return next((slot for slot in self._slots if slot.pack == pack), None)
+        """The slot with good weights of `pack`."""
+        for slot in self._slots:
+            if slot.pack == pack and slot.generation == self._store.generations[pack]:
+                if slot.loading is not None:
+                    if not slot.is_free:
+                        return slot
+                    slot.loading.wait()  # it was not used the last time
+                is_good = slot.versions == (self._store.versions(pack), slot.bytes._version)
+                return slot if is_good and not self._store.arenas[pack].is_out_of_date() else None
+        return None
+
+    def _vacant(self, pack: int) -> _Slot | None:
+        """A slot that the pack may have without taking it from one that is needed."""
+        owned = [slot for slot in self._slots if slot.owner == pack]
+        shared = [slot for slot in self._slots if self._is_shared(slot, pack)]
+        free = [slot for slot in owned or shared if slot.is_free]
+        # What is no good any more goes first.
+        return min(free, key=lambda slot: slot.pack is not None and self._find(slot.pack) is slot, default=None)
+
+    def _is_shared(self, slot: _Slot, pack: int) -> bool:
+        """Whether packs share the slot, and this one has room in it."""
+        return slot.owner is None and slot.bytes.numel() >= self._plan.packs[pack].slot_nbytes
 
     @torch.inference_mode(False)
     @torch.no_grad()
     def _load(self, pack: int) -> _Slot:
         if (found := self._find(pack)) is not None:
+            found.is_free = False
             return found
         self._allocate()
-        slot = next((slot for slot in self._slots if slot.pack is None), None)
-        if slot is None:
-            slot = self._slots[0]  # least recently used: user code asked for a pack out of turn
+        slot = self._vacant(pack)
+        if slot is None:  # user code asked for a pack out of turn
+            taken = [s for s in self._slots if s.owner == pack] or [s for s in self._slots if self._is_shared(s, pack)]
+            slot = taken[0] if taken else self._add_slot(self._plan.packs[pack].slot_nbytes, pack)
             slot.released = self._device.record(Lane.COMPUTE)
         released, slot.released = slot.released, None
         if slot is self._last:
             self._last = None
-        slot.pack = pack
+        slot.pack, slot.is_free, slot.generation = pack, False, self._store.generations[pack]
         layout = self._store.layouts[pack]
         if (arena := self._store.arenas[pack]).is_out_of_date():
             self._await_updates(layout)
             for read in self._all_reads(layout):
                 read.synchronize()
-            arena.move_in()
+            self._store.move_in(pack)
+        self._store.is_copied = True
         if pack not in slot.views:
             slot.views[pack] = {name: region.view(slot.bytes).detach() for name, region in layout.items()}
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
@@ -173,15 +249,26 @@ class DeviceWeights:
             slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
+        slot.versions = self._store.versions(pack), slot.bytes._version
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)
 
     def _allocate(self) -> None:
-        if not self._slots:
-            nbytes = max(1, max(pack.slot_nbytes for pack in self._plan.packs))
-            for _ in range(1 + self._plan.prefetch):
-                slot_bytes = torch.empty(nbytes, dtype=torch.uint8, device=self._device.torch_device)
-                # The allocator may hand out memory that compute has freed and still uses.
-                self._slots.append(_Slot(slot_bytes, released=self._device.record(Lane.COMPUTE)))
+        if self._slots:
+            return
+        plan, device = self._plan, self._device.index
+        for _ in range(plan.num_shared_slots(device)):
+            self._add_slot(plan.shared_slot_nbytes(device))
+        for pack in plan.packs_on(device):
+            if pack in plan.resident:
+                self._add_slot(plan.packs[pack].slot_nbytes, pack)
+
+    @torch.inference_mode(False)
+    def _add_slot(self, nbytes: int, owner: int | None = None) -> _Slot:
+        slot_bytes = torch.empty(max(1, nbytes), dtype=torch.uint8, device=self._device.torch_device)
+        # The allocator may hand out memory that compute has freed and still uses.
+        slot = _Slot(slot_bytes, owner, released=self._device.record(Lane.COMPUTE))
+        self._slots.append(slot)
+        return slot
 
 
 class HostWeights:
@@ -211,3 +298,5 @@ class HostWeights:
     def release(self, pack: int) -> None: ...
 
     def release_all(self) -> None: ...
+
+    def change_slots(self, plan: Plan) -> None: ...

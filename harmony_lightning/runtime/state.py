@@ -81,11 +81,12 @@ class RuntimeState:
             self.gradients.await_updates,
             host_is_device=cluster.host_is_device,
         )
+        self._store: WeightStore | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
         else:
-            store = WeightStore(self.parameters, plan, cluster)
+            self._store = store = WeightStore(self.parameters, plan, cluster)
             self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
             self._weights = [
                 DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
@@ -144,20 +145,39 @@ class RuntimeState:
 
     def notice_write(self, tensor: torch.Tensor) -> None:
         """User code has written a tensor off the segment's device: if it is a master, its copies are out of date."""
-        if self._is_master(tensor):
+        if self.is_master(tensor):
+            self.expect_writes()
             self.release_all()
+
+    def expect_writes(self, *, trained_only: bool = False) -> None:
+        """Masters are written, or are going to be: device copies are no good any more."""
+        if self._store is not None:
+            self._store.expect_writes(trained_only=trained_only)
+
+    def notice_look(self, arguments: Iterable[Any], *, leaks: bool) -> None:
+        """User code between steps is about to work with these, and may write masters behind any view of them."""
+        store = self._store
+        if store is None or not (store.is_copied or leaks):
+            return
+        if any(isinstance(leaf, torch.Tensor) and store.holds(leaf) for leaf in arguments):
+            store.has_leaked |= leaks
+            store.expect_writes()
 
     def before_write(self, tensor: torch.Tensor) -> None:
         """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
-        if self._is_master(tensor):
+        if self.is_master(tensor):
             self.finish_enqueuing()
             for device in self.cluster.devices:
                 device.record(Lane.SWAP_IN).synchronize()
             self.glue.before_write(tensor.data_ptr())
 
-    def _is_master(self, tensor: torch.Tensor) -> bool:
+    def is_master(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor lies in the memory of masters."""
         is_on_host = tensor.device.type == "cpu" and not self.is_device(tensor.device)
-        return is_on_host and tensor.data_ptr() in {p.data_ptr() for p in self.parameters.values()}
+        if not is_on_host or tensor.layout != torch.strided:
+            return False
+        in_arena = self._store is not None and self._store.holds(tensor)
+        return in_arena or tensor.data_ptr() in {p.data_ptr() for p in self.parameters.values()}
 
     # What is running --------------------------------------------------------------------------------------------------
 
@@ -216,7 +236,8 @@ class RuntimeState:
                 self.gradients.hold()
             else:
                 self.gradients.finish(lambda names: None)
-            self.release_all()  # most likely an update follows: the copies will be out of date
+            self.expect_writes()  # most likely an update follows
+            self.release_all()
         self._worker.drain()
 
     # From visit to visit ----------------------------------------------------------------------------------------------
@@ -228,6 +249,11 @@ class RuntimeState:
             first = next((p for p in packs if device in self.plan.visitors(p)), None)
             if first is not None:
                 self._weights[device].prefetch(first)
+
+    def begin(self) -> None:
+        """A step begins."""
+        if self._store is not None and self._store.has_leaked:
+            self._store.expect_writes()
 
     def finish_enqueuing(self) -> None:
         """Return when all swap-ins that were asked for are in their lanes."""
@@ -248,7 +274,7 @@ class RuntimeState:
         """Let go of threads and of device memory: nobody else would end the circle of those who wait for weights."""
         for loader in self._loaders:
             loader.close()
-        self._weights = []
+        self._weights, self._store = [], None
         self.gradients.close()
 
     def leave_pack(self) -> None:
@@ -257,11 +283,18 @@ class RuntimeState:
         self.buffers.drop_clean()
 
     def release(self, pack: int, device: int) -> None:
-        """A pack's weights are not needed on a device any more."""
+        """A pack's weights are not needed on a device for now."""
         self._weights[device].release(pack)
 
+    def take_up(self, plan: Plan) -> None:
+        """Go on under another plan for the same packs."""
+        if plan.resident != self.plan.resident:
+            for weights in self._weights:
+                weights.change_slots(plan)
+        self.plan = plan
+
     def release_all(self) -> None:
-        """No weights are needed on any device."""
+        """No weights are needed on any device for now."""
         self.glue.clear()
         for weights in self._weights:
             weights.release_all()
@@ -277,6 +310,7 @@ class RuntimeState:
         self.upcoming = {}
         self.departures.let_go()
         self.buffers.discard()
+        self.expect_writes()
         self.release_all()
         for loader in self._loaders:
             loader.drain()

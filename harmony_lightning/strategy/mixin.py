@@ -237,7 +237,7 @@ class HarmonyMixin:
         for device in self._engine.cluster.devices:
             device.reset_peak()
         if not self._engine.cluster.host_is_device:
-            self._between = Between(self._engine.cluster, self.root_device, self._engine.notice)
+            self._between = Between(self._engine.cluster, self.root_device, self._engine.notice_between)
             self._between.enter()
         self._last_plan = None
         self._is_uncuttable = False

@@ -91,6 +91,9 @@ def test_what_is_no_plan_is_refused(text):
         ({"microbatch_size": 0}, "microbatch_size must be at least 1"),
         ({"num_microbatches": 0}, "num_microbatches must be at least 1"),
         ({"packs": ()}, "a plan needs at least one pack"),
+        ({"resident": (1, 3)}, "resident names pack 3, but packs are 0 to 2"),
+        ({"stash_stays": (-1,)}, "stash_stays names pack -1"),
+        ({"keep": ("a", "d")}, "keep names layer 'd', which is in no pack"),
     ],
 )
 def test_impossible_plans_cannot_be_made(change, message):
@@ -116,16 +119,25 @@ def test_some_devices_may_have_nothing_to_do():
 @pytest.mark.parametrize(
     ("options", "swap_in"),
     [
-        # c is the last pack of gpu0, b that of gpu1: once each; a twice.
-        ({}, 2 * 100 + 200 + 400),
-        ({"num_devices": 1}, 2 * (100 + 200) + 400),
-        ({"num_devices": 3}, 100 + 200 + 400),
-        ({"num_devices": 8}, 100 + 200 + 400),
+        # Two slots hold a and c of gpu0, and b of gpu1.
+        ({}, 100 + 200 + 400),
+        # With one slot, c is the last pack of gpu0, b that of gpu1: once each; a twice.
+        ({"prefetch": 0}, 2 * 100 + 200 + 400),
+        ({"prefetch": 0, "resident": (0,)}, 100 + 200 + 400),
+        # Two slots hold b and c when backward begins.
+        ({"num_devices": 1}, 2 * 100 + 200 + 400),
+        ({"num_devices": 1, "prefetch": 0}, 2 * (100 + 200) + 400),
+        ({"num_devices": 1, "prefetch": 0, "resident": (0,)}, 100 + 2 * 200 + 400),
+        ({"num_devices": 1, "prefetch": 0, "resident": (2,)}, 2 * 100 + 200 + 400),
+        ({"num_devices": 1, "prefetch": 0, "resident": (1, 2)}, 100 + 200 + 400),
+        ({"num_devices": 1, "resident": (0,)}, 100 + 200 + 400),
+        ({"num_devices": 3, "prefetch": 0}, 100 + 200 + 400),
+        ({"num_devices": 8, "prefetch": 0}, 100 + 200 + 400),
         # Both devices run all packs.
-        ({"mode": "dp"}, 2 * (2 * (100 + 200) + 400)),
-        ({"mode": "dp", "num_devices": 1}, 2 * (100 + 200) + 400),
+        ({"mode": "dp"}, 2 * (2 * 100 + 200 + 400)),
+        ({"mode": "dp", "prefetch": 0}, 2 * (2 * (100 + 200) + 400)),
         # Three microbatches keep three of eight devices busy.
-        ({"mode": "dp", "num_devices": 8}, 3 * (2 * (100 + 200) + 400)),
+        ({"mode": "dp", "num_devices": 8}, 3 * (2 * 100 + 200 + 400)),
     ],
 )
 def test_swapped_bytes_of_a_step(options, swap_in):
@@ -135,8 +147,22 @@ def test_swapped_bytes_of_a_step(options, swap_in):
 
 def test_frozen_weights_come_in_but_have_no_gradients_to_bring_out():
     partly = plan(pack("a", 100, trainable=0), pack("b", 200, trainable=64))
-    assert partly.swap_in_bytes_per_step == 300
+    assert partly.swap_in_bytes(is_first=True) == 300
+    assert partly.swap_in_bytes_per_step == 200  # nobody writes a, and nobody takes its slot
     assert partly.swap_out_bytes_per_step == 64
+
+
+def test_frozen_packs_stay_as_long_as_nobody_takes_their_slots():
+    def frozen(*trainable, **options):
+        packs = [pack(name, 100, trainable=100 * (name in trainable)) for name in "abcd"]
+        made = plan(*packs, num_devices=1, **options)
+        return made.swap_in_bytes(is_first=True), made.swap_in_bytes_per_step
+
+    assert frozen("d") == (400, 400)  # no backward but that of d: c and d are left, and d is updated
+    assert frozen("d", resident=(0, 1, 2)) == (400, 100)
+    assert frozen("c", prefetch=0) == (500, 500)
+    assert frozen("c", resident=(3,)) == (400, 200)  # b is found by the next step, d always
+    assert frozen("a", resident=(1, 2, 3)) == (400, 100)
 
 
 def test_slots_are_aligned_and_doubled_by_prefetch():
