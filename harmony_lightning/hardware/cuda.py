@@ -57,6 +57,8 @@ class CudaDevice:
             torch.cuda.set_per_process_memory_fraction(memory_bytes / total_bytes, torch_device)
         self.memory_bytes = memory_bytes
         self._is_limited = is_limited
+        self._former_peak = 0
+        """The most bytes that were alive in front of the last `take_peak`."""
         self._swap_streams: dict[Lane, torch.cuda.Stream] = {}
         self._compute_stream: torch.cuda.Stream | None = None
         """The stream that was current when a lane was entered; None outside of lanes."""
@@ -94,10 +96,17 @@ class CudaDevice:
         return torch.cuda.memory_allocated(self.torch_device)
 
     def peak_bytes(self) -> int:
-        return torch.cuda.max_memory_allocated(self.torch_device)
+        return max(self._former_peak, torch.cuda.max_memory_allocated(self.torch_device))
 
     def reset_peak(self) -> None:
+        self._former_peak = 0
         torch.cuda.reset_peak_memory_stats(self.torch_device)
+
+    def take_peak(self) -> int:
+        taken = torch.cuda.max_memory_allocated(self.torch_device)
+        self._former_peak = max(self._former_peak, taken)
+        torch.cuda.reset_peak_memory_stats(self.torch_device)
+        return taken
 
     def random_state(self) -> torch.Tensor | None:
         return torch.cuda.get_rng_state(self.torch_device)

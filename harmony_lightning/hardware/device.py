@@ -74,6 +74,9 @@ class Device(Protocol):
 
     def reset_peak(self) -> None: ...
 
+    def take_peak(self) -> int:
+        """The most bytes that were alive at once since the last call; `peak_bytes` stays what it is."""
+
     def random_state(self) -> torch.Tensor | None:
         """State of the device's own random generator; None if the host's generator serves it."""
 

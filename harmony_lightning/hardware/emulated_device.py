@@ -56,6 +56,7 @@ class EmulatedDevice:
         """What `cpu:i` means to tensors that live here."""
         self._allocated = 0
         self._peak = 0
+        self._recent_peak = 0
         self._allocations: dict[int, weakref.ref[Allocation]] = {}
 
     @property
@@ -79,6 +80,10 @@ class EmulatedDevice:
 
     def reset_peak(self) -> None:
         self._peak = self._allocated
+
+    def take_peak(self) -> int:
+        taken, self._recent_peak = self._recent_peak, self._allocated
+        return taken
 
     def random_state(self) -> torch.Tensor | None:
         return None
@@ -131,6 +136,8 @@ class EmulatedDevice:
         self._allocated = allocated
         if allocated > self._peak:
             self._peak = allocated
+        if allocated > self._recent_peak:
+            self._recent_peak = allocated
 
     def _release(self, allocation: Allocation) -> None:
         del self._allocations[allocation.storage._cdata]

@@ -39,6 +39,9 @@ class HostDevice:
     def reset_peak(self) -> None:
         pass
 
+    def take_peak(self) -> int:
+        return 0
+
     def random_state(self) -> torch.Tensor | None:
         return None
 

@@ -3,6 +3,7 @@
 from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
+from harmony_lightning.plan.usage import LayerActivations, Usage, VisitPeak
 from harmony_lightning.plan.validate import check_plan
 from harmony_lightning.record import Record
 
@@ -10,6 +11,7 @@ __all__ = [
     "ALIGNMENT",
     "Kind",
     "Lane",
+    "LayerActivations",
     "Pack",
     "Plan",
     "Record",
@@ -18,6 +20,8 @@ __all__ = [
     "Task",
     "TaskGraph",
     "TaskTimes",
+    "Usage",
+    "VisitPeak",
     "aligned",
     "check_plan",
 ]

@@ -17,6 +17,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from harmony_lightning.errors import UnsupportedError
 
 Position = int
+Restore = Callable[[], torch.Tensor]
+"""Finds a weight where it is then."""
 Recompute = Callable[[Callable[[torch.Tensor], Position]], None]
 """Runs the layer again with the given saved-tensor hook in force."""
 
@@ -32,14 +34,20 @@ class TakesDerivative(BaseException):
 class Activations:
     """The saved tensors of one layer call. The layer's graph holds this, so this must hold nothing of the call."""
 
-    def __init__(self, layer: str, *, is_kept: bool) -> None:
+    def __init__(
+        self, layer: str, *, is_kept: bool, refer: Callable[[torch.Tensor], Restore | None] = lambda tensor: None
+    ) -> None:
+        """`refer`: what stands for a tensor in slot memory, which may be overwritten; None for others."""
+        self.is_kept = is_kept
+        self.weighed: list[torch.Tensor] | None = None
+        """What the forward saves, where somebody wants to know."""
+        self._refer = refer
         self._layer = layer
         self._recompute: Recompute | None = None
         """Known while the layer's backward runs."""
         self._kinds: list[tuple[torch.Size, torch.dtype]] = []
-        self._is_kept = is_kept
         self._is_in_forward = False
-        self._ready: dict[Position, tuple[torch.Tensor, int]] = {}
+        self._ready: dict[Position, tuple[torch.Tensor, int] | Restore] = {}
         """Tensors that backward has not asked for yet, with their versions."""
         self._handed_out: dict[Position, weakref.ref[torch.Tensor]] = {}
 
@@ -47,8 +55,10 @@ class Activations:
         """Hook of the forward: an operation saves a tensor."""
         self._kinds.append((tensor.shape, tensor.dtype))
         position = len(self._kinds) - 1
-        if self._is_kept:
-            self._ready[position] = _held(tensor)
+        if self.weighed is not None:
+            self.weighed.append(tensor.detach())
+        if self.is_kept:
+            self._ready[position] = self._refer(tensor) or _held(tensor)
         return position
 
     def load(self, position: Position) -> torch.Tensor:
@@ -63,10 +73,15 @@ class Activations:
             )
         if (reference := self._handed_out.get(position)) is not None and (again := reference()) is not None:
             return again
-        tensor, version = self._ready.pop(position, (None, -1))
-        if tensor is None or tensor._version != version:  # not kept, or written since
-            self._ready = self._make(self._recompute)
-            tensor, _ = self._ready.pop(position)
+        held = self._ready.pop(position, None)
+        if callable(held):
+            tensor = held()
+        elif held is not None and held[0]._version == held[1]:
+            tensor = held[0]
+        else:  # not kept, or written since
+            made = self._make(self._recompute)
+            tensor, _ = made.pop(position)
+            self._ready = {**made}
         self._handed_out[position] = weakref.ref(tensor)
         return tensor
 

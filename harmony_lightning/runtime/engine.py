@@ -18,12 +18,13 @@ from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.device import Cluster, Device, Lane
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, Usage
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
+from harmony_lightning.runtime.meter import Meter
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.site import Interposition
@@ -58,6 +59,10 @@ class Engine:
         self._microbatches: Sequence[Microbatch] = ()
         self._step: TrainingStep | None = None
         self._shared_pass: SharedPass | None = None
+        self.usage: Usage | None = None
+        """What the measured step has taken; None if there was none, or it was not cut."""
+        self._measures: bool | None = None
+        """Whether the next step of a kind is measured, and that kind."""
         self._interrupted_seed: int | None = None
         """Of a step that was given up and will be run again in one piece."""
 
@@ -119,6 +124,31 @@ class Engine:
             self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches
         )
 
+    def take_up(self, plan: Plan) -> None:
+        """Go on under a plan that lets something else stay on the devices."""
+        if plan != self.plan:
+            self.settle()
+            with self.cluster.activate():
+                self.state.take_up(plan)
+
+    def measure(self, *, trains: bool) -> None:
+        """Find out what the next step takes; `usage` tells it afterwards. `trains`: a step that is cut, and its backward."""
+        self._measures, self.usage = trains, None
+
+    def _begin_measuring(self, *, trains: bool) -> None:
+        if self._measures is not trains:
+            return
+        self._measures = None
+        with self.cluster.activate(continues=True):
+            if trains:
+                self.state.allocate()
+            self.state.meter = Meter(self.plan, self.cluster.devices, self.state.weight_slots_nbytes, trains=trains)
+
+    def _end_measuring(self) -> None:
+        meter, self.state.meter = self.state.meter, None
+        if meter is not None:
+            self.usage = meter.usage()
+
     def is_out_of_date(self) -> bool:
         """Whether parameters came, went or changed their kind since `load`."""
         now, then = dict(self.root.named_parameters()), self.state.parameters
@@ -148,6 +178,7 @@ class Engine:
         self._step = self._shared_pass = None
         self.has_settled = True
         if self._code is not None:
+            self.state.meter = None
             self._code.kill(microbatches)
             self._code.stash.end()
             self._come_to_rest()
@@ -200,6 +231,8 @@ class Engine:
             Microbatch(self.state, m, function, stream, is_cut=is_cut)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
         ]
+        if is_cut:
+            self._begin_measuring(trains=True)
         step = self._step = TrainingStep(self._user_code, microbatches, shares, settle, factor, is_cut=is_cut)
         try:
             with self._user_code.active(continues=True), self._guarded():
@@ -241,6 +274,7 @@ class Engine:
             self._step.backward(factor, on_complete)
             self.state.buffers.flush()
             self._end()
+            self._end_measuring()
 
     def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
@@ -250,12 +284,14 @@ class Engine:
         code = self._user_code
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
+        self._begin_measuring(trains=False)
         with code.active(self._host_arithmetic if trains else None), self._guarded():
             microbatch.open(0)
             with code.running(microbatch):
                 result = function()
             self.state.buffers.flush()
             self._end()
+            self._end_measuring()
         derive_on_host(self._derived)
         return result
 
@@ -266,11 +302,13 @@ class Engine:
         self.state.begin()
         shared = self._shared_pass = SharedPass(self._user_code, functions)
         self._microbatches = shared.microbatches
+        self._begin_measuring(trains=False)
         trace, self.trace = self.trace, Trace()  # of training: other calls in another order
         try:
             with self._user_code.active(), self._guarded():
                 together = shared.run()
                 self._end()
+                self._end_measuring()
         finally:
             self._shared_pass, self.trace = None, trace
         derive_on_host(self._derived)

@@ -225,17 +225,27 @@ class GradientStore:
         for slots in self._slots:
             slots.clear()
 
+    def allocate(self) -> None:
+        """Make the slots of all devices now, not when they are first needed."""
+        for device in range(len(self._devices)):
+            if not self._host_is_device and self._plan.packs_on(device):
+                self._allocate(device)
+
+    def _allocate(self, device: int) -> None:
+        if self._slots[device]:
+            return
+        nbytes = max(1, max(layout_nbytes(layout) for layout in self._layouts))
+        with torch.inference_mode(False):
+            self._slots[device] += [
+                _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device))
+                for _ in range(1 + self._plan.prefetch)
+            ]
+
     def _slot(self, pack: int, device: int) -> _Slot:
         slots = self._slots[device]
         slot = next((slot for slot in slots if slot.pack == pack), None)
         if slot is None:
-            if not slots:
-                nbytes = max(1, max(layout_nbytes(layout) for layout in self._layouts))
-                with torch.inference_mode(False):
-                    slots += [
-                        _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device))
-                        for _ in range(1 + self._plan.prefetch)
-                    ]
+            self._allocate(device)
             slot = next((slot for slot in slots if slot.pack is None), None)
             if slot is None:  # a pack is visited again later: what it has so far waits on the host
                 slot = min(slots, key=lambda slot: slot.last_use)

@@ -17,7 +17,7 @@ import functools
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,7 +43,8 @@ class LayerCall:
     def __init__(self, site: Site, segment: Segment, arguments: Arguments, *, is_kept: bool) -> None:
         self.site = site
         self.segment = segment
-        self.activations = Activations(site.name, is_kept=is_kept)
+        refer = functools.partial(segment.state.refer_to_slot, segment.device)
+        self.activations = Activations(site.name, is_kept=is_kept, refer=refer)
         self.autocast = Autocast.capture()
         self.replay: Replay | None = None
         self.buffers_before: dict[int, torch.Tensor] = {}
@@ -90,7 +91,8 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     """Run a layer in its segment; the result is part of the microbatch's autograd graph.
 
     Args:
-        keeps: its activations stay on the device until its backward, or until the microbatch leaves the pack.
+        keeps: its activations stay on the device until its backward; in the last pack, whose backward is next, only until
+            the microbatch leaves the pack.
     """
     refuse_transforms(site.name)
     arguments = Arguments(args, kwargs)
@@ -105,11 +107,11 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     call.trained = trained
     call.given = originals
     segment.has_graph = True
-    if keeps:
+    if keeps and segment.pack == len(state.plan.packs) - 1:
         segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
-    with state.inside_layer(segment.device):
+    with state.inside_layer(segment.device), _weighed(call, tensors):
         results = LayerFunction.apply(state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
     call.result_leaves, call.given = [], []
@@ -119,6 +121,25 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     for position, value in zip(call.mutated, results[len(results) - len(call.mutated) :], strict=True):
         segment.replaced[id(given[position])] = (given[position], value)
     return pytree.tree_unflatten(leaves, call.result_spec)
+
+
+@contextmanager
+def _weighed(call: LayerCall, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
+    """Tell the meter, if there is one, what the layer's operations save beside its inputs and weights. It is held until
+    the forward is over, as it would be if it were kept, and as it will be in backward."""
+    meter = call.segment.state.meter
+    if meter is None or not meter.trains or not call.segment.is_cut:
+        yield
+        return
+    saved: list[torch.Tensor] = []
+    call.activations.weighed = saved
+    yield
+    call.activations.weighed = None
+    if not call.site.differentiates:
+        known = {storage_key(tensor) for tensor in inputs}
+        storages = {storage_key(t): t for t in saved if not call.segment.state.is_weight_memory(t)}
+        nbytes = sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in known)
+        meter.activation(call.site.name, call.segment, nbytes)
 
 
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
@@ -351,6 +372,8 @@ class LayerFunction(torch.autograd.Function):
         try:
             call.check_weights()
             with call.segment.state.recomputing(call.segment.device):
+                if call.activations.is_kept:  # else the second run asks for them
+                    call.segment.state.weights_of(call.site, call.segment.device, call.trained)
                 values = _differentiate(call, gradients, trained)
                 num_arguments = len(values) - len(call.objects.used)
                 with torch._C.DisableTorchFunction():

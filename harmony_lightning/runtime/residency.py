@@ -15,7 +15,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, return_freed_memory
+from harmony_lightning.runtime.arena import HostArena, Layout, Region, lay_out, return_freed_memory
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
@@ -176,6 +176,33 @@ class DeviceWeights:
             self._finish_loading(slot)
             self._slots.remove(slot)
 
+    def find_slice(self, tensor: torch.Tensor) -> tuple[int, Region] | None:
+        """The pack, and where in its slot the tensor lies, if it does."""
+        key = storage_key(tensor)
+        slot = next((slot for slot in self._slots if storage_key(slot.bytes) == key), None)
+        if slot is None or slot.pack is None:
+            return None
+        size = tensor.element_size()
+        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = int(tensor.storage_offset()) * size
+        stop = start + (last + 1) * size if tensor.numel() else start
+        return slot.pack, Region(start, stop, tensor.dtype, tensor.shape, tensor.stride())
+
+    def restore(self, pack: int, region: Region) -> torch.Tensor:
+        """What `find_slice` has found, where it is now."""
+        self.acquire(pack)
+        assert self._last is not None
+        return region.view(self._last.bytes)
+
+    @property
+    def slots_nbytes(self) -> int:
+        """Bytes that the slots take now."""
+        return sum(slot.bytes.numel() for slot in self._slots)
+
+    def allocate(self) -> None:
+        """Make the slots now, not when they are first needed."""
+        self._allocate()
+
     def change_slots(self, plan: Plan) -> None:
         """Let all slots go; those that come next are of another plan for the same packs."""
         for slot in self._slots:
@@ -298,5 +325,11 @@ class HostWeights:
     def release(self, pack: int) -> None: ...
 
     def release_all(self) -> None: ...
+
+    def find_slice(self, tensor: torch.Tensor) -> None: ...
+
+    slots_nbytes = 0
+
+    def allocate(self) -> None: ...
 
     def change_slots(self, plan: Plan) -> None: ...

@@ -57,6 +57,7 @@ class Stash:
         refer: what stands for a tensor that is a weight; None for others.
         restore: the inverse.
         counters: of bytes.
+        weigh: is told of each tensor that goes to the host, and its segment.
     """
 
     def __init__(
@@ -67,6 +68,7 @@ class Stash:
         restore: Callable[[WeightReference], torch.Tensor],
         counters: Counters,
         departures: Departures,
+        weigh: Callable[[Segment, torch.Tensor], None] = lambda segment, tensor: None,
     ) -> None:
         self._leaves = leaves
         self._is_weight_memory = is_weight_memory
@@ -74,6 +76,7 @@ class Stash:
         self._restore = restore
         self._counters = counters
         self._departures = departures
+        self._weigh = weigh
         self._held: dict[int, weakref.WeakSet[_Held]] = {}
         """What waits where it is, by its memory."""
 
@@ -99,6 +102,7 @@ class Stash:
         held = segment.stashed.get(key)
         if held is not None and held[1] == tensor._version:
             return held[2]
+        self._weigh(segment, tensor)
         source = without_repetition(tensor.detach())
         with torch.inference_mode(False):
             host = torch.empty_like(source, device="cpu", pin_memory=device.torch_device.type == "cuda")

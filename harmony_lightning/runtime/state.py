@@ -5,9 +5,10 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -23,6 +24,9 @@ from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weig
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
 from harmony_lightning.runtime.worker import HostWorker
+
+if TYPE_CHECKING:
+    from harmony_lightning.runtime.meter import Meter
 
 
 class RuntimeState:
@@ -65,6 +69,8 @@ class RuntimeState:
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
         """Gradients of weights that user code has asked for, on the host, while it does."""
+        self.meter: Meter | None = None
+        """Of the running step, if it is measured."""
         self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False
@@ -138,6 +144,13 @@ class RuntimeState:
     def is_weight_memory(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a device copy of weights, which the plan moves, not the user's code."""
         return self.glue.holds(tensor) or any(weights.holds(tensor) for weights in self._weights)
+
+    def refer_to_slot(self, device: Device, tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
+        """What finds a tensor in slot memory again when the slot holds another pack; None for others."""
+        weights = self._weights[device.index]
+        if isinstance(weights, HostWeights) or (found := weights.find_slice(tensor)) is None:
+            return None
+        return functools.partial(weights.restore, *found)
 
     def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
@@ -292,6 +305,16 @@ class RuntimeState:
             for weights in self._weights:
                 weights.change_slots(plan)
         self.plan = plan
+
+    def weight_slots_nbytes(self) -> list[int]:
+        """Bytes that slots for weights take now, by device."""
+        return [weights.slots_nbytes for weights in self._weights]
+
+    def allocate(self) -> None:
+        """Make all slots that a training step will use."""
+        for weights in self._weights:
+            weights.allocate()
+        self.gradients.allocate()
 
     def release_all(self) -> None:
         """No weights are needed on any device for now."""

@@ -87,6 +87,8 @@ class TrainingStep:
         state, microbatches = self._state, self._microbatches
         if factor != self._factor:
             self._rescale(factor / self._factor)
+        if state.meter is not None:
+            state.meter.turn_back()
         state.gradients.begin()
         for pack in reversed(range(len(state.plan.packs))):
             if not self._segments_left[pack]:

@@ -44,6 +44,7 @@ class UserCode:
             state.glue.restore,
             state.counters,
             state.departures,
+            self._weigh,
         )
         self._notice = notice
         self._is_aborting = False
@@ -165,8 +166,14 @@ class UserCode:
         if state.glue and not state.depth and not state.cluster.host_is_device:
             segment.saved_nbytes += tensor.nbytes
         is_fused = microbatch.is_cut and segment.pack == len(state.plan.packs) - 1
-        goes = (state.plan.stash == "host" and not is_fused) or segment.saved_nbytes > state.spare_nbytes
+        is_to_leave = state.plan.stash == "host" and segment.pack not in state.plan.stash_stays
+        goes = (is_to_leave and not is_fused) or segment.saved_nbytes > state.spare_nbytes
         return segment if goes else None
+
+    def _weigh(self, segment: Segment, tensor: torch.Tensor) -> None:
+        """A tensor leaves for the host that might have stayed."""
+        if self.state.meter is not None:
+            self.state.meter.stash(segment, tensor)
 
     def _refer(self, tensor: torch.Tensor) -> WeightReference | None:
         """What stands for a tensor that is saved, if that is a weight."""

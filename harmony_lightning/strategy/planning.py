@@ -5,6 +5,7 @@ once when the first step has shown that layers are called in another order than 
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 from torchmetrics import Metric
@@ -16,6 +17,8 @@ from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.scheduler import automatic_microbatch_size
+from harmony_lightning.strategy.residency import Residency
+
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +43,7 @@ class Planning:
         self._call_order: CallOrder | None = None
         self._min_samples = 1
         self.metrics: list[Metric] = []
+        self._residency: Residency | None = None
         self._load(Workload(microbatch_size=1, num_microbatches=1))
 
     def _load(self, workload: Workload) -> None:
@@ -49,6 +53,8 @@ class Planning:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))
         engine.load(plan, decomposition)
+        keeps_all = self._given is not None or engine.cluster.host_is_device
+        self._residency = None if keeps_all else Residency(engine, moves_stash=self._config.stash == "host")
         self.metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
@@ -81,4 +87,18 @@ class Planning:
                 self._call_order = CallOrder(layers=order, loops=loops)
                 self._load(workload)
         if not engine.trace.is_complete:
+            if self._residency is not None:
+                self._residency.forget()
             engine.resize(workload.microbatch_size, workload.num_microbatches)
+        if self._residency is not None:
+            self._residency.before("training", parts.batches)
+
+    def before_evaluation(self, stage: str, batches: Sequence[Any]) -> None:
+        """Steps of these batches share a pass."""
+        if self._residency is not None:
+            self._residency.before(stage, batches)
+
+    def before_manual(self) -> None:
+        """A step comes that nobody measures."""
+        if self._residency is not None:
+            self._residency.let_go()

@@ -1,0 +1,98 @@
+"""What stays on the devices: the memory that a measured step has left goes to what saves most per byte.
+
+    activations of the fused last pack   of one microbatch at a time, and save as many recomputes as there are microbatches
+    stashes                              each byte saves two copies, out and in
+    weights                              each byte saves one copy in
+    activations of other packs           each byte saves its share of a recompute, and copies nothing
+
+In this order each one stays that still fits. More memory then never means less saved: it differs first in something that
+fits now and did not before, which alone is larger than all that could take its place.
+
+Weights occupy their device all the time, stashes and activations from the forward of their pack to its backward. So the
+most that a device holds is the largest, over all visits, of what was measured then and what stays then.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Iterator, Sequence
+
+from harmony_lightning.plan import Plan, Usage
+
+HEADROOM = 1 / 32
+"""Share of the memory that is left free: allocators lose some, and steps of one size differ a little."""
+
+
+def let_stay(plan: Plan, usage: Usage, grown: Sequence[int] = (), *, moves_stash: bool = False) -> Plan:
+    """The plan with as much residency as fits.
+
+    Args:
+        plan: under which the step was measured.
+        usage: of that step.
+        grown: bytes by which each device has less left now than then.
+        moves_stash: stashes go to the host whatever is left.
+    """
+    memory = [int(plan.memory_bytes * (1 - HEADROOM)) - extra for extra in grown or [0] * plan.num_devices]
+    best = plan
+    for candidate in _candidates(plan, usage, moves_stash):
+        wider = dataclasses.replace(
+            best,
+            resident=_with(best.resident, candidate.resident),
+            stash_stays=_with(best.stash_stays, candidate.stash_stays),
+            keep=(*best.keep, *candidate.keep),
+        )
+        if not set(candidate.needs_stash) <= set(best.stash_stays):
+            continue
+        if all(peak <= limit for peak, limit in zip(peaks(wider, usage, plan), memory, strict=True)):
+            best = wider
+    return dataclasses.replace(best, peak_bytes=tuple(peaks(best, usage, plan)))
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Candidate:
+    resident: tuple[int, ...] = ()
+    stash_stays: tuple[int, ...] = ()
+    keep: tuple[str, ...] = ()
+    needs_stash: tuple[int, ...] = ()
+    """A layer is only worth keeping if its inputs stay, too."""
+
+
+def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candidate]:
+    last = len(plan.packs) - 1
+    weighed = {one.layer: sum(one.nbytes) for one in usage.activations}
+
+    def layers(pack: int) -> list[str]:
+        """Those that may be kept, cheapest first."""
+        names = [name for name in plan.packs[pack].layers if name in weighed and name not in plan.keep]
+        return sorted(names, key=lambda name: weighed[name])
+
+    yield from (_Candidate(keep=(name,)) for name in layers(last))
+    has_stash = bool(usage.stash) and plan.stash == "host" and not moves_stash
+    # The latest ones are there for the shortest time.
+    yield from (_Candidate(stash_stays=(pack,)) for pack in reversed(range(last)) if has_stash)
+    # The last ones find their slots again anyway.
+    yield from (_Candidate(resident=(pack,)) for pack in range(last + 1) if plan.packs[pack].nbytes)
+    for pack in reversed(range(last)):
+        needs = (pack,) if plan.stash == "host" else ()
+        yield from (_Candidate(keep=(name,), needs_stash=needs) for name in layers(pack))
+
+
+def peaks(plan: Plan, usage: Usage, measured: Plan) -> list[int]:
+    """The most that each device holds in a step like the measured one."""
+    stays = [usage.stash[p] if p in plan.stash_stays else None for p in range(len(plan.packs))]
+    nbytes = {one.layer: one.nbytes for one in usage.activations}
+    kept = [
+        [nbytes[name] for name in pack.layers if name in plan.keep and name not in measured.keep and name in nbytes]
+        for pack in plan.packs
+    ]
+    result = []
+    for device in range(plan.num_devices):
+        held = [
+            (stash[device] if stash is not None else 0) + sum(one[device] for one in layers)
+            for stash, layers in zip(stays, kept, strict=True)
+        ]
+        most = max(visit.nbytes[device] + sum(held[: visit.pack + 1]) for visit in usage.visits)
+        result.append(plan.slots_nbytes(device) + most)
+    return result
+
+
+def _with(indices: Iterable[int], more: Iterable[int]) -> tuple[int, ...]:
+    return tuple(sorted({*indices, *more}))
