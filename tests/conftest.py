@@ -15,6 +15,12 @@ def _leave_nothing_behind():
     assert torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
+@pytest.fixture
+def nothing_stays(monkeypatch):
+    """Memory that a step leaves is left: what is swapped and made again can be counted."""
+    monkeypatch.setattr("harmony_lightning.strategy.residency.let_stay", lambda plan, usage, *args, **knobs: plan)
+
+
 @pytest.fixture(params=["emulated", pytest.param("cuda", marks=pytest.mark.gpu)])
 def devices(request, monkeypatch):
     """Runs a test twice: on emulated GPUs, and on real ones where there are any."""

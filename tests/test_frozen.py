@@ -69,6 +69,7 @@ def recomputed(monkeypatch):
     return names
 
 
+@pytest.mark.usefixtures("nothing_stays")
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 @pytest.mark.parametrize("num_gpus", [1, 2])

@@ -106,6 +106,7 @@ def test_throughput_monitor():
     assert [row["train/samples"] for row in rows.rows if "train/samples" in row] == [8, 16, 24, 32, 40]
 
 
+@pytest.mark.usefixtures("nothing_stays")
 def test_statistics_are_read_while_training():
     """What a callback of the user's own would watch."""
     seen = []

@@ -16,6 +16,8 @@ from torchmetrics import MeanMetric, MeanSquaredError, MetricCollection
 
 from harmony_lightning.strategy.look_ahead import LookAhead
 
+pytestmark = pytest.mark.usefixtures("nothing_stays")  # passes are counted
+
 BATCH = 4
 
 

@@ -48,6 +48,7 @@ def test_one_microbatch_equals_plain_training_to_the_bit():
     assert ours.losses == reference.losses
 
 
+@pytest.mark.usefixtures("nothing_stays")
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 @pytest.mark.parametrize("num_gpus", [1, 2, 3])
 @pytest.mark.parametrize("memory", ["120KiB", "200KiB", "300KiB"])
@@ -151,6 +152,7 @@ def test_the_host_as_only_device_needs_no_swapping():
     assert (statistics.swap_in_bytes, statistics.swap_out_bytes, statistics.num_packs) == (0, 0, 1)
 
 
+@pytest.mark.usefixtures("nothing_stays")
 def test_evaluation_and_prediction_swap_too():
     module, reference = twins()
     fitted = trainer(harmony(2))

@@ -3,15 +3,15 @@
 from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
-from harmony_lightning.plan.usage import LayerActivations, Usage, VisitPeak
+from harmony_lightning.plan.usage import Held, Usage, VisitPeak
 from harmony_lightning.plan.validate import check_plan
 from harmony_lightning.record import Record
 
 __all__ = [
     "ALIGNMENT",
+    "Held",
     "Kind",
     "Lane",
-    "LayerActivations",
     "Pack",
     "Plan",
     "Record",

@@ -85,9 +85,7 @@ class Plan(Record):
         for field in ("resident", "stash_stays"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
-                    raise ConfigurationError(
-                        f"{field} names pack {index}, but packs are 0 to {len(self.packs) - 1}"
-                    )
+                    raise ConfigurationError(f"{field} names pack {index}, but packs are 0 to {len(self.packs) - 1}")
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""

@@ -18,12 +18,15 @@ class VisitPeak(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class LayerActivations(Record):
-    """What operations inside a layer saved for their backward, the layer's inputs and weights left out."""
+class Held(Record):
+    """Memory that waits from forward to backward if any of these stays; several may hold the same tensor."""
 
-    layer: str
+    stashes: tuple[int, ...] = ()
+    """Packs with it in their stash."""
+    layers: tuple[str, ...] = ()
+    """Layers with it among their activations, of which inputs and weights are no part."""
     nbytes: ByDevice
-    """Of all microbatches together; in the last pack, of one."""
+    """Of all microbatches together; of a layer of the last pack, of one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,8 +34,7 @@ class Usage(Record):
     """One step, measured under a plan by which nothing stays that need not."""
 
     visits: tuple[VisitPeak, ...]
-    stash: tuple[ByDevice, ...] = ()
-    """By pack: what waited from forward to backward, of all microbatches together; empty for steps that train nothing."""
-    activations: tuple[LayerActivations, ...] = ()
+    held: tuple[Held, ...] = ()
+    """Empty for a step that trains nothing."""
     resting: ByDevice
     """In use in front of the step, slots for weights left out."""

@@ -55,11 +55,16 @@ class Activations:
         """Hook of the forward: an operation saves a tensor."""
         self._kinds.append((tensor.shape, tensor.dtype))
         position = len(self._kinds) - 1
-        if self.weighed is not None:
-            self.weighed.append(tensor.detach())
-        if self.is_kept:
-            self._ready[position] = self._refer(tensor) or _held(tensor)
+        if self.is_kept or self.weighed is not None:
+            self._hold(position, tensor)
         return position
+
+    def _hold(self, position: Position, tensor: torch.Tensor) -> None:
+        reference, held = self._refer(tensor), _held(tensor)
+        if self.weighed is not None and reference is None:
+            self.weighed.append(held[0])
+        if self.is_kept:
+            self._ready[position] = reference or held
 
     def load(self, position: Position) -> torch.Tensor:
         """Hook of the forward: the operation's backward asks for it. What was handed out is not held any longer."""

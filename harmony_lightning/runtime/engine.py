@@ -24,7 +24,7 @@ from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.meter import Meter
+from harmony_lightning.runtime.meter import Holding, Meter
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.site import Interposition
@@ -132,8 +132,14 @@ class Engine:
                 self.state.take_up(plan)
 
     def measure(self, *, trains: bool) -> None:
-        """Find out what the next step takes; `usage` tells it afterwards. `trains`: a step that is cut, and its backward."""
+        """Find out what the next step takes; `usage` tells it afterwards. `trains`: it is cut, and has a backward."""
         self._measures, self.usage = trains, None
+
+    def watch(self) -> Holding:
+        """Find out what stays in the next training step, which tells it afterwards."""
+        self._measures = None
+        holding = self.state.holding = Holding(self.plan, len(self.cluster.devices))
+        return holding
 
     def _begin_measuring(self, *, trains: bool) -> None:
         if self._measures is not trains:
@@ -178,7 +184,7 @@ class Engine:
         self._step = self._shared_pass = None
         self.has_settled = True
         if self._code is not None:
-            self.state.meter = None
+            self.state.meter = self.state.holding = None
             self._code.kill(microbatches)
             self._code.stash.end()
             self._come_to_rest()

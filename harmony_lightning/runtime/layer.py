@@ -125,21 +125,24 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
 
 @contextmanager
 def _weighed(call: LayerCall, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
-    """Tell the meter, if there is one, what the layer's operations save beside its inputs and weights. It is held until
-    the forward is over, as it would be if it were kept, and as it will be in backward."""
-    meter = call.segment.state.meter
-    if meter is None or not meter.trains or not call.segment.is_cut:
+    """If the step is measured, tell what the layer's operations save beside its inputs and weights. It is held until the
+    forward is over, as it would be if it were kept, and as it will be in backward."""
+    segment, layer = call.segment, call.site.name
+    meter, holding = segment.state.meter, segment.state.holding
+    is_kept = call.activations.is_kept and segment.pack < len(segment.state.plan.packs) - 1
+    if not segment.is_cut or not ((meter is not None and meter.trains) or (holding is not None and is_kept)):
         yield
         return
-    saved: list[torch.Tensor] = []
-    call.activations.weighed = saved
+    saved = call.activations.weighed = list[torch.Tensor]()
     yield
     call.activations.weighed = None
-    if not call.site.differentiates:
+    if call.site.differentiates:
+        return
+    if holding is not None:
+        holding.activation(layer, segment, saved)
+    if meter is not None:
         known = {storage_key(tensor) for tensor in inputs}
-        storages = {storage_key(t): t for t in saved if not call.segment.state.is_weight_memory(t)}
-        nbytes = sum(tensor.untyped_storage().nbytes() for key, tensor in storages.items() if key not in known)
-        meter.activation(call.site.name, call.segment, nbytes)
+        meter.activation(layer, segment, (tensor for tensor in saved if storage_key(tensor) not in known))
 
 
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:

@@ -52,7 +52,7 @@ class WeightStore:
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of masters."""
         if not self._memory:
-            self._memory = {storage_key(p) for layout in self.layouts for p in map(self.parameters.get, layout) if p is not None}
+            self._memory = {storage_key(self.parameters[name]) for layout in self.layouts for name in layout}
         return storage_key(tensor) in self._memory
 
     def move_in(self, pack: int) -> None:
@@ -252,7 +252,7 @@ class DeviceWeights:
             self._last = None
         slot.pack, slot.is_free, slot.generation = pack, False, self._store.generations[pack]
         layout = self._store.layouts[pack]
-        if (arena := self._store.arenas[pack]).is_out_of_date():
+        if self._store.arenas[pack].is_out_of_date():
             self._await_updates(layout)
             for read in self._all_reads(layout):
                 read.synchronize()

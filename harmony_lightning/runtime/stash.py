@@ -58,6 +58,7 @@ class Stash:
         restore: the inverse.
         counters: of bytes.
         weigh: is told of each tensor that goes to the host, and its segment.
+        note_stay: is told of each that waits where it is.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Stash:
         counters: Counters,
         departures: Departures,
         weigh: Callable[[Segment, torch.Tensor], None] = lambda segment, tensor: None,
+        note_stay: Callable[[torch.Tensor], None] = lambda tensor: None,
     ) -> None:
         self._leaves = leaves
         self._is_weight_memory = is_weight_memory
@@ -77,6 +79,7 @@ class Stash:
         self._counters = counters
         self._departures = departures
         self._weigh = weigh
+        self._note_stay = note_stay
         self._held: dict[int, weakref.WeakSet[_Held]] = {}
         """What waits where it is, by its memory."""
 
@@ -95,6 +98,7 @@ class Stash:
         if segment is None or tensor.device != segment.device.torch_device or self._is_weight_memory(tensor):
             # Not the tensor itself: an operation that saves its own result would then hold itself alive for ever.
             held_here = _Held(tensor.detach())
+            self._note_stay(held_here.value)
             self._held.setdefault(storage_key(tensor), weakref.WeakSet()).add(held_here)
             return held_here
         device = segment.device

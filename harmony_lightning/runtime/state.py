@@ -26,7 +26,7 @@ from harmony_lightning.runtime.transfer import Arrival, Departures, send
 from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:
-    from harmony_lightning.runtime.meter import Meter
+    from harmony_lightning.runtime.meter import Holding, Meter
 
 
 class RuntimeState:
@@ -71,6 +71,8 @@ class RuntimeState:
         """Gradients of weights that user code has asked for, on the host, while it does."""
         self.meter: Meter | None = None
         """Of the running step, if it is measured."""
+        self.holding: Holding | None = None
+        """The same for one in which something stays."""
         self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False

@@ -87,6 +87,9 @@ class TrainingStep:
         state, microbatches = self._state, self._microbatches
         if factor != self._factor:
             self._rescale(factor / self._factor)
+        if state.holding is not None:  # from here on, what waits goes
+            state.holding.is_over = True
+            state.holding = None
         if state.meter is not None:
             state.meter.turn_back()
         state.gradients.begin()

@@ -45,6 +45,7 @@ class UserCode:
             state.counters,
             state.departures,
             self._weigh,
+            self._note_stay,
         )
         self._notice = notice
         self._is_aborting = False
@@ -174,6 +175,16 @@ class UserCode:
         """A tensor leaves for the host that might have stayed."""
         if self.state.meter is not None:
             self.state.meter.stash(segment, tensor)
+
+    def _note_stay(self, tensor: torch.Tensor) -> None:
+        """A tensor waits for backward where it is."""
+        holding, microbatch, state = self.state.holding, self.microbatch, self.state
+        if holding is None or microbatch is None or state.is_recomputing or microbatch.is_in_backward:
+            return
+        segment = microbatch.segment
+        is_ours = tensor.device == segment.device.torch_device and not state.is_weight_memory(tensor)
+        if is_ours and segment.pack in state.plan.stash_stays:
+            holding.stash(segment, tensor)
 
     def _refer(self, tensor: torch.Tensor) -> WeightReference | None:
         """What stands for a tensor that is saved, if that is a weight."""

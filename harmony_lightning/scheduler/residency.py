@@ -57,7 +57,10 @@ class _Candidate:
 
 def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candidate]:
     last = len(plan.packs) - 1
-    weighed = {one.layer: sum(one.nbytes) for one in usage.activations}
+    weighed: dict[str, int] = {}
+    for held in usage.held:
+        for name in held.layers:
+            weighed[name] = weighed.get(name, 0) + sum(held.nbytes)
 
     def layers(pack: int) -> list[str]:
         """Those that may be kept, cheapest first."""
@@ -65,7 +68,7 @@ def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candid
         return sorted(names, key=lambda name: weighed[name])
 
     yield from (_Candidate(keep=(name,)) for name in layers(last))
-    has_stash = bool(usage.stash) and plan.stash == "host" and not moves_stash
+    has_stash = bool(usage.held) and plan.stash == "host" and not moves_stash
     # The latest ones are there for the shortest time.
     yield from (_Candidate(stash_stays=(pack,)) for pack in reversed(range(last)) if has_stash)
     # The last ones find their slots again anyway.
@@ -77,21 +80,18 @@ def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candid
 
 def peaks(plan: Plan, usage: Usage, measured: Plan) -> list[int]:
     """The most that each device holds in a step like the measured one."""
-    stays = [usage.stash[p] if p in plan.stash_stays else None for p in range(len(plan.packs))]
-    nbytes = {one.layer: one.nbytes for one in usage.activations}
-    kept = [
-        [nbytes[name] for name in pack.layers if name in plan.keep and name not in measured.keep and name in nbytes]
-        for pack in plan.packs
+    pack_of = {layer: index for index, pack in enumerate(plan.packs) for layer in pack.layers}
+    kept = set(plan.keep) - set(measured.keep)
+    # By device and pack: what waits from its forward on.
+    waits = [[0] * len(plan.packs) for _ in range(plan.num_devices)]
+    for held in usage.held:
+        holders = [p for p in held.stashes if p in plan.stash_stays] + [pack_of[n] for n in held.layers if n in kept]
+        for device, nbytes in enumerate(held.nbytes if holders else ()):
+            waits[device][min(holders)] += nbytes
+    return [
+        plan.slots_nbytes(device) + max(visit.nbytes[device] + sum(waiting[: visit.pack + 1]) for visit in usage.visits)
+        for device, waiting in enumerate(waits)
     ]
-    result = []
-    for device in range(plan.num_devices):
-        held = [
-            (stash[device] if stash is not None else 0) + sum(one[device] for one in layers)
-            for stash, layers in zip(stays, kept, strict=True)
-        ]
-        most = max(visit.nbytes[device] + sum(held[: visit.pack + 1]) for visit in usage.visits)
-        result.append(plan.slots_nbytes(device) + most)
-    return result
 
 
 def _with(indices: Iterable[int], more: Iterable[int]) -> tuple[int, ...]:

@@ -19,7 +19,6 @@ from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.scheduler import automatic_microbatch_size
 from harmony_lightning.strategy.residency import Residency
 
-
 log = logging.getLogger(__name__)
 
 

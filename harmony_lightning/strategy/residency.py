@@ -5,8 +5,10 @@ not, and is measured. Steps of batches no larger than a measured one run under a
 has left. So a batch of unknown size never finds less room than it would have had without.
 """
 
+import functools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from harmony_lightning.plan import Plan, Usage
 from harmony_lightning.runtime.engine import Engine
+from harmony_lightning.runtime.meter import Holding
 from harmony_lightning.runtime.structure import is_opaque, place_tensors
 from harmony_lightning.scheduler import let_stay
 from harmony_lightning.units import format_nbytes
@@ -25,6 +28,21 @@ Extent = tuple[torch.Size, ...]
 
 _MOST_EXTENTS = 16
 """How many measured steps of a kind are remembered."""
+_MOST_CORRECTIONS = 3
+"""What is seen to stay leaves room for more, which must be seen in its turn."""
+
+
+@dataclass(slots=True)
+class _Measured:
+    """A step that was measured."""
+
+    extent: Extent
+    estimate: Usage
+    usage: Usage
+    """The estimate, corrected by what was seen to stay."""
+    num_corrections: int = 0
+    is_complete: bool = False
+    """Whether all that stays by the last plan was seen."""
 
 
 class Residency:
@@ -36,64 +54,76 @@ class Residency:
         self._moves_stash = moves_stash
         self._base: Plan | None = None
         """Nothing stays that need not."""
-        self._known: dict[tuple[str, int], list[tuple[Extent, Usage]]] = {}
-        """Measured steps by kind and number of batches."""
-        self._measured: tuple[tuple[str, int], Extent] | None = None
-        """The step that was to be measured."""
-        self._plans: dict[tuple[Usage, tuple[int, ...]], Plan] = {}
+        self._known: dict[tuple[str, int], list[_Measured]] = {}
+        """By kind of step and number of batches; the last one first."""
+        self._take_note: Callable[[], None] = lambda: None
+        """What the step that was run last has shown."""
 
     def before(self, kind: str, batches: Sequence[Any]) -> None:
         """A step of these batches comes."""
-        self._note()
-        key, extent = (kind, len(batches)), extent_of(batches)
-        usage = next((usage for known, usage in self._known.get(key, ()) if covers(known, extent)), None)
-        if usage is None:
+        self._take_note()
+        self._take_note = lambda: None
+        extent = extent_of(batches)
+        known = self._known.setdefault((kind, len(batches)), [])
+        measured = next((one for one in known if covers(one.extent, extent)), None)
+        if measured is None:
             self.let_go()
             self._engine.measure(trains=kind == "training")
-            self._measured = key, extent
-        else:
-            self._engine.take_up(self._plan_for(usage))
-
-    def forget(self) -> None:
-        """The plan is about to be another one."""
-        self.let_go()
-        self._base, self._measured = None, None
-        self._known.clear()
-        self._plans.clear()
+            self._take_note = functools.partial(self._note_usage, known, extent)
+            return
+        self._engine.take_up(self._plan_for(measured))
+        if kind == "training" and measured.extent == extent and not measured.is_complete:
+            self._take_note = functools.partial(self._note_holding, measured, self._engine.watch())
 
     def let_go(self) -> None:
         """Nothing is known of the next step."""
         self._base = self._base or self._engine.plan
         self._engine.take_up(self._base)
 
-    def _note(self) -> None:
-        measured, self._measured = self._measured, None
+    def forget(self) -> None:
+        """The plan is about to be another one."""
+        self.let_go()
+        self._base, self._take_note = None, lambda: None
+        self._known.clear()
+
+    def _note_usage(self, known: list[_Measured], extent: Extent) -> None:
         usage, self._engine.usage = self._engine.usage, None
-        if measured is not None and usage is not None:
-            known = self._known.setdefault(measured[0], [])
-            known.insert(0, (measured[1], usage))
+        if usage is not None:
+            known.insert(0, _Measured(extent, usage, usage))
             del known[_MOST_EXTENTS:]
 
-    def _plan_for(self, usage: Usage) -> Plan:
+    def _note_holding(self, measured: _Measured, holding: Holding) -> None:
+        if not holding.is_over:
+            return
+        before = self._plan_for(measured)
+        measured.usage = holding.correct(measured.estimate)
+        measured.num_corrections += 1
+        after = self._plan_for(measured)
+        is_same = set(after.stash_stays) <= set(before.stash_stays) and set(after.keep) <= set(before.keep)
+        measured.is_complete = is_same or measured.num_corrections == _MOST_CORRECTIONS
+
+    def _plan_for(self, measured: _Measured) -> Plan:
         """With as much left as there is now: the user's own code may have put something on the devices since."""
         assert self._base is not None
         state = self._engine.state
         in_use = [device.allocated_bytes() for device in self._engine.cluster.devices]
         beside = [total - slots for total, slots in zip(in_use, state.weight_slots_nbytes(), strict=True)]
-        grown = tuple(max(0, now - then) for now, then in zip(beside, usage.resting, strict=True))
-        plan = self._plans.get((usage, grown))
-        if plan is None:
-            plan = let_stay(self._base, usage, grown, moves_stash=self._moves_stash)
-            self._plans = {**dict(list(self._plans.items())[-_MOST_EXTENTS:]), (usage, grown): plan}
-            log.info(
-                "harmony: weights of %d of %d packs, stashes of %d and activations of %d layers stay; %s at most",
-                len(plan.resident),
-                len(plan.packs),
-                len(plan.stash_stays),
-                len(plan.keep),
-                ", ".join(map(format_nbytes, plan.peak_bytes)),
-            )
-        return plan
+        grown = tuple(max(0, now - then) for now, then in zip(beside, measured.usage.resting, strict=True))
+        return _plan(self._base, measured.usage, grown, self._moves_stash)
+
+
+@functools.lru_cache(maxsize=32)
+def _plan(base: Plan, usage: Usage, grown: tuple[int, ...], moves_stash: bool) -> Plan:
+    plan = let_stay(base, usage, grown, moves_stash=moves_stash)
+    log.info(
+        "harmony: weights of %d of %d packs, stashes of %d packs and activations of %d layers stay; %s at most",
+        len(plan.resident),
+        len(plan.packs),
+        len(plan.stash_stays),
+        len(plan.keep),
+        ", ".join(map(format_nbytes, plan.peak_bytes)),
+    )
+    return plan
 
 
 def extent_of(batches: Sequence[Any]) -> Extent:
@@ -107,7 +137,9 @@ def extent_of(batches: Sequence[Any]) -> Extent:
 def covers(known: Extent, extent: Extent) -> bool:
     """Whether no dimension is larger than it was."""
     return [len(shape) for shape in known] == [len(shape) for shape in extent] and all(
-        size <= most for shape, other in zip(extent, known, strict=True) for size, most in zip(shape, other, strict=True)
+        size <= most
+        for shape, other in zip(extent, known, strict=True)
+        for size, most in zip(shape, other, strict=True)
     )
 
 

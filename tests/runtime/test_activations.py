@@ -99,6 +99,7 @@ def test_functions_of_the_user_differentiate_as_always(function):
     assert same_weights(ours, reference)
 
 
+@pytest.mark.usefixtures("nothing_stays")
 def test_a_recompute_ends_with_what_backward_needs():
     module = WithBlocks(Counted)
     trainer(harmony(layers=["net.*", "head"])).fit(module, loader(8))
@@ -108,6 +109,7 @@ def test_a_recompute_ends_with_what_backward_needs():
     assert [counter.begun for counter in counters] == [40] * 6
 
 
+@pytest.mark.usefixtures("nothing_stays")
 def test_the_last_layer_is_not_run_again():
     module, _ = twins()
     module.head = nn.Sequential(nn.Linear(WIDTH, WIDTH), Counted(), nn.Tanh(), nn.Linear(WIDTH, 1))
