@@ -5,15 +5,15 @@
     weights                              each byte saves one copy in
     activations of other packs           each byte saves its share of a recompute, and copies nothing
 
-In this order each one stays that still fits. More memory then never means less saved: it differs first in something that
-fits now and did not before, which alone is larger than all that could take its place.
+In this order, as far as they fit: where one does not, its device takes no more. So with more memory the same ones stay and
+others beside them, and neither copies nor recomputes ever increase.
 
 Weights occupy their device all the time, stashes and activations from the forward of their pack to its backward. So the
 most that a device holds is the largest, over all visits, of what was measured then and what stays then.
 """
 
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from harmony_lightning.plan import Plan, Usage
 
@@ -31,51 +31,56 @@ def let_stay(plan: Plan, usage: Usage, grown: Sequence[int] = (), *, moves_stash
         moves_stash: stashes go to the host whatever is left.
     """
     memory = [int(plan.memory_bytes * (1 - HEADROOM)) - extra for extra in grown or [0] * plan.num_devices]
-    best = plan
+    best, full = plan, set[int]()
     for candidate in _candidates(plan, usage, moves_stash):
-        wider = dataclasses.replace(
-            best,
-            resident=_with(best.resident, candidate.resident),
-            stash_stays=_with(best.stash_stays, candidate.stash_stays),
-            keep=(*best.keep, *candidate.keep),
-        )
-        if not set(candidate.needs_stash) <= set(best.stash_stays):
+        pack = candidate.pack
+        devices = set(range(plan.num_devices)) if plan.mode == "dp" else {pack % plan.num_devices}
+        if not devices.isdisjoint(full):
             continue
-        if all(peak <= limit for peak, limit in zip(peaks(wider, usage, plan), memory, strict=True)):
+        wider = candidate.added_to(best)
+        found = peaks(wider, usage, plan)
+        if too_small := {device for device in devices if found[device] > memory[device]}:
+            full |= too_small
+        else:
             best = wider
     return dataclasses.replace(best, peak_bytes=tuple(peaks(best, usage, plan)))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Candidate:
-    resident: tuple[int, ...] = ()
-    stash_stays: tuple[int, ...] = ()
-    keep: tuple[str, ...] = ()
-    needs_stash: tuple[int, ...] = ()
-    """A layer is only worth keeping if its inputs stay, too."""
+    """Something of a pack that may stay: a layer's activations, its weights or its stash."""
+
+    pack: int
+    layer: str | None = None
+    is_weights: bool = False
+
+    def added_to(self, plan: Plan) -> Plan:
+        if self.layer is not None:
+            return dataclasses.replace(plan, keep=(*plan.keep, self.layer))
+        if self.is_weights:
+            return dataclasses.replace(plan, resident=tuple(sorted((*plan.resident, self.pack))))
+        return dataclasses.replace(plan, stash_stays=tuple(sorted((*plan.stash_stays, self.pack))))
 
 
 def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candidate]:
+    """In the order in which they are taken; an order that depends neither on the memory nor on what was taken before."""
     last = len(plan.packs) - 1
-    weighed: dict[str, int] = {}
-    for held in usage.held:
-        for name in held.layers:
-            weighed[name] = weighed.get(name, 0) + sum(held.nbytes)
+    weighed = {name for held in usage.held for name in held.layers}
 
-    def layers(pack: int) -> list[str]:
-        """Those that may be kept, cheapest first."""
-        names = [name for name in plan.packs[pack].layers if name in weighed and name not in plan.keep]
-        return sorted(names, key=lambda name: weighed[name])
+    def layers(pack: int) -> Iterator[_Candidate]:
+        names = (name for name in plan.packs[pack].layers if name in weighed and name not in plan.keep)
+        return (_Candidate(pack=pack, layer=name) for name in names)
 
-    yield from (_Candidate(keep=(name,)) for name in layers(last))
-    has_stash = bool(usage.held) and plan.stash == "host" and not moves_stash
-    # The latest ones are there for the shortest time.
-    yield from (_Candidate(stash_stays=(pack,)) for pack in reversed(range(last)) if has_stash)
-    # The last ones find their slots again anyway.
-    yield from (_Candidate(resident=(pack,)) for pack in range(last + 1) if plan.packs[pack].nbytes)
-    for pack in reversed(range(last)):
-        needs = (pack,) if plan.stash == "host" else ()
-        yield from (_Candidate(keep=(name,), needs_stash=needs) for name in layers(pack))
+    yield from layers(last)
+    if usage.held and plan.stash == "host" and not moves_stash:
+        # The latest ones are there for the shortest time.
+        yield from (_Candidate(pack=pack) for pack in reversed(range(last)))
+    # Small ones first, as a large one may be the end; the last ones find their slots again anyway.
+    sizes = {pack: plan.packs[pack].slot_nbytes for pack in range(last + 1) if plan.packs[pack].nbytes}
+    yield from (_Candidate(pack=pack, is_weights=True) for pack in sorted(sizes, key=lambda pack: (sizes[pack], pack)))
+    if not moves_stash:  # a layer whose inputs leave is run again for nothing else
+        for pack in reversed(range(last)):
+            yield from layers(pack)
 
 
 def peaks(plan: Plan, usage: Usage, measured: Plan) -> list[int]:
@@ -92,7 +97,3 @@ def peaks(plan: Plan, usage: Usage, measured: Plan) -> list[int]:
         plan.slots_nbytes(device) + max(visit.nbytes[device] + sum(waiting[: visit.pack + 1]) for visit in usage.visits)
         for device, waiting in enumerate(waits)
     ]
-
-
-def _with(indices: Iterable[int], more: Iterable[int]) -> tuple[int, ...]:
-    return tuple(sorted({*indices, *more}))
