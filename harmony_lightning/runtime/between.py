@@ -20,7 +20,8 @@ class Between(TorchFunctionMode):
     """Entered when a run is set up and left when it is torn down; `suspended` while a step has a mode of its own."""
 
     def __init__(self, cluster: Cluster, root: torch.device, notice: Callable[..., None]) -> None:
-        """`notice` is told what functions are about to work with, and whether memory `leaks` from torch to others."""
+        """`notice` is told what functions are about to work with, whether they are shown its memory, and whether that
+        `leaks` from torch to others."""
         super().__init__()
         self._notice = notice
         self._devices = frozenset(device.torch_device for device in cluster.devices)
@@ -57,8 +58,10 @@ class Between(TorchFunctionMode):
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunction():
             leaves = pytree.tree_leaves((args, kwargs))
-            if getattr(getattr(func, "__self__", None), "__name__", "") not in _FIXED:
-                self._notice(leaves, leaks=getattr(func, "__name__", "") in _LEAKS)
+            attribute = getattr(getattr(func, "__self__", None), "__name__", "")
+            if attribute not in _FIXED:
+                leaks = getattr(func, "__name__", "") in _LEAKS
+                self._notice(leaves, shows=attribute != "grad", leaks=leaks)
             devices = {leaf.device for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.dim() > 0}
             # Scalars of the host go everywhere; those of a GPU only with tensors of that GPU.
             devices |= {

@@ -423,11 +423,11 @@ class Engine:
             self.state.expect_writes()
             self.state.release_all()
 
-    def notice_between(self, arguments: Any, *, leaks: bool) -> None:
-        """The same for user code between steps, which may write masters where nobody sees it; for good if the memory
-        `leaks` to others than torch."""
+    def notice_between(self, arguments: Any, *, shows: bool, leaks: bool) -> None:
+        """The same for user code between steps, which may write masters that it is shown; for good if their memory `leaks`
+        to others than torch."""
         self.notice(arguments)
-        if self._code is not None:
+        if self._code is not None and shows:
             self.state.notice_look(arguments, leaks=leaks)
 
     def _come_to_rest(self) -> None:

@@ -65,7 +65,7 @@ class Residency:
         self._take_note = lambda: None
         extent = extent_of(batches)
         known = self._known.setdefault((kind, len(batches)), [])
-        measured = next((one for one in known if covers(one.extent, extent)), None)
+        measured = min((one for one in known if covers(one.extent, extent)), key=_size, default=None)
         if measured is None:
             self.let_go()
             self._engine.measure(trains=kind == "training")
@@ -110,6 +110,10 @@ class Residency:
         beside = [total - slots for total, slots in zip(in_use, state.weight_slots_nbytes(), strict=True)]
         grown = tuple(max(0, now - then) for now, then in zip(beside, measured.usage.resting, strict=True))
         return _plan(self._base, measured.usage, grown, self._moves_stash)
+
+
+def _size(measured: _Measured) -> int:
+    return sum(shape.numel() for shape in measured.extent)
 
 
 @functools.lru_cache(maxsize=32)

@@ -179,7 +179,8 @@ class Training(Session):
             )
             return
         on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)
-        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
+        with self._in_step():  # while gradients are accumulated, no optimizer's step is around it
+            engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
         if self._updates.may_go_on(engine):
             engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
         else:

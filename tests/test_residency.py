@@ -1,0 +1,318 @@
+"""What fits stays on the devices: the same training, fewer copies, no more memory than there is."""
+
+import dataclasses
+import functools
+import itertools
+
+import lightning as L
+import pytest
+import torch
+from chain import WIDTH, Chain, harmony, loader, same_weights, stays_within, trainer, twins
+from torch import nn
+from torch.utils.data import DataLoader
+
+from harmony_lightning import EmulatedCluster, HarmonyStrategy, Plan
+from harmony_lightning.hardware.presets import GpuModel, HostModel
+
+LAYERS = ["net.*", "head"]
+AMPLE = "2MiB"
+NUM_STEPS = 5
+
+
+class Looking(L.Callback):
+    """Notes what each step has copied, and under which plan."""
+
+    def __init__(self):
+        self.plans = []
+        self.statistics = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.plans.append(trainer.strategy.plan)
+        self.statistics.append(trainer.strategy.statistics())
+
+    def each(self, name):
+        """Bytes of each step."""
+        totals = [0, *(getattr(one, name) for one in self.statistics)]
+        return [after - before for before, after in itertools.pairwise(totals)]
+
+
+@functools.cache
+def plain(mode="pp", depth=8):
+    reference = twins(depth=depth)[0]
+    trainer(accumulate_grad_batches=4, limit_train_batches=4 * NUM_STEPS).fit(reference, loader(2))
+    return reference
+
+
+def fit(strategy, module=None, batches=8, **options):
+    module = module or twins()[0]
+    looking = Looking()
+    fitted = trainer(strategy, callbacks=[looking], limit_train_batches=NUM_STEPS, **options)
+    fitted.fit(module, loader(batches))
+    return module, looking
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+@pytest.mark.parametrize("num_gpus", [1, 2, 3])
+@pytest.mark.parametrize("memory", ["80KiB", "120KiB", "200KiB", "300KiB", AMPLE])
+def test_training_is_the_same_and_copies_are_the_plan_s(mode, num_gpus, memory):
+    strategy = harmony(num_gpus, memory, mode=mode)
+    module, looking = fit(strategy)
+    if mode == "pp" or num_gpus == 1:
+        assert same_weights(module, plain())
+    else:  # devices' sums of gradients are added up
+        for mine, theirs in zip(module.parameters(), plain().parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+    assert looking.each("swap_in_bytes") == [plan.swap_in_bytes_per_step for plan in looking.plans]
+    assert stays_within(looking.statistics[-1], looking.plans[-1].memory_bytes)
+    last = looking.plans[-1]
+    for found, predicted in zip(looking.statistics[-1].peak_device_bytes, last.peak_bytes, strict=True):
+        assert 0.95 * predicted <= found <= predicted
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_with_ample_memory_each_weight_comes_in_once_and_nothing_is_made_again(mode, num_gpus):
+    calls = []
+
+    class Counted(nn.Linear):
+        def forward(self, x):
+            calls.append(self)
+            return super().forward(x).relu()
+
+    module = twins()[0]
+    for block in module.net:
+        block[0] = Counted(WIDTH, WIDTH)
+    weights = sum(parameter.nbytes for parameter in module.parameters())
+    _, looking = fit(harmony(num_gpus, AMPLE, mode=mode, one_layer_per_pack=True, layers=LAYERS), module)
+    copies = num_gpus if mode == "dp" else 1
+    assert looking.each("swap_in_bytes")[1:] == [copies * weights] * (NUM_STEPS - 1)
+    assert looking.each("stash_out_bytes")[1:] == looking.each("stash_in_bytes")[1:] == [0] * (NUM_STEPS - 1)
+    assert looking.each("stash_out_bytes")[0] > 0
+    # Twice in the first step, which is measured; then once, by each of four microbatches.
+    assert len(calls) == 8 * 4 * (2 + NUM_STEPS - 1)
+
+
+def hand_written(**stays):
+    made = harmony(1, "200KiB", layers=LAYERS)
+    fit(made, limit_val_batches=0)
+    packs = made.plan.packs
+    assert len(packs) > 4
+    return dataclasses.replace(
+        made.plan, **{"resident": (), "stash_stays": (), "keep": (), "peak_bytes": (), "memory_bytes": 1 << 20, **stays}
+    )
+
+
+@pytest.mark.parametrize(
+    "stays",
+    [
+        {},
+        {"resident": (0, 2)},
+        {"stash_stays": (1, 3)},
+        {"keep": ("net.1", "net.4")},
+        {"keep": ("net.1", "net.4"), "prefetch": 0},
+        {"keep": ("net.1", "net.4", "head"), "stash_stays": (1, 4), "resident": (4,)},
+        {"stash": "device", "resident": (0, 1, 2, 3), "keep": ("net.0",)},
+    ],
+)
+def test_a_plan_written_by_hand_is_carried_out_as_it_stands(stays):
+    """Kept activations show weights wherever these are by then: their slot has had others meanwhile."""
+    plan = Plan.from_json(hand_written(**stays).to_json())
+    module, looking = fit(harmony(1, AMPLE, layers=LAYERS, plan=plan))
+    assert same_weights(module, plain())
+    assert all(one == plan for one in looking.plans)
+    assert looking.each("swap_in_bytes") == [plan.swap_in_bytes_per_step] * NUM_STEPS
+
+
+def test_layers_that_a_plan_keeps_are_not_run_again():
+    begun = []
+    module = twins()[0]
+    for index, block in enumerate(module.net):
+        block.register_forward_pre_hook(lambda block, args, index=index: begun.append(index))
+    plan = hand_written(keep=("net.1", "net.4"))
+    fit(harmony(1, AMPLE, layers=LAYERS, plan=plan), module)
+    microbatches = 4 * NUM_STEPS
+    assert [begun.count(index) for index in range(6)] == [
+        microbatches * (1 if index in (1, 4) else 2) for index in range(6)
+    ]
+
+
+GPU = GpuModel(
+    name="GPU",
+    memory_bytes=1 << 30,
+    flops_per_second={"float32": 1e9},
+    memory_bytes_per_second=1e11,
+    link_bytes_per_second=1e8,
+    launch_seconds=0.0,
+)
+FAST_LINK = dataclasses.replace(GPU, link_bytes_per_second=1e9)
+HOST = HostModel(name="host", memory_bytes_per_second=1e11, update_parameters_per_second=1e9, flops_per_second=1e12)
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+@pytest.mark.parametrize("gpu", [GPU, FAST_LINK], ids=["link-bound", "compute-bound"])
+def test_more_memory_is_never_slower_and_never_moves_more(num_gpus, gpu):
+    """With the same packs: what these are is decided before anything is known of a step."""
+    seconds, nbytes = [], []
+    for memory in ["135KiB", "160KiB", "200KiB", "240KiB", "320KiB", AMPLE]:
+        cluster = EmulatedCluster(num_gpus, memory, preset=gpu, host=HOST)
+        strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, layers=LAYERS, one_layer_per_pack=True)
+        ends = []
+
+        class Timing(Looking):
+            def on_train_batch_end(self, trainer, *args):
+                super().on_train_batch_end(trainer, *args)
+                ends.append(trainer.strategy.timeline().seconds)  # noqa: B023
+
+        timing = Timing()
+        trainer(strategy, callbacks=[timing], limit_train_batches=NUM_STEPS).fit(
+            twins(depth=10 * num_gpus)[0], loader(8)
+        )
+        seconds.append(ends[-1] - ends[-2])
+        nbytes.append(timing.each("swap_in_bytes")[-1] + 2 * timing.each("stash_out_bytes")[-1])
+    assert nbytes == sorted(nbytes, reverse=True)
+    assert all(after <= before * (1 + 1e-9) for before, after in itertools.pairwise(seconds))
+    assert nbytes[-1] < nbytes[0] and seconds[-1] < seconds[0]
+
+
+class OfAnyLength(Chain):
+    """Sequences, whose length differs from batch to batch."""
+
+    def training_step(self, batch, batch_idx):
+        loss = self.head(self.net(batch)).square().mean()
+        self.losses.append(loss.item())
+        return loss
+
+
+def sequences(lengths, num_samples):
+    generator = torch.Generator().manual_seed(1)
+    return DataLoader([torch.randn(num_samples, n, WIDTH, generator=generator) for n in lengths], batch_size=None)
+
+
+def test_batches_larger_than_all_before_leave_nothing_where_it_was():
+    """They find what room there is without residency; what is larger in one dimension only is unknown, too."""
+    lengths = [8, 8, 8, 40, 8, 24, 41, 8]
+    torch.manual_seed(0)
+    ours, reference = OfAnyLength(), OfAnyLength()
+    reference.load_state_dict(ours.state_dict())
+    looking = Looking()
+    strategy = harmony(1, "700KiB", layers=LAYERS, one_layer_per_pack=True)
+    trainer(strategy, callbacks=[looking]).fit(ours, sequences(lengths, 8))
+    halves = DataLoader([part for batch in sequences(lengths, 8) for part in batch.split(2)], batch_size=None)
+    trainer(accumulate_grad_batches=4).fit(reference, halves)
+    assert same_weights(ours, reference)
+    assert [bool(plan.stash_stays) for plan in looking.plans] == [False, True, True, False, True, True, False, True]
+    assert stays_within(looking.statistics[-1], 700 << 10)
+
+
+def test_what_user_code_puts_on_a_device_has_its_place():
+    """Room that was free when the step was measured."""
+
+    class Hoarding(L.Callback):
+        def __init__(self):
+            self.hoard = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            if batch_idx >= 3:
+                device = trainer.strategy._engine.cluster.devices[0]
+                with trainer.strategy._engine.cluster.activate():
+                    self.hoard.append(torch.zeros(60 << 10, dtype=torch.uint8, device=device.torch_device))
+
+    looking = Looking()
+    module = twins()[0]
+    fitted = trainer(harmony(1, "300KiB"), callbacks=[Hoarding(), looking], limit_train_batches=NUM_STEPS)
+    fitted.fit(module, loader(8))
+    assert same_weights(module, plain())
+    resident = [len(plan.resident) for plan in looking.plans]
+    assert resident[2] > resident[3] > resident[4]
+
+
+class Evaluated(Chain):
+    def predict_step(self, batch, batch_idx):
+        return self.head(self.net(batch[0])).squeeze(1)
+
+
+class Writing(L.Callback):
+    """Writes weights between batches, by some way."""
+
+    def __init__(self, way):
+        self.way = way
+        self.view = None
+
+    def on_predict_start(self, trainer, module):
+        self.view = {
+            "a view from before": lambda: module.net[2][0].weight.view(-1),
+            "numpy": lambda: module.net[2][0].weight.detach().numpy(),
+        }.get(self.way, lambda: None)()
+
+    @torch.no_grad()
+    def on_predict_batch_end(self, trainer, module, outputs, batch, batch_idx, dataloader_idx=0):
+        weight = module.net[2][0].weight
+        if self.way == "in place":
+            weight.mul_(1.5)
+        elif self.way == "data":
+            weight.data.view(-1)[5:].mul_(1.5)
+        elif self.way == "exchange":
+            weight.data = weight.data * 1.5
+        elif self.way == "a view from before":
+            self.view.mul_(1.5)
+        elif self.way == "numpy":
+            self.view *= 1.5
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "exchange", "a view from before", "numpy", "nothing"])
+@pytest.mark.parametrize("memory", ["200KiB", AMPLE])
+def test_evaluation_sees_what_is_written_between_batches(way, memory):
+    torch.manual_seed(0)
+    ours, reference = Evaluated(), Evaluated()
+    reference.load_state_dict(ours.state_dict())
+    strategy = harmony(2, memory)
+    found = trainer(strategy, callbacks=[Writing(way)]).predict(ours, loader(8))
+    expected = trainer(callbacks=[Writing(way)]).predict(reference, loader(8))
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(found, expected, strict=True))
+    weights = sum(parameter.nbytes for parameter in ours.parameters())
+    swapped = strategy.statistics().swap_in_bytes
+    if way == "nothing" and memory == AMPLE:
+        assert swapped == 2 * weights  # slots have changed behind the first batch, which was measured
+    assert swapped <= len(found) * weights
+
+
+def test_frozen_weights_stay_from_step_to_step():
+    module = twins()[0]
+    module.net.requires_grad_(False)
+    module.net[0].requires_grad_(True)
+    _, looking = fit(harmony(1, AMPLE, layers=LAYERS, one_layer_per_pack=True), module)
+    trained = sum(parameter.nbytes for parameter in module.parameters() if parameter.requires_grad)
+    assert looking.each("swap_in_bytes")[2:] == [trained] * (NUM_STEPS - 2)
+
+
+def test_weights_stay_while_gradients_are_accumulated():
+    module = twins()[0]
+    weights = sum(parameter.nbytes for parameter in module.parameters())
+    looking = Looking()
+    strategy = harmony(1, AMPLE, layers=LAYERS, one_layer_per_pack=True)
+    trainer(strategy, callbacks=[looking], limit_train_batches=8, accumulate_grad_batches=4).fit(module, loader(4))
+    per_batch = looking.each("swap_in_bytes")
+    assert per_batch[1] == weights  # slots have changed
+    assert per_batch[2] == 0
+    assert sum(per_batch[4:]) <= 2 * weights
+
+
+def test_manual_optimization_leaves_nothing_where_it_was():
+    class Manual(Chain):
+        def __init__(self, **options):
+            super().__init__(**options)
+            self.automatic_optimization = False
+
+        def training_step(self, batch, batch_idx):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(self.step(batch))
+            optimizer.step()
+
+    torch.manual_seed(0)
+    ours, reference = Manual(), Manual()
+    reference.load_state_dict(ours.state_dict())
+    options = {"limit_train_batches": NUM_STEPS, "limit_val_batches": 2, "val_check_interval": 1}
+    trainer(harmony(2, "300KiB", microbatch_size=8), **options).fit(ours, loader(8), loader(8))
+    trainer(**options).fit(reference, loader(8), loader(8))
+    assert same_weights(ours, reference)
