@@ -35,6 +35,7 @@ class Meter:
         self._is_backward = False
         self._stash: dict[int, Counter[Place]] = {}
         self._activations: dict[str, Counter[Place]] = {}
+        self._unknown: set[str] = set()
         self._seen: dict[Segment, set[int]] = {}
         """Memory of what has been counted of a segment's stash, which holds it until the segment is left."""
         for device in devices:
@@ -64,6 +65,10 @@ class Meter:
         storages = {storage_key(tensor): tensor.untyped_storage().nbytes() for tensor in tensors}
         self._activations.setdefault(layer, Counter())[_place(segment)] += sum(storages.values())
 
+    def forget_layer(self, layer: str) -> None:
+        """What its operations would save alone is not known."""
+        self._unknown.add(layer)
+
     def usage(self) -> Usage:
         """Of the step, which is over."""
         self.end_visit(0)
@@ -75,6 +80,7 @@ class Meter:
                 *(
                     Held(layers=(layer,), nbytes=self._by_device(found, max if layer in fused else sum))
                     for layer, found in self._activations.items()
+                    if layer not in self._unknown
                 ),
             ),
             resting=tuple(self._resting),
