@@ -226,6 +226,31 @@ def test_what_user_code_puts_on_a_device_has_its_place():
     assert resident[2] > resident[3] > resident[4]
 
 
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_what_stays_goes_when_memory_is_short_after_all(when, caplog):
+    """A layer that at times needs far more than when it was measured, be it in its second run."""
+    calls = []
+
+    class Hungry(nn.Linear):
+        def forward(self, x):
+            is_second_run = torch._C._current_graph_task_id() != -1
+            calls.append(is_second_run)
+            if len(calls) > 10 and is_second_run == (when == "backward"):
+                torch.zeros(150 << 8, device=x.device)
+            return super().forward(x)
+
+    module = twins()[0]
+    module.net[4][0].__class__ = Hungry
+    looking = Looking()
+    # With stashes on the host only the last layer keeps its activations.
+    stash = "host" if when == "backward" else "auto"
+    strategy = harmony(1, "300KiB", layers=LAYERS, one_layer_per_pack=True, stash=stash)
+    trainer(strategy, callbacks=[looking], limit_train_batches=NUM_STEPS).fit(module, loader(8))
+    assert same_weights(module, plain())
+    assert any(calls) and "ran out of memory" in caplog.text
+    assert stays_within(looking.statistics[-1], 300 << 10)
+
+
 class Evaluated(Chain):
     def predict_step(self, batch, batch_idx):
         return self.head(self.net(batch[0])).squeeze(1)

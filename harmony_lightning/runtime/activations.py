@@ -14,13 +14,16 @@ from collections.abc import Callable, Iterator
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
-from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.errors import DeviceOutOfMemoryError, UnsupportedError
 
 Position = int
 Restore = Callable[[], torch.Tensor]
 """Finds a weight where it is then."""
 Recompute = Callable[[Callable[[torch.Tensor], Position]], None]
 """Runs the layer again with the given saved-tensor hook in force."""
+
+
+OUT_OF_MEMORY = (DeviceOutOfMemoryError, torch.OutOfMemoryError)
 
 
 class _Enough(BaseException):
@@ -35,9 +38,16 @@ class Activations:
     """The saved tensors of one layer call. The layer's graph holds this, so this must hold nothing of the call."""
 
     def __init__(
-        self, layer: str, *, is_kept: bool, refer: Callable[[torch.Tensor], Restore | None] = lambda tensor: None
+        self,
+        layer: str,
+        *,
+        is_kept: bool,
+        refer: Callable[[torch.Tensor], Restore | None] = lambda tensor: None,
+        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`refer`: what stands for a tensor in slot memory, which may be overwritten; None for others."""
+        """`refer`: what stands for a tensor in slot memory, which may be overwritten; None for others. `make_room`: of a
+        device that has run out of memory; returns whether it could."""
+        self._make_room = make_room
         self.is_kept = is_kept
         self.weighed: list[torch.Tensor] | None = None
         """What the forward saves, where somebody wants to know."""
@@ -110,9 +120,17 @@ class Activations:
         self._handed_out.clear()
         self.drop()
 
-    def drop(self) -> None:
-        """Keep nothing any more; what backward needs will be made again."""
+    def restart(self) -> None:
+        """The forward begins anew."""
+        self._kinds.clear()
         self._ready = {}
+        if self.weighed is not None:
+            self.weighed.clear()
+
+    def drop(self) -> bool:
+        """Keep nothing any more; what backward needs will be made again. Returns whether there was anything."""
+        dropped, self._ready = self._ready, {}
+        return bool(dropped)
 
     def _make(self, recompute: Recompute) -> dict[Position, tuple[torch.Tensor, int]]:
         made: dict[Position, tuple[torch.Tensor, int]] = {}
@@ -127,7 +145,13 @@ class Activations:
             return position
 
         with contextlib.suppress(_Enough):
-            recompute(save_again)
+            try:
+                recompute(save_again)
+            except OUT_OF_MEMORY:
+                if not self._make_room():
+                    raise
+                made.clear()
+                recompute(save_again)
         if len(made) < len(self._kinds):
             raise self._differs(f"it saved {len(self._kinds)} tensors for its backward first, {len(made)} now")
         return made

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.runtime.activations import Activations, TakesDerivative
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations, TakesDerivative
 from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
 from harmony_lightning.runtime.joint import Join, Joint, Part, Waiting
 from harmony_lightning.runtime.objects import ObjectTensors, Surroundings
@@ -44,8 +44,15 @@ class LayerCall:
     def __init__(self, site: Site, segment: Segment, arguments: Arguments, *, is_kept: bool) -> None:
         self.site = site
         self.segment = segment
-        refer = functools.partial(segment.state.refer_to_slot, segment.device)
-        self.activations = Activations(site.name, is_kept=is_kept, refer=refer)
+        state, device = segment.state, segment.device
+        self.activations = Activations(
+            site.name,
+            is_kept=is_kept,
+            refer=functools.partial(state.refer_to_slot, device),
+            make_room=functools.partial(state.make_room, device),
+        )
+        if is_kept:
+            state.kept[device.index].add(self.activations)
         self.autocast = Autocast.capture()
         self.replay: Replay | None = None
         self.buffers_before: dict[int, torch.Tensor] = {}
@@ -341,8 +348,12 @@ class LayerFunction(torch.autograd.Function):
                     call.weight_edges = {name: weights.edge(name) for name in call.trained}
                     result = site.run(weights, buffers.tensors, args, kwargs)
                 break
-            except TakesDerivative:
-                site.differentiates = True
+            except (TakesDerivative, *OUT_OF_MEMORY) as reason:
+                if isinstance(reason, TakesDerivative):
+                    site.differentiates = True
+                elif not state.make_room(device):
+                    raise
+                call.activations.restart()
                 buffers.take_back()
                 replay.keep_what_was_drawn(device)
                 replay.begin(device)

@@ -219,6 +219,15 @@ class DeviceWeights:
         """Make the slots now, not when they are first needed."""
         self._allocate()
 
+    def let_go_idle(self) -> bool:
+        """Free the slots of resident packs that nobody needs now; these will share the others. Returns whether there were
+        any."""
+        idle = [slot for slot in self._slots if slot.owner is not None and slot.is_free]
+        for slot in idle:
+            self._finish_loading(slot)
+            self._slots.remove(slot)
+        return bool(idle)
+
     def change_slots(self, plan: Plan) -> None:
         """Let all slots go; those that come next are of another plan for the same packs."""
         for slot in self._slots:
@@ -346,5 +355,8 @@ class HostWeights:
     slots_nbytes = 0
 
     def allocate(self) -> None: ...
+
+    def let_go_idle(self) -> bool:
+        return False
 
     def change_slots(self, plan: Plan) -> None: ...

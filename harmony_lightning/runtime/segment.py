@@ -107,7 +107,7 @@ class Segment:
         self.saved_nbytes = 0
         self.stashed: dict[Any, Any] = {}
         self.stash: list[weakref.ref[Any]] = []
-        self.on_leave: list[Callable[[], None]] = []
+        self.on_leave: list[Callable[[], object]] = []
         self._deposit = deposit
         self._moved: Moved = {}
 

@@ -6,6 +6,7 @@ from visit to visit.
 """
 
 import functools
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.activations import Activations
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.glue_weights import GlueWeights
@@ -74,6 +76,10 @@ class RuntimeState:
         """Gradients of weights that user code has asked for, on the host, while it does."""
         self.meter: Meter | None = None
         """Of the running step, if it is measured."""
+        self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
+        """By device: what layers keep from forward to backward."""
+        self.has_lacked_memory = False
+        """Whether something has gone that was to stay."""
         self.holding: Holding | None = None
         """The same for one in which something stays."""
         self._wanted: frozenset[str] = frozenset()
@@ -321,6 +327,14 @@ class RuntimeState:
         for weights in self._weights:
             weights.allocate()
         self.gradients.allocate()
+
+    def make_room(self, device: Device) -> bool:
+        """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
+        found = self._weights[device.index].let_go_idle()
+        for activations in list(self.kept[device.index]):
+            found |= activations.drop()
+        self.has_lacked_memory |= found
+        return found
 
     def release_all(self) -> None:
         """No weights are needed on any device for now."""

@@ -28,6 +28,8 @@ Extent = tuple[torch.Size, ...]
 
 _MOST_EXTENTS = 16
 """How many measured steps of a kind are remembered."""
+_MOST_FAILURES = 3
+"""How often memory may be short though it was measured to suffice."""
 _MOST_CORRECTIONS = 3
 """What is seen to stay leaves room for more, which must be seen in its turn."""
 
@@ -56,6 +58,7 @@ class Residency:
         """Nothing stays that need not."""
         self._known: dict[tuple[str, int], list[_Measured]] = {}
         """By kind of step and number of batches; the last one first."""
+        self._num_failures = 0
         self._take_note: Callable[[], None] = lambda: None
         """What the step that was run last has shown."""
 
@@ -64,6 +67,17 @@ class Residency:
         self._take_note()
         self._take_note = lambda: None
         extent = extent_of(batches)
+        if self._engine.state.has_lacked_memory:
+            self._engine.state.has_lacked_memory = False
+            self._known.clear()  # a step was not like the measured one
+            self._num_failures += 1
+            log.warning(
+                "harmony: a GPU ran out of memory, and what was to stay there had to go; %s",
+                "steps are measured anew" if self._num_failures < _MOST_FAILURES else "nothing stays any more",
+            )
+        if self._num_failures == _MOST_FAILURES:
+            self.let_go()
+            return
         known = self._known.setdefault((kind, len(batches)), [])
         measured = min((one for one in known if covers(one.extent, extent)), key=_size, default=None)
         if measured is None:
