@@ -28,7 +28,8 @@ class HarmonyConfig:
     memory: str | int | Literal["auto"] = "auto"
     """What each GPU offers, such as "11GiB"; auto is all that is free, or an emulated GPU's own size."""
     stash: Literal["auto", "device", "host"] = "auto"
-    """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device."""
+    """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device,
+    but for what is seen to fit on the device."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())

@@ -49,7 +49,7 @@ def test_what_steps_left_can_be_put_together():
 
 def test_tensors_on_one_device_stay_there():
     cluster = EmulatedCluster(2, "1MiB")
-    mode = Between(cluster, torch.device("cpu"), lambda tensors: None)
+    mode = Between(cluster, torch.device("cpu"), lambda tensors, **told: None)
     with cluster.activate():
         first, second = torch.ones(3, device="cpu:0"), torch.ones(3, device="cpu:1")
     mode.enter()

@@ -11,7 +11,7 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, stays_within, tra
 from torch import nn
 from torch.utils.data import DataLoader
 
-from harmony_lightning import EmulatedCluster, HarmonyStrategy, Plan
+from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyStrategy, Plan
 from harmony_lightning.hardware.presets import GpuModel, HostModel
 
 LAYERS = ["net.*", "head"]
@@ -121,6 +121,12 @@ def test_a_plan_written_by_hand_is_carried_out_as_it_stands(stays):
     assert same_weights(module, plain())
     assert all(one == plan for one in looking.plans)
     assert looking.each("swap_in_bytes") == [plan.swap_in_bytes_per_step] * NUM_STEPS
+
+
+def test_slots_of_a_plan_that_cannot_fit_are_told():
+    plan = hand_written(resident=(0, 1, 2, 3, 4), memory_bytes=100 << 10)
+    with pytest.raises(ConfigurationError, match=r"slots .* take .* of a device, which offers 100 KiB; .* than 5"):
+        fit(harmony(1, "100KiB", layers=LAYERS, plan=plan))
 
 
 def test_layers_that_a_plan_keeps_are_not_run_again():

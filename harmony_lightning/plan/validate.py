@@ -5,6 +5,7 @@ from collections import Counter
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.plan import Plan
+from harmony_lightning.units import format_nbytes
 
 
 def check_plan(plan: Plan, decomposition: Decomposition, num_devices: int) -> None:
@@ -29,3 +30,8 @@ def check_plan(plan: Plan, decomposition: Decomposition, num_devices: int) -> No
                 f"pack {index} says {pack.nbytes} bytes of weights, its layers have "
                 f"{sum(nbytes[name] for name in expected)}"
             )
+    if plan.resident and plan.arena_nbytes() > plan.memory_bytes:
+        raise ConfigurationError(
+            f"slots for weights and gradients take {format_nbytes(plan.arena_nbytes())} of a device, which offers "
+            f"{format_nbytes(plan.memory_bytes)}; let fewer packs be resident than {len(plan.resident)}"
+        )

@@ -139,7 +139,7 @@ class Glue(TorchFunctionMode):
             kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
-        return func(*args, **kwargs)
+        return segment.state.with_room(segment.device, lambda: func(*args, **kwargs))
 
     def _read(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
@@ -162,7 +162,8 @@ class Glue(TorchFunctionMode):
             segment.state.notice_write(target)
             return result
         written = segment.bring_written(target)
-        return func(written, *_bring_all(segment, args[1:]), **_bring_all(segment, kwargs))
+        rest, named = _bring_all(segment, args[1:]), _bring_all(segment, kwargs)
+        return segment.state.with_room(segment.device, lambda: func(written, *rest, **named))
 
     def _write_each(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """`torch._foreach_mul_(list, ...)` and its like, tensor by tensor: some may stay where they are, and others not.
@@ -180,7 +181,8 @@ class Glue(TorchFunctionMode):
     ) -> torch.Tensor:
         """`func(..., out=tensor)`: no gradient passes through it, so it is a result that is copied."""
         rest = {name: _bring_all(segment, value) for name, value in kwargs.items() if name != "out"}
-        result = func(*_bring_all(segment, args), **rest)
+        brought = _bring_all(segment, args)
+        result = segment.state.with_room(segment.device, lambda: func(*brought, **rest))
         if out.shape != result.shape:
             out.resize_(result.shape)
         self._write(segment, torch.Tensor.copy_, (out, result), {})

@@ -220,9 +220,9 @@ class DeviceWeights:
         self._allocate()
 
     def let_go_idle(self) -> bool:
-        """Free the slots of resident packs that nobody needs now; these will share the others. Returns whether there were
-        any."""
-        idle = [slot for slot in self._slots if slot.owner is not None and slot.is_free]
+        """Free the slots of resident packs that nobody uses yet, or any more; these will share the others. Returns whether
+        there were any."""
+        idle = [slot for slot in self._slots if slot.owner is not None and (slot.is_free or slot.loading is not None)]
         for slot in idle:
             self._finish_loading(slot)
             self._slots.remove(slot)

@@ -214,7 +214,7 @@ class Segment:
         return result
 
     def _bring_weight(self, name: str, trains: bool) -> torch.Tensor:
-        copy = self.state.glue.fetch(name, self.device)
+        copy = self.state.with_room(self.device, lambda: self.state.glue.fetch(name, self.device))
         if not (trains and torch.is_grad_enabled()):
             return copy
         self.uses[name] += 1
@@ -257,6 +257,9 @@ class Segment:
         return entry[2].take()
 
     def _bring_over(self, tensor: torch.Tensor) -> Arrival:
+        return self.state.with_room(self.device, lambda: self._copy_over(tensor))
+
+    def _copy_over(self, tensor: torch.Tensor) -> Arrival:
         home = self.state.find_device(tensor.device)
         if home is not None:
             return self.state.send(tensor, home, self.device)

@@ -41,11 +41,13 @@ class Stashed:
 class _Held:
     """A tensor that waits where it is. Whoever writes its memory first gives the holder a copy."""
 
-    __slots__ = ("__weakref__", "is_copied", "value")
+    __slots__ = ("__weakref__", "is_copied", "stashed", "value")
 
     def __init__(self, value: torch.Tensor) -> None:
-        self.value = value
+        self.value: torch.Tensor | None = value
         self.is_copied = False
+        self.stashed: Stashed | None = None
+        """In its place, since memory was short."""
 
 
 class Stash:
@@ -97,8 +99,9 @@ class Stash:
         segment = self._leaves(tensor)
         if segment is None or tensor.device != segment.device.torch_device or self._is_weight_memory(tensor):
             # Not the tensor itself: an operation that saves its own result would then hold itself alive for ever.
-            held_here = _Held(tensor.detach())
-            self._note_stay(held_here.value)
+            value = tensor.detach()
+            held_here = _Held(value)
+            self._note_stay(value)
             self._held.setdefault(storage_key(tensor), weakref.WeakSet()).add(held_here)
             return held_here
         device = segment.device
@@ -107,6 +110,16 @@ class Stash:
         if held is not None and held[1] == tensor._version:
             return held[2]
         self._weigh(segment, tensor)
+        source, stashed = self._send_out(tensor, device)
+        if segment.saved_nbytes > segment.state.spare_nbytes:
+            self._departures.let_go()  # it leaves because there is too much of it
+        else:
+            segment.stashed[key] = (source, tensor._version, stashed)
+            segment.stash.append(weakref.ref(stashed))
+        return stashed
+
+    def _send_out(self, tensor: torch.Tensor, device: Device) -> tuple[torch.Tensor, Stashed]:
+        """What is read on the device, and where it waits."""
         source = without_repetition(tensor.detach())
         with torch.inference_mode(False):
             host = torch.empty_like(source, device="cpu", pin_memory=device.torch_device.type == "cuda")
@@ -115,17 +128,27 @@ class Stash:
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
         left = self._departures.hold(device, Lane.SWAP_OUT, source)
-        stashed = Stashed(host, tensor.shape, source.stride(), device, left)
-        if segment.saved_nbytes > segment.state.spare_nbytes:
-            self._departures.let_go()  # it leaves because there is too much of it
-        else:
-            segment.stashed[key] = (source, tensor._version, stashed)
-            segment.stash.append(weakref.ref(stashed))
-        return stashed
+        return source, Stashed(host, tensor.shape, source.stride(), device, left)
+
+    @torch.no_grad()
+    def spill(self, device: Device) -> bool:
+        """Memory of the device is short: what waits there waits on the host from now on. Returns whether there was any."""
+        found = False
+        with torch._C.DisableTorchFunction():
+            for held in [held for group in self._held.values() for held in group]:
+                value = held.value
+                if value is None or value.device != device.torch_device or self._is_weight_memory(value):
+                    continue
+                held.stashed, held.value, found = self._send_out(value, device)[1], None, True
+                del value
+            self._departures.let_go()
+        return found
 
     def _return(self, held: Any) -> torch.Tensor:
         if isinstance(held, _Held):
-            return held.value
+            if held.value is not None:
+                return held.value
+            held = held.stashed
         if isinstance(held, WeightReference):
             return self._restore(held)
         assert isinstance(held, Stashed)
@@ -157,7 +180,7 @@ class Stash:
         if not self._departures.is_empty:
             self._departures.let_go()  # copies may still be reading it
         for held in self._held.get(storage_key(target), ()):
-            if not held.is_copied:
+            if not held.is_copied and held.value is not None:
                 held.value = held.value.clone()
                 held.is_copied = True
 

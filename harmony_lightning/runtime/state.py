@@ -9,7 +9,7 @@ import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.activations import Activations
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.glue_weights import GlueWeights
@@ -30,6 +30,8 @@ from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:
     from harmony_lightning.runtime.meter import Holding, Meter
+
+Result = TypeVar("Result")
 
 
 class RuntimeState:
@@ -80,6 +82,8 @@ class RuntimeState:
         """By device: what layers keep from forward to backward."""
         self.has_lacked_memory = False
         """Whether something has gone that was to stay."""
+        self.spill: Callable[[Device], bool] = lambda device: False
+        """Lets stashes leave a device; returns whether there were any."""
         self.holding: Holding | None = None
         """The same for one in which something stays."""
         self._wanted: frozenset[str] = frozenset()
@@ -328,11 +332,22 @@ class RuntimeState:
             weights.allocate()
         self.gradients.allocate()
 
+    def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
+        """What the function returns, which needs memory of the device: if there is none, it is called again when what was
+        to stay there has gone."""
+        try:
+            return function()
+        except OUT_OF_MEMORY:
+            if not self.make_room(device):
+                raise
+        return function()
+
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
         found = self._weights[device.index].let_go_idle()
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
+        found |= self.spill(device)
         self.has_lacked_memory |= found
         return found
 

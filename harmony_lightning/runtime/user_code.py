@@ -47,6 +47,7 @@ class UserCode:
             self._weigh,
             self._note_stay,
         )
+        state.spill = self.stash.spill
         self._notice = notice
         self._is_aborting = False
 
