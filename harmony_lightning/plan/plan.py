@@ -36,6 +36,26 @@ class Pack(Record):
     """Bytes of the weights as they lie in an arena, alignment included."""
     gradient_slot_nbytes: int
     """Bytes of the gradients as they lie in an arena, alignment included."""
+    update: Literal["host", "device"] = "host"
+    """Where the optimizer steps the weights: on the host, where gradients go to it, or on the device that has the
+    gradients, where what it remembers of the weights goes in, and leaves again with the weights."""
+    state_nbytes: int = 0
+    """Bytes of the tensors that the optimizer remembers of the weights, as far as they go to the device; 0 for host."""
+    state_slot_nbytes: int = 0
+    """The same as they lie in an arena, alignment included."""
+
+    def __post_init__(self) -> None:
+        if self.update not in ("host", "device"):
+            raise ConfigurationError(f"update must be 'host' or 'device', got {self.update!r}")
+        if not 0 <= self.state_nbytes <= self.state_slot_nbytes:
+            raise ConfigurationError(
+                f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes} bytes; 0 is the least"
+            )
+
+    @property
+    def update_slot_nbytes(self) -> int:
+        """Bytes that a device needs beside weights and gradients to update the pack: new weights, and states."""
+        return self.gradient_slot_nbytes + self.state_slot_nbytes if self.update == "device" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,9 +124,9 @@ class Plan(Record):
 
     @property
     def swap_in_bytes_per_step(self) -> int:
-        """Bytes of weights that one step must bring in when every pack is called once.
+        """Bytes of weights, and of states of the optimizer, that one step must bring in when every pack is called once.
 
-        Once for each pack and visited device, and once more for each that has a backward, less the packs at which forward
+        Weights once for each pack and visited device, and once more for each that has a backward, less the packs at which forward
         and backward meet: the last pack on each device is still there when its backward begins.
         """
         total = 0
@@ -114,12 +134,17 @@ class Plan(Record):
             for device in self.visitors(index):
                 is_last = not any(device in self.visitors(later) for later in range(index + 1, len(self.packs)))
                 total += pack.nbytes * (1 if is_last or not self.has_backward(index) else 2)
-        return total
+        return total + self._state_bytes
 
     @property
     def swap_out_bytes_per_step(self) -> int:
-        """Bytes of gradients that one step must bring out: each once, none of frozen weights."""
-        return sum(pack.trainable_nbytes for pack in self.packs)
+        """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
+        each once, none of frozen weights."""
+        return sum(pack.trainable_nbytes for pack in self.packs) + self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        return sum(pack.state_nbytes for pack in self.packs if pack.update == "device")
 
     @property
     def num_gradient_buffers(self) -> int:
@@ -133,7 +158,12 @@ class Plan(Record):
         return 0 if pack >= self.num_gradient_buffers else 1 + pack
 
     def arena_nbytes(self) -> int:
-        """Bytes that the weight and gradient slots take on each device."""
+        """Bytes that the slots for weights, gradients and updates take on each device."""
         per_slot = max(pack.slot_nbytes for pack in self.packs)
         per_gradient_slot = max(pack.gradient_slot_nbytes for pack in self.packs)
-        return (1 + self.prefetch) * (per_slot + per_gradient_slot)
+        return (1 + self.prefetch) * (per_slot + per_gradient_slot + self.update_slot_nbytes)
+
+    @property
+    def update_slot_nbytes(self) -> int:
+        """Bytes of each slot in which devices update weights; there are as many as for weights."""
+        return max(pack.update_slot_nbytes for pack in self.packs)

@@ -17,3 +17,4 @@ class Counters:
     input_bytes: int = 0
     updates_just_in_time: int = 0
     updates_whole: int = 0
+    updates_on_devices: int = 0

@@ -48,6 +48,7 @@ from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.together import Raised, Together, Turns
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.transfer import Arrival
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker
 
 log = logging.getLogger(__name__)
@@ -280,12 +281,13 @@ class Engine:
             microbatch.result = None
         return results
 
-    def backward(self, factor: float, on_complete: OnComplete) -> None:
+    def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None = None) -> None:
         """Run what is left of the backward of the step; `settle` waits for gradients and updates still on their way then.
 
         Args:
             factor: gradient of the minibatch's loss.
             on_complete: called on the worker thread with the names of weights whose `.grad` has become complete.
+            on_device: the update to be taken on devices, where the plan says so; None if all are the host's.
         """
         microbatches = self._microbatches
         if factor != self._expected_factor:
@@ -293,6 +295,7 @@ class Engine:
         self.has_settled = False
         with self._active(continues=True), self._guarded():
             self.state.gradients.begin()
+            self.state.begin_updates(on_device)
             for pack in reversed(range(len(self.plan.packs))):
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)
@@ -301,12 +304,14 @@ class Engine:
                 pack = max(m.segment.pack for m in left)
                 visitors = [m for m in left if m.segment.pack == pack]
                 with self._visit(pack, visitors, self._next_backward(pack, left)):
+                    self.state.prefetch_states(pack)
                     for microbatch in visitors:
                         while microbatch.segments and microbatch.segment.pack == pack:
                             ahead.begin(microbatch.segment)
                             self._backward_segment(microbatch)
-                if not self._segments_left[pack]:
-                    self._send(pack, on_complete)
+                    if not self._segments_left[pack]:
+                        self._send(pack, on_complete)  # an update here wants the weights
+            self.state.end_updates()
             self.state.gradients.finish(on_complete)
             self.state.buffers.flush()
             self._end(microbatches)

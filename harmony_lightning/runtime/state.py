@@ -17,11 +17,13 @@ from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker
 
 
@@ -81,16 +83,28 @@ class RuntimeState:
             self.gradients.await_updates,
             host_is_device=cluster.host_is_device,
         )
+        self._updates: DeviceUpdates | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
         else:
             store = WeightStore(self.parameters, plan, cluster)
             self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
-            self._weights = [
+            weights = self._weights = [
                 DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
                 for device, loader in zip(cluster.devices, self._loaders, strict=True)
             ]
+            self._updates = DeviceUpdates(
+                self.parameters,
+                plan,
+                cluster,
+                counters,
+                store,
+                weights,
+                self._loaders,
+                self.gradients.await_updates,
+                self._reads,
+            )
 
     # Where things are -------------------------------------------------------------------------------------------------
 
@@ -229,6 +243,23 @@ class RuntimeState:
             if first is not None:
                 self._weights[device].prefetch(first)
 
+    def begin_updates(self, update: JustInTimeUpdate | None) -> None:
+        """A backward begins; `update` is to be taken on devices for the packs of which the plan says so."""
+        if self._updates is not None:
+            self._updates.begin(update)
+            self.gradients.updates = self._updates if update is not None else None
+
+    def prefetch_states(self, pack: int) -> None:
+        """The backward of a pack begins, and its update will come behind."""
+        if self._updates is not None:
+            self._updates.prefetch(pack)
+
+    def end_updates(self) -> None:
+        """No gradient will be complete on a device any more."""
+        self.gradients.updates = None
+        if self._updates is not None:
+            self._updates.end()
+
     def finish_enqueuing(self) -> None:
         """Return when all swap-ins that were asked for are in their lanes."""
         for loader in self._loaders:
@@ -249,6 +280,7 @@ class RuntimeState:
         for loader in self._loaders:
             loader.close()
         self._weights = []
+        self._updates = None
         self.gradients.close()
 
     def release(self, pack: int, device: int) -> None:
@@ -275,4 +307,5 @@ class RuntimeState:
         self.release_all()
         for loader in self._loaders:
             loader.drain()
+        self.end_updates()
         self.gradients.discard()

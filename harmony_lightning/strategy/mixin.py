@@ -177,6 +177,7 @@ class HarmonyMixin:
             input_bytes=counters.input_bytes,
             updates_just_in_time=counters.updates_just_in_time,
             updates_whole=counters.updates_whole,
+            updates_on_devices=counters.updates_on_devices,
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
@@ -572,7 +573,8 @@ class HarmonyMixin:
             )
             return
         on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)  # type: ignore[attr-defined]
-        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
+        on_device = self._updates.on_device(engine)
+        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete, on_device)
         if self._updates.may_go_on(engine):
             engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
         else:

@@ -90,8 +90,28 @@ class Updates:
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
             # A training_step that works with gradients may find those of the step before.
             keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
+            stepped=self._stepped,
         )
         return self._just_in_time
+
+    def on_device(self, engine: Engine) -> JustInTimeUpdate | None:
+        """The update of the coming backward, if it may be taken on devices for the packs of which the plan says so."""
+        if self._optimizer is None or all(pack.update == "host" for pack in engine.plan.packs):
+            return None
+        if (reason := self._reason_for_host(engine)) is not None:
+            self._tell_once(f"packs that the plan wants to be updated on devices are updated on the host: {reason}")
+            return None
+        return self._just_in_time
+
+    def _reason_for_host(self, engine: Engine) -> str | None:
+        if self._just_in_time is None:
+            return "all weights are updated in one go"
+        if engine.cluster.host_is_device:
+            return "the host is the only device"
+        if self._just_in_time.keeps_gradients:
+            return "the user's code may look at gradients when the step is over"
+        assert self._optimizer is not None
+        return self._separability.reason_against_moving(self._optimizer)
 
     def may_go_on(self, engine: Engine) -> bool:
         """Whether the updates of this backward may go on while the next step begins: everything they write is there, and
