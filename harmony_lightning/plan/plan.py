@@ -49,7 +49,7 @@ class Pack(Record):
             raise ConfigurationError(f"update must be 'host' or 'device', got {self.update!r}")
         if not 0 <= self.state_nbytes <= self.state_slot_nbytes:
             raise ConfigurationError(
-                f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes} bytes; 0 is the least"
+                f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes}; 0 is the least"
             )
 
     @property
@@ -126,8 +126,8 @@ class Plan(Record):
     def swap_in_bytes_per_step(self) -> int:
         """Bytes of weights, and of states of the optimizer, that one step must bring in when every pack is called once.
 
-        Weights once for each pack and visited device, and once more for each that has a backward, less the packs at which forward
-        and backward meet: the last pack on each device is still there when its backward begins.
+        Weights once for each pack and visited device, and once more for each that has a backward, less the packs at which
+        forward and backward meet: the last pack on each device is still there when its backward begins.
         """
         total = 0
         for index, pack in enumerate(self.packs):

@@ -22,7 +22,7 @@ from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.optimizer_states import StateArena, find_states
+from harmony_lightning.runtime.optimizer_states import StateArena, find_states, region_name
 from harmony_lightning.runtime.residency import DeviceWeights, WeightStore
 from harmony_lightning.runtime.update import JustInTimeUpdate, StandIn
 from harmony_lightning.runtime.worker import HostWorker, Ticket
@@ -63,8 +63,8 @@ class DeviceUpdates:
         await_updates: Callable[[Iterable[str]], None],
         reads: Callable[[Iterable[str]], Iterable[Event]],
     ) -> None:
-        """`loaders`, by device, enqueue swap-ins, each behind the last update of the weights: `await_updates`. `reads` tells
-        the points behind the last swap-ins of weights."""
+        """`loaders`, by device, enqueue swap-ins, each behind the last update of the weights: `await_updates`. `reads`
+        tells the points behind the last swap-ins of weights."""
         self._parameters = parameters
         self._plan = plan
         self._cluster = cluster
@@ -127,7 +127,9 @@ class DeviceUpdates:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def step(self, pack: int, device: int, gradients: Mapping[str, torch.Tensor]) -> tuple[frozenset[str], Event | None]:
+    def step(
+        self, pack: int, device: int, gradients: Mapping[str, torch.Tensor]
+    ) -> tuple[frozenset[str], Event | None]:
         """Update a pack's weights on the device that has their gradients, all of them complete.
 
         Returns:
@@ -170,19 +172,19 @@ class DeviceUpdates:
             stand_ins[name] = StandIn(parameter, dict(self._update.remembered(name)))
         for key in slot.states.keys:
             if key[0] in stand_ins:
-                stand_ins[key[0]].state[key[1]] = slot.views[slot.states.name(key)]
+                stand_ins[key[0]].state[key[1]] = slot.views[region_name(*key)]
         return stand_ins
 
     def _take_over(self, slot: _Slot, name: str, stand_in: StandIn) -> None:
         """What the optimizer remembers now. Tensors that lie in the slot leave with it."""
-        assert self._update is not None and slot.states is not None
+        assert self._update is not None
         remembered = self._update.remembered(name)
         if not remembered and stand_in.state:
             self._update.remember(name, remembered)
         for key in remembered.keys() - stand_in.state.keys():
             del remembered[key]
         for key, value in stand_in.state.items():
-            view = slot.views.get(slot.states.name((name, key)))
+            view = slot.views.get(region_name(name, key))
             if view is None:
                 remembered[key] = value.cpu() if isinstance(value, torch.Tensor) else value
             elif value is not view:
@@ -282,7 +284,7 @@ class DeviceUpdates:
             else:
                 for key in states.keys:
                     if key[0] in names:
-                        name = states.name(key)
+                        name = region_name(*key)
                         states.layout[name].view(states.bytes).copy_(slot.views[name], non_blocking=True)
         torch.autograd.graph.increment_version([self._parameters[name] for name in names])
         slot.pack, slot.released = None, here.record(Lane.SWAP_OUT)

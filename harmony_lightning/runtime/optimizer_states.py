@@ -24,7 +24,9 @@ class StateArena:
     def __init__(self, found: Mapping[Key, torch.Tensor], cluster: Cluster) -> None:
         self._tensors = dict(found)
         self._names = {key: "/".join(key) for key in found}
-        self._arena = HostArena({self._names[key]: tensor for key, tensor in found.items()}, self._names.values(), cluster)
+        self._arena = HostArena(
+            {self._names[key]: tensor for key, tensor in found.items()}, self._names.values(), cluster
+        )
 
     def is_of(self, found: Mapping[Key, torch.Tensor]) -> bool:
         """Whether these are the same tensors, where they were."""
@@ -55,9 +57,10 @@ class StateArena:
         """Of these weights alone."""
         return sum(tensor.nbytes for (weight, _), tensor in self._tensors.items() if weight in weights)
 
-    def name(self, key: Key) -> str:
-        """In the layout."""
-        return self._names[key]
+
+def region_name(weight: str, key: str) -> str:
+    """Of a tensor in the layout of the arena."""
+    return f"{weight}/{key}"
 
 
 def find_states(update: JustInTimeUpdate, names: Iterable[str]) -> dict[Key, torch.Tensor] | str:

@@ -117,7 +117,7 @@ def part_of_group(group: Group, members: Sequence[nn.Parameter]) -> Group:
 
 
 def step_part(
-    optimizer: Optimizer, groups: list[Group], state: Mapping[nn.Parameter, dict[str, Any]] | None = None
+    optimizer: Optimizer, groups: list[Group], state: Mapping[torch.Tensor, dict[str, Any]] | None = None
 ) -> None:
     """One step of the optimizer on these groups alone; its own groups are left as they are, and so is its state if another
     one is given."""
