@@ -9,6 +9,7 @@ and have no gradient left when the closure returns, and the optimizer's own step
 
 import functools
 import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,7 @@ from torch.optim import Optimizer
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.gradients import OnComplete
+from harmony_lightning.runtime.optimizer_states import state_nbytes
 from harmony_lightning.runtime.separability import Separability
 from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
 from harmony_lightning.strategy import overrides
@@ -34,7 +36,9 @@ class Updates:
         self._optimizer: Optimizer | None = None
         self._just_in_time: JustInTimeUpdate | None = None
         self._stepped: frozenset[str] = frozenset()
-        """Weights that the last just-in-time update has stepped."""
+        """Weights that just-in-time updates have stepped, so that the optimizer has its states of them."""
+        self._stepped_by: Callable[[], Optimizer | None] = lambda: None
+        """The optimizer that has."""
         self._told: set[str] = set()
 
     def probe(self, optimizer: Optimizer) -> None:
@@ -47,6 +51,8 @@ class Updates:
     ) -> Iterator[Callable[[], Any]]:
         """Around one step of the optimizer, which is to be called with the closure that is given back."""
         clip_value = trainer.gradient_clip_val
+        if self._stepped_by() is not optimizer:
+            self._stepped, self._stepped_by = frozenset(), weakref.ref(optimizer)
         self._optimizer, self._just_in_time = optimizer, None
         hidden: list[tuple[Any, Any]] = []
         try:
@@ -68,7 +74,7 @@ class Updates:
             else:
                 engine.counters.updates_just_in_time += 1
                 self._just_in_time.give_back()
-                self._stepped = frozenset(engine.updated)
+                self._stepped |= frozenset(engine.updated)
         finally:
             for group, members in hidden:
                 group["params"] = members
@@ -93,6 +99,15 @@ class Updates:
             stepped=self._stepped,
         )
         return self._just_in_time
+
+    def state_nbytes(self, engine: Engine) -> dict[str, tuple[int, ...]] | None:
+        """By weight, the bytes of each tensor that goes along when a device steps it; None before the first step that was
+        taken just in time."""
+        optimizer, parameters = self._stepped_by(), engine.state.parameters
+        if optimizer is None or engine.cluster.host_is_device:
+            return None
+        update = JustInTimeUpdate(optimizer, parameters)
+        return {name: state_nbytes(update, name) for name in parameters if name in self._stepped}
 
     def on_device(self, engine: Engine) -> JustInTimeUpdate | None:
         """The update of the coming backward, if it may be taken on devices for the packs of which the plan says so."""
