@@ -209,7 +209,7 @@ class DeviceUpdates:
         if states is None:
             return None
         start = layout_nbytes(self._layouts[pack])
-        slot = self._free_slot(device, start + states.bytes.numel())
+        slot = self._free_slot(device, max(start + states.bytes.numel(), self._plan.update_slot_nbytes))
         memory = slot.bytes[start:]
         slot.pack, slot.states = pack, states
         slot.views = {name: region.view(memory) for name, region in states.layout.items()}
@@ -227,10 +227,10 @@ class DeviceUpdates:
         slots.append(slot)  # least recently used first
         if slot.bytes.numel() < nbytes:
             if slot.released is not None:
-                here.wait(Lane.COMPUTE, slot.released)  # the memory goes back to the allocator
+                slot.released.synchronize()  # the memory goes back to the allocator
             slot.views = {}
             slot.bytes = _device_bytes(0, here)
-            slot.bytes = _device_bytes(max(nbytes, self._plan.update_slot_nbytes), here)
+            slot.bytes = _device_bytes(nbytes, here)
             # The allocator may hand out memory that compute has freed and still uses.
             slot.released = here.record(Lane.COMPUTE)
         return slot

@@ -73,15 +73,18 @@ class JustInTimeUpdate:
             weight.grad = None
 
     def step_there(self, stand_ins: Mapping[str, StandIn]) -> None:
-        """Step these, in place of the weights of these names; weights and what is remembered of them stay as they are."""
-        groups: list[Group] = []
-        for group, members in self._groups:
-            ours = [one.parameter for name, one in stand_ins.items() if id(self._parameters[name]) in members]
-            if ours:
-                groups.append(part_of_group(group, ours))
-        if self._prepare is not None:
-            self._prepare([stand_in.parameter for stand_in in stand_ins.values()])
-        step_part(self._optimizer, groups, {one.parameter: one.state for one in stand_ins.values()})
+        """Step these, in place of the weights of these names; weights and what is remembered of them stay as they are.
+
+        Large ones are stepped one after the other, as steps make temporary tensors of their size, small ones together."""
+        for part in _parts(stand_ins, max((one.parameter.nbytes for one in stand_ins.values()), default=0)):
+            groups: list[Group] = []
+            for group, members in self._groups:
+                ours = [one.parameter for name, one in part.items() if id(self._parameters[name]) in members]
+                if ours:
+                    groups.append(part_of_group(group, ours))
+            if self._prepare is not None:
+                self._prepare([one.parameter for one in part.values()])
+            step_part(self._optimizer, groups, {one.parameter: one.state for one in part.values()})
 
     def options(self, name: str) -> Group | None:
         """Of the group that has the weight; None if the optimizer does not know it."""
@@ -108,6 +111,20 @@ class JustInTimeUpdate:
         """After the whole step: let weights have the gradients again that they were stepped with, as in plain training."""
         for weight, gradient in self._kept:
             weight.grad = gradient
+
+
+def _parts(stand_ins: Mapping[str, StandIn], limit_nbytes: int) -> Iterator[dict[str, StandIn]]:
+    """All of them, as many at once as the limit allows."""
+    part: dict[str, StandIn] = {}
+    nbytes = 0
+    for name, one in stand_ins.items():
+        if part and nbytes + one.parameter.nbytes > limit_nbytes:
+            yield part
+            part, nbytes = {}, 0
+        part[name] = one
+        nbytes += one.parameter.nbytes
+    if part:
+        yield part
 
 
 def part_of_group(group: Group, members: Sequence[nn.Parameter]) -> Group:

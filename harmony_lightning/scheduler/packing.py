@@ -24,6 +24,9 @@ ARENA_SHARE = 0.5
 """Share of a device's memory that slots may take while there is a choice."""
 LAST_RESORT_SHARE = 0.9
 """Share that they may take when the largest layer leaves no choice."""
+STEP_TEMPORARIES = 2
+"""Tensors of a weight's size that an optimizer makes for a moment while a device steps the weight, as Adam does for the
+root of the second moment and its quotient. Weights are stepped one by one there, small ones together."""
 PACKS_PER_DEVICE = 2
 """In pp mode: at least so many packs for each device, as far as there are layers, so that all devices have work."""
 MICROBATCHES_PER_DEVICE = 4
@@ -192,11 +195,17 @@ def _limit(
     if update == "device":
         update_slot_nbytes = max((pack.update_slot_nbytes for pack in packs), default=0)
         nbytes = max(1, slot_nbytes + gradient_slot_nbytes + update_slot_nbytes)
+        largest_weight = max((w.nbytes for w in decomposition.weights if w.is_trainable), default=0)
+        temporary_nbytes = max(passing_nbytes, STEP_TEMPORARIES * largest_weight)
         for prefetch, share in _CHOICES:
-            scale = share * offered / (1 + prefetch) / nbytes
+            scale = share * (memory_bytes - glue_nbytes - temporary_nbytes) / (1 + prefetch) / nbytes
             if scale >= 1:
-                limits = (int(scale * n) for n in (slot_nbytes, gradient_slot_nbytes, update_slot_nbytes))
-                return Limit(*limits, prefetch)
+                return Limit(
+                    slot_nbytes=int(scale * slot_nbytes),
+                    gradient_slot_nbytes=int(scale * gradient_slot_nbytes),
+                    update_slot_nbytes=int(scale * update_slot_nbytes),
+                    prefetch=prefetch,
+                )
         log.warning(
             "harmony: the host updates all packs: layer %s would need %s on the device for that, but each GPU offers %s",
             " + ".join(largest.layers),

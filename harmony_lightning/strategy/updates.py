@@ -104,7 +104,7 @@ class Updates:
         """By weight, the bytes of each tensor that goes along when a device steps it; None before the first step that was
         taken just in time."""
         optimizer, parameters = self._stepped_by(), engine.state.parameters
-        if optimizer is None or engine.cluster.host_is_device:
+        if optimizer is None or not self._stepped or engine.cluster.host_is_device:
             return None
         update = JustInTimeUpdate(optimizer, parameters)
         return {name: state_nbytes(update, name) for name in parameters if name in self._stepped}
