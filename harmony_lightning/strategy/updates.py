@@ -60,7 +60,7 @@ class Updates:
 
                 def closure_with_updates() -> Any:
                     result = user_code()
-                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients(engine.updated):
+                    if self._just_in_time is not None and not (engine.has_settled and _has_gradients(optimizer)):
                         trainer.gradient_clip_val = None  # done; torch cannot clip nothing
                     if not engine.has_settled:  # the worker steps them
                         for group in optimizer.param_groups:
@@ -162,6 +162,10 @@ class Updates:
         if text not in self._told:
             self._told.add(text)
             log.info("harmony: %s", text)
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
 
 
 def _wait(names: list[str]) -> None:
