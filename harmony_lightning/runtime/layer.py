@@ -109,7 +109,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
         segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
-    with state.inside_layer(segment.device):
+    with state.inside_layer(segment.device, is_watched=bool(objects)):
         results = LayerFunction.apply(state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
     call.result_leaves, call.given = [], []
@@ -124,7 +124,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with state.inside_layer(device):
+    with state.inside_layer(device, is_watched=bool(call.objects)):
         buffers = _Buffers(call)
         with call.objects.opened(_as_it_is):
             result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
@@ -289,7 +289,7 @@ class LayerFunction(torch.autograd.Function):
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights_of(site, device, call.trained)
-                    call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
+                    call.weight_edges = {name: weights.edge(name) for name in call.trained}
                     result = site.run(weights, buffers.tensors, args, kwargs)
                 break
             except TakesDerivative:

@@ -64,7 +64,7 @@ class UserCode:
             stack.enter_context(watched_functions(self._bring))
             glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self._notice)
             glue.host_arithmetic = host_arithmetic
-            stack.enter_context(glue)
+            state.watcher = stack.enter_context(glue)
             yield
 
     @contextmanager
