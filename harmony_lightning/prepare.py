@@ -44,8 +44,8 @@ def prepare(
 ) -> tuple[Decomposition, Plan]:
     """The layers of `root` and the plan for one step of this workload.
 
-    `state_nbytes` has, by weight, the bytes of each tensor that the optimizer remembers; None before it does: packs are
-    planned to be updated on the host until then.
+    `state_nbytes` has, by weight, the bytes of each tensor that the optimizer will remember; None if the host is to update
+    all packs, whatever the configuration says.
 
     Raises:
         ConfigurationError: a weight is not on the host, or a knob fits nothing.

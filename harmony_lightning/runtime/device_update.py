@@ -158,7 +158,7 @@ class DeviceUpdates:
         self, slot: _Slot, pack: int, device: int, gradients: Mapping[str, torch.Tensor]
     ) -> dict[str, StandIn]:
         assert self._update is not None and slot.states is not None
-        layout, weights = self._layouts[pack], self._weights[device].acquire(pack)
+        layout, weights = self._layouts[pack], self._weights[device].acquire(pack, gradients)
         copies = {name: layout[name].view(slot.bytes) for name in gradients}
         torch._foreach_copy_(list(copies.values()), [weights[name] for name in copies])
         stand_ins: dict[str, StandIn] = {}

@@ -82,12 +82,6 @@ def find_states(update: JustInTimeUpdate, names: Iterable[str]) -> dict[Key, tor
     return found
 
 
-def state_nbytes(update: JustInTimeUpdate, name: str) -> tuple[int, ...]:
-    """Bytes of each tensor that goes along when a weight is stepped on a device."""
-    found = find_states(update, (name,))
-    return () if isinstance(found, str) else tuple(tensor.nbytes for tensor in found.values())
-
-
 def _can_move(value: Any) -> bool:
     if isinstance(value, torch.Tensor):
         is_plain = type(value) in (torch.Tensor, torch.nn.Parameter) and value.layout is torch.strided

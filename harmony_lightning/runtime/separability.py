@@ -89,7 +89,7 @@ def probe(optimizer: Optimizer, *, moves: bool = False) -> str | None:
 
 
 def _try(optimizer: Optimizer, step: Callable[[Optimizer, nn.Parameter], None]) -> str | None:
-    together, apart = _clone(optimizer), _clone(optimizer)
+    together, apart = clone_small(optimizer), clone_small(optimizer)
     ours, theirs = _parameters(together), _parameters(apart)
     generator = torch.Generator().manual_seed(0)
     for round_, (scale, has_missing, has_leftovers) in enumerate(_ROUNDS):
@@ -210,7 +210,7 @@ def _list_for_parameters(optimizer: Optimizer) -> str | None:
 # Clones ---------------------------------------------------------------------------------------------------------------
 
 
-def _clone(optimizer: Optimizer) -> Optimizer:
+def clone_small(optimizer: Optimizer) -> Optimizer:
     """The optimizer over tiny parameters. Optimizers within it (as wrappers have) are cloned along."""
     sample = _sample(optimizer.param_groups)
     generator = torch.Generator().manual_seed(1)
@@ -285,7 +285,7 @@ def _sample(groups: Iterable[Group]) -> list[nn.Parameter]:
     chosen: list[nn.Parameter] = []
     seen: defaultdict[Any, int] = defaultdict(int)
     for group in groups:
-        options = _options(group)
+        options = options_of(group)
         if seen[options] >= _PER_KIND or len(seen) > _MAX_GROUPS:
             continue
         seen[options] += 1
@@ -304,10 +304,11 @@ def _sample(groups: Iterable[Group]) -> list[nn.Parameter]:
 def _signature(optimizer: Optimizer) -> Any:
     """What of the options may change the answer. Sizes of numbers are not looked at, schedulers change them all the time;
     whether they are zero is."""
-    return frozenset(_options(group) for group in optimizer.param_groups)
+    return frozenset(options_of(group) for group in optimizer.param_groups)
 
 
-def _options(group: Group) -> Any:
+def options_of(group: Group) -> Any:
+    """What of a group's options may change the answer, to be compared."""
     return tuple((key, _kind(value)) for key, value in group.items() if key not in ("params", "param_names", "lr"))
 
 

@@ -207,9 +207,9 @@ def _limit(
                     prefetch=prefetch,
                 )
         log.warning(
-            "harmony: the host updates all packs: layer %s would need %s on the device for that, but each GPU offers %s",
+            "harmony: the host updates all packs: for layer %s to be updated on a device that must offer %s, but each has %s",
             " + ".join(largest.layers),
-            format_nbytes(nbytes),
+            format_nbytes(glue_nbytes + temporary_nbytes + int(nbytes / LAST_RESORT_SHARE)),
             format_nbytes(memory_bytes),
         )
     for prefetch, share in _CHOICES:

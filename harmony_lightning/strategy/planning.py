@@ -1,11 +1,11 @@
 """Which plan the engine is under, and how a minibatch is cut.
 
 A plan is made at set-up, before anything is known of batches and calls. It is made again when the module has changed, and
-once when the first step has shown that layers are called in another order than they are registered, or, for updates on
-devices, what the optimizer remembers.
+once when the first step has shown that layers are called in another order than they are registered.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torchmetrics import Metric
@@ -17,7 +17,6 @@ from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.scheduler import automatic_microbatch_size
-from harmony_lightning.strategy.updates import Updates
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +28,15 @@ class Planning:
         metrics: `torchmetrics` objects of the module.
     """
 
-    def __init__(self, engine: Engine, config: HarmonyConfig, given: Plan | None, updates: Updates) -> None:
-        """Makes and loads the first plan; `given` is the user's own, `updates` tells what the optimizer remembers.
+    def __init__(
+        self,
+        engine: Engine,
+        config: HarmonyConfig,
+        given: Plan | None,
+        state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` has the bytes of each tensor that the
+        optimizer will remember of a weight, by weight; None if devices are not to update any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -38,9 +44,7 @@ class Planning:
         self._engine = engine
         self._config = config
         self._given = given
-        self._updates = updates
-        self._state_nbytes: dict[str, tuple[int, ...]] | None = None
-        """By weight; None as long as unknown."""
+        self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
         self._min_samples = 1
@@ -80,11 +84,6 @@ class Planning:
         workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
         if engine.is_out_of_date():
             self._load(workload)
-        if self._config.update == "device" and self._given is None and self._state_nbytes is None:
-            self._state_nbytes = self._updates.state_nbytes(engine)
-            if self._state_nbytes is not None:
-                log.info("harmony: planning again: the optimizer has its states now, so devices can update packs")
-                self._load(workload)
         if engine.trace.is_complete and not self._has_traced:
             self._has_traced = True
             order, loops = engine.trace.order(), engine.trace.loops()

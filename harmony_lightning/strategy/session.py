@@ -158,7 +158,10 @@ class Session:
                     self._updates.probe(optimizer)
         self.setup_precision_plugin()
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))
-        self._planning = Planning(self._engine, self._config, self._given_plan, self._updates)
+        states = None
+        if self._config.update == "device" and trainer.state.fn == "fit" and not self._engine.cluster.host_is_device:
+            states = self._updates.state_nbytes(self.optimizers, self.lightning_module, self.precision_plugin, self._pl)
+        self._planning = Planning(self._engine, self._config, self._given_plan, states)
         name_as_on_one_device(trainer.profiler)
 
     def _cluster(self) -> Cluster:

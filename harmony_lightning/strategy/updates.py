@@ -10,7 +10,7 @@ and have no gradient left when the closure returns, and the optimizer's own step
 import functools
 import logging
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.gradients import OnComplete
-from harmony_lightning.runtime.optimizer_states import state_nbytes
 from harmony_lightning.runtime.separability import Separability
+from harmony_lightning.runtime.state_sizes import predict_state_nbytes
 from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
 from harmony_lightning.strategy import overrides
 
@@ -100,14 +100,19 @@ class Updates:
         )
         return self._just_in_time
 
-    def state_nbytes(self, engine: Engine) -> dict[str, tuple[int, ...]] | None:
-        """By weight, the bytes of each tensor that goes along when a device steps it; None before the first step that was
-        taken just in time."""
-        optimizer, parameters = self._stepped_by(), engine.state.parameters
-        if optimizer is None or not self._stepped or engine.cluster.host_is_device:
+    def state_nbytes(
+        self, optimizers: Sequence[Optimizer], module: Any, precision_plugin: Any, pl: Any
+    ) -> dict[str, tuple[int, ...]] | None:
+        """By weight, the bytes that the optimizer will remember of it; None if devices cannot update weights."""
+        if not module.automatic_optimization or not optimizers:
+            reason: str | None = "optimization is manual"
+        else:
+            reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
+            reason = reason or self._separability.reason_against_moving(optimizers[0])
+        if reason is not None:
+            self._tell_once(f"update='device' is left out, weights are updated on the host: {reason}")
             return None
-        update = JustInTimeUpdate(optimizer, parameters)
-        return {name: state_nbytes(update, name) for name in parameters if name in self._stepped}
+        return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
 
     def on_device(self, engine: Engine) -> JustInTimeUpdate | None:
         """The update of the coming backward, if it may be taken on devices for the packs of which the plan says so."""
