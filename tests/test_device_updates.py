@@ -13,10 +13,10 @@ from torch.optim import lr_scheduler
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 
 NUM_STEPS = 4
-MEMORY = "400KiB"
+MEMORY = "500KiB"
 
 
-def planned(which=lambda index: True, **options):
+def planned(which=lambda index: True, stay=(), **options):
     """The plan that is made for the chain, with some of its packs updated on devices."""
     strategy = HarmonyStrategy(
         microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True, **options
@@ -26,12 +26,13 @@ def planned(which=lambda index: True, **options):
     packs = strategy.plan.packs
     packs = [dataclasses.replace(pack, update="device" if which(i) else "host") for i, pack in enumerate(packs)]
     assert len(packs) > 2
-    return dataclasses.replace(strategy.plan, packs=tuple(packs))
+    stay = [index for index, pack in enumerate(packs) if pack.update == "device" and (stay == "all" or index in stay)]
+    return dataclasses.replace(strategy.plan, packs=tuple(packs), updates_stay=tuple(stay))
 
 
-def on_devices(which=lambda index: True, **options):
+def on_devices(which=lambda index: True, stay=(), **options):
     return HarmonyStrategy(
-        plan=planned(which, **options), microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), **options
+        plan=planned(which, stay, **options), microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), **options
     )
 
 
@@ -74,18 +75,19 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.parametrize("stay", [(), (1, 4), "all"], ids=["swapped", "some stay", "all stay"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_equal_to_the_host(name):
+def test_equal_to_the_host(name, stay):
     kind, options = OPTIMIZERS[name]
 
     def make(depth):
         return Chain(depth=depth, optimizer=kind, **options)
 
-    strategy = on_devices()
+    strategy = on_devices(stay=stay)
     assert_same(fit(strategy, make), fit(make=make))
     num_packs = len(strategy.plan.packs)
     assert updates(strategy) == (NUM_STEPS - 1) * num_packs  # the first step makes the states
-    assert max(strategy.statistics().peak_device_bytes) <= 400 * 1024
+    assert max(strategy.statistics().peak_device_bytes) <= 500 * 1024
 
 
 @pytest.mark.parametrize("mode", ["pp", "dp"])
@@ -175,7 +177,7 @@ def test_bytes_are_those_of_the_plan():
     for before, after in itertools.pairwise(counts[2:]):
         assert after[0] - before[0] == plan.swap_in_bytes_per_step
         assert after[1] - before[1] == plan.swap_out_bytes_per_step == 3 * weights  # new weights, and two moments
-    assert max(strategy.statistics().peak_device_bytes) <= 400 * 1024
+    assert max(strategy.statistics().peak_device_bytes) <= 500 * 1024
 
 
 def test_packs_are_updated_on_the_host_where_the_device_has_no_room(caplog):

@@ -76,6 +76,9 @@ class Plan(Record):
     """Where inputs of layers wait from forward to backward."""
     prefetch: int
     """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+    updates_stay: tuple[int, ...] = ()
+    """Packs whose states, and new weights if no other device needs them, stay on the device that has updated them, until
+    somebody looks at them on the host."""
     keep: tuple[str, ...] = ()
     """Layers of the last pack that keep their activations until their backward, which is next, instead of making them
     again."""
@@ -92,6 +95,9 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        for index in self.updates_stay:
+            if not 0 <= index < len(self.packs) or self.packs[index].update != "device":
+                raise ConfigurationError(f"updates_stay names pack {index}, which is not updated on a device")
         for name in self.keep:
             if name not in self.packs[-1].layers:
                 raise ConfigurationError(
@@ -129,22 +135,28 @@ class Plan(Record):
         Weights once for each pack and visited device, and once more for each that has a backward, less the packs at which
         forward and backward meet: the last pack on each device is still there when its backward begins.
         """
-        total = 0
+        total = self._state_bytes
         for index, pack in enumerate(self.packs):
+            nbytes = pack.nbytes - (pack.trainable_nbytes if self.weights_stay(index) else 0)
             for device in self.visitors(index):
                 is_last = not any(device in self.visitors(later) for later in range(index + 1, len(self.packs)))
-                total += pack.nbytes * (1 if is_last or not self.has_backward(index) else 2)
-        return total + self._state_bytes
+                total += nbytes * (1 if is_last or not self.has_backward(index) else 2)
+        return total
 
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
         each once, none of frozen weights."""
-        return sum(pack.trainable_nbytes for pack in self.packs) + self._state_bytes
+        leaving = (pack for index, pack in enumerate(self.packs) if not self.weights_stay(index))
+        return sum(pack.trainable_nbytes for pack in leaving) + self._state_bytes
 
     @property
     def _state_bytes(self) -> int:
-        return sum(pack.state_nbytes for pack in self.packs if pack.update == "device")
+        return sum(pack.state_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
+
+    def weights_stay(self, pack: int) -> bool:
+        """Whether new weights of a pack stay on the only device that needs them."""
+        return pack in self.updates_stay and len(self.visitors(pack)) == 1
 
     @property
     def num_gradient_buffers(self) -> int:
@@ -158,12 +170,30 @@ class Plan(Record):
         return 0 if pack >= self.num_gradient_buffers else 1 + pack
 
     def arena_nbytes(self) -> int:
-        """Bytes that the slots for weights, gradients and updates take on each device."""
+        """Bytes that the slots for weights, gradients and updates take on the device that has most of them."""
         per_slot = max(pack.slot_nbytes for pack in self.packs)
         per_gradient_slot = max(pack.gradient_slot_nbytes for pack in self.packs)
-        return (1 + self.prefetch) * (per_slot + per_gradient_slot + self.update_slot_nbytes)
+        return (1 + self.prefetch) * (per_slot + per_gradient_slot) + self.updates_nbytes
 
     @property
-    def update_slot_nbytes(self) -> int:
-        """Bytes of each slot in which devices update weights; there are as many as for weights."""
-        return max(pack.update_slot_nbytes for pack in self.packs)
+    def updates_nbytes(self) -> int:
+        """Bytes of slots for updates alone."""
+        return max(map(self.update_slots_nbytes, range(self.num_devices)))
+
+    def update_device(self, pack: int) -> int:
+        """The device that updates a pack, if one does: the first that has gradients of it."""
+        return self.visitors(pack)[0]
+
+    @property
+    def shared_update_slot_nbytes(self) -> int:
+        """Bytes of each slot in which packs that do not stay are updated, one after the other."""
+        shared = (pack.update_slot_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
+        return max(shared, default=0)
+
+    def update_slots_nbytes(self, device: int) -> int:
+        """Bytes that the slots for updates take on a device: one for each pack that stays, and as many for all others as
+        there are for weights."""
+        here = [index for index in range(len(self.packs)) if self.update_device(index) == device]
+        own = sum(self.packs[index].update_slot_nbytes for index in here if index in self.updates_stay)
+        is_shared = any(self.packs[i].update == "device" and i not in self.updates_stay for i in here)
+        return own + is_shared * (1 + self.prefetch) * self.shared_update_slot_nbytes

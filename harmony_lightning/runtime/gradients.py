@@ -21,6 +21,7 @@ from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.host_buffers import HostBuffers
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 LAST = sys.maxsize
@@ -86,7 +87,7 @@ class GradientStore:
         """Weights of which some part has been sent in this backward."""
         self._clock = 0
         self.updates: DeviceUpdates | None = None
-        """Takes complete gradients where they are; None if they all go to the host."""
+        """Takes complete gradients where they are; None if there are no such devices."""
 
     @torch.no_grad()
     def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
@@ -177,7 +178,7 @@ class GradientStore:
             if name not in elsewhere and is_complete(name) and _is_plain(self._parameters[name], gradient)
         }
         updated, arrival = self.updates.step(slot.pack, device, complete)
-        if arrival is not None:
+        if updated:
             self._updates.update(dict.fromkeys(updated, self._worker.follow(arrival)))
         for name in updated:
             del slot.written[name]
@@ -342,6 +343,8 @@ class GradientStore:
         priority: int = 0,
     ) -> Ticket:
         """Have the worker deal with gradients that reach the host at `arrival`; those in `complete` get no more parts."""
+        if self.updates is not None and isinstance(on_complete, JustInTimeUpdate):
+            self.updates.slots.bring_home(complete)
         events = [*self._reads(complete), *([arrival] if arrival is not None else [])]
 
         def receive() -> None:

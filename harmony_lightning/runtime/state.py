@@ -5,6 +5,7 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -83,7 +84,7 @@ class RuntimeState:
             self.parameters.keys() - layered,
             counters,
             self.spare_nbytes,
-            self.gradients.await_updates,
+            self._await_masters,
             host_is_device=cluster.host_is_device,
         )
         self._updates: DeviceUpdates | None = None
@@ -97,7 +98,7 @@ class RuntimeState:
                 DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
                 for device, loader in zip(cluster.devices, self._loaders, strict=True)
             ]
-            self._updates = DeviceUpdates(
+            self._updates = self.gradients.updates = DeviceUpdates(
                 self.parameters,
                 plan,
                 cluster,
@@ -108,6 +109,8 @@ class RuntimeState:
                 self.gradients.await_updates,
                 self._reads,
             )
+            for device, one in enumerate(weights):
+                one.find_newer = functools.partial(self._updates.slots.newer, device=device)
 
     # Where things are -------------------------------------------------------------------------------------------------
 
@@ -251,7 +254,6 @@ class RuntimeState:
         """A backward begins; `update` is to be taken on devices for the packs of which the plan says so."""
         if self._updates is not None:
             self._updates.begin(update)
-            self.gradients.updates = self._updates if update is not None else None
 
     def prefetch_states(self, pack: int) -> None:
         """The backward of a pack begins, and its update will come behind."""
@@ -260,9 +262,22 @@ class RuntimeState:
 
     def end_updates(self) -> None:
         """No gradient will be complete on a device any more."""
-        self.gradients.updates = None
         if self._updates is not None:
             self._updates.end()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether devices have newer weights, or states of the optimizer, than the host."""
+        return self._updates is not None and self._updates.slots.is_behind()
+
+    def bring_home(self, names: Iterable[str] | None = None) -> None:
+        """Return when the host has the newest weights and states: of all, or of these weights at least."""
+        if self._updates is not None:
+            self._updates.slots.bring_home(names)
+
+    def _await_masters(self, names: Iterable[str]) -> None:
+        self.gradients.await_updates(names)
+        self.bring_home(names)
 
     def finish_enqueuing(self) -> None:
         """Return when all swap-ins that were asked for are in their lanes."""
@@ -284,7 +299,9 @@ class RuntimeState:
         for loader in self._loaders:
             loader.close()
         self._weights = []
-        self._updates = None
+        if self._updates is not None:
+            self._updates.slots.close()
+        self._updates = self.gradients.updates = None
         self.gradients.close()
 
     def leave_pack(self) -> None:

@@ -76,8 +76,8 @@ class HostWorker:
             self._changed.notify()
         return ticket
 
-    def follow(self, event: Event) -> Ticket:
-        """Have what devices do until `event` waited for like a job."""
+    def follow(self, event: Event | None) -> Ticket:
+        """Have what devices do until `event` waited for like a job; None if nobody needs to wait."""
         ticket = Ticket()
         ticket.end(event)
         with self._changed:

@@ -101,7 +101,7 @@ def make_plan(
             members = ()
         members += group
     packs.append(pack(members))
-    return Plan(
+    plan = Plan(
         mode=mode,
         num_devices=num_devices,
         memory_bytes=memory_bytes,
@@ -112,6 +112,7 @@ def make_plan(
         prefetch=limit.prefetch,
         keep=packs[-1].layers[-1:],
     )
+    return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
 def _pack(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
@@ -172,6 +173,21 @@ class Limit:
         return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
 
 
+def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
+    """Packs that have room to stay where they are updated, within what slots may take; the first ones, if not all."""
+    nbytes_per_slot = limit.slot_nbytes + limit.gradient_slot_nbytes + (limit.update_slot_nbytes or 0)
+    room = (1 + plan.prefetch) * nbytes_per_slot - (plan.arena_nbytes() - plan.updates_nbytes)
+    staying: list[int] = []
+    for device in range(plan.num_devices):
+        here = [index for index, pack in enumerate(plan.packs) if pack.update == "device"]
+        here = [index for index in here if plan.update_device(index) == device]
+        for number in range(len(here), 0, -1):
+            if replace(plan, updates_stay=tuple(here[:number])).update_slots_nbytes(device) <= room:
+                staying += here[:number]
+                break
+    return tuple(sorted(staying))
+
+
 def _limit(
     decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int, update: Literal["device", "host"]
 ) -> Limit:
@@ -207,7 +223,7 @@ def _limit(
                     prefetch=prefetch,
                 )
         log.warning(
-            "harmony: the host updates all packs: for layer %s to be updated on a device that must offer %s, but each has %s",
+            "harmony: the host updates all packs: for layer %s to be updated on a device that must offer %s, each has %s",
             " + ".join(largest.layers),
             format_nbytes(glue_nbytes + temporary_nbytes + int(nbytes / LAST_RESORT_SHARE)),
             format_nbytes(memory_bytes),

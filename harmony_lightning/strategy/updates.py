@@ -87,6 +87,7 @@ class Updates:
         if optimizer is None:
             return _wait
         if (reason := self._reason_for_whole(optimizer, module, precision_plugin, pl)) is not None:
+            engine.bring_home()
             self._tell_once(f"{type(optimizer).__name__} updates all weights in one go behind backward: {reason}")
             return _wait
         clip_value = trainer.gradient_clip_val

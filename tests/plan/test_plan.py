@@ -184,7 +184,7 @@ def test_states_come_in_and_leave_where_devices_update():
     on_host = plan()
     assert there.swap_in_bytes_per_step == on_host.swap_in_bytes_per_step + 130
     assert there.swap_out_bytes_per_step == on_host.swap_out_bytes_per_step + 130
-    assert there.update_slot_nbytes == 448  # of c; a takes 128 for its weights and 192 for states
+    assert there.shared_update_slot_nbytes == 448  # of c; a takes 128 for its weights and 192 for states
     assert there.arena_nbytes() == on_host.arena_nbytes() + 2 * 448
     assert Plan.from_json(there.to_json()) == there
 
