@@ -122,8 +122,9 @@ class Scheduled(Chain):
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])
-def test_groups_schedules_and_accumulation(accumulate):
-    strategy = on_devices()
+@pytest.mark.parametrize("stay", [(), "all"], ids=["swapped", "all stay"])
+def test_groups_schedules_and_accumulation(accumulate, stay):
+    strategy = on_devices(stay=stay)
     options = {"accumulate": accumulate, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
     ours = fit(strategy, Scheduled, **options)
     # Several minibatches are added up in another order than their microbatches in plain training.
@@ -132,11 +133,12 @@ def test_groups_schedules_and_accumulation(accumulate):
     assert updates(strategy) == (NUM_STEPS - 1) * (len(strategy.plan.packs) - 1)
 
 
-@pytest.mark.parametrize("first", ["host", "device"])
+@pytest.mark.parametrize("first", ["host", "device", "stays"])
 @pytest.mark.parametrize("second", ["host", "device"])
 def test_training_is_resumed_in_the_middle(tmp_path, first, second):
     plain = fit()
-    half = trainer(on_devices(lambda index: first == "device"), limit_train_batches=2)
+    stay = "all" if first == "stays" else ()
+    half = trainer(on_devices(lambda index: first != "host", stay), limit_train_batches=2)
     torch.manual_seed(0)
     half.fit(Chain(depth=6), loader(8, 80))
     half.save_checkpoint(tmp_path / "half.ckpt")
@@ -158,10 +160,22 @@ class Again:
         return iter(self.batches)
 
 
-def test_bytes_are_those_of_the_plan():
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_bytes_are_those_of_the_plan(stays, mode):
+    options = {"microbatch_size": 2, "mode": mode, "stash": "device"}
     strategy = HarmonyStrategy(
-        update="device", one_layer_per_pack=True, microbatch_size=2, cluster=EmulatedCluster(2, MEMORY)
+        update="device",
+        one_layer_per_pack=True,
+        cluster=EmulatedCluster(2, MEMORY if mode == "pp" else "1MiB"),
+        **options,
     )
+    fit(strategy, num_steps=1)
+    plan = strategy.plan
+    assert plan.updates_stay == tuple(range(len(plan.packs)))  # there is room
+    if not stays:
+        plan = dataclasses.replace(plan, updates_stay=())
+    strategy = HarmonyStrategy(plan=plan, cluster=EmulatedCluster(2, plan.memory_bytes), **options)
     counts = []
 
     class Counting(L.Callback):
@@ -169,15 +183,16 @@ def test_bytes_are_those_of_the_plan():
             statistics = strategy.statistics()
             counts.append((statistics.swap_in_bytes, statistics.swap_out_bytes))
 
-    assert_same(fit(strategy, callbacks=[Counting()]), fit())
-    plan = strategy.plan
+    ours = fit(strategy, callbacks=[Counting()])
+    assert_same(ours, fit(HarmonyStrategy(cluster=EmulatedCluster(2, MEMORY), **options)))
     weights = sum(pack.nbytes for pack in plan.packs)
-    assert [pack.update for pack in plan.packs] == ["device"] * len(plan.packs)
     assert sum(pack.state_nbytes for pack in plan.packs) == 2 * weights
-    for before, after in itertools.pairwise(counts[2:]):
+    for before, after in itertools.pairwise(counts[2:]):  # the first step is the host's, the second brings states in
         assert after[0] - before[0] == plan.swap_in_bytes_per_step
-        assert after[1] - before[1] == plan.swap_out_bytes_per_step == 3 * weights  # new weights, and two moments
-    assert max(strategy.statistics().peak_device_bytes) <= 500 * 1024
+        assert after[1] - before[1] == plan.swap_out_bytes_per_step
+    assert plan.swap_out_bytes_per_step == (0 if mode == "pp" else weights) if stays else 3 * weights
+    assert (plan.swap_in_bytes_per_step == 0) == (stays and mode == "pp")
+    assert max(strategy.statistics().peak_device_bytes) <= plan.memory_bytes
 
 
 def test_packs_are_updated_on_the_host_where_the_device_has_no_room(caplog):

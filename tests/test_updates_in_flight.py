@@ -30,12 +30,13 @@ def swap_ins(request, monkeypatch):
         monkeypatch.setattr(DeviceWeights, "_swap_in", late)
 
 
-@pytest.fixture(params=["host", "device"])
+@pytest.fixture(params=["host", "device", "stays"])
 def place(request, monkeypatch):
-    """Where packs are updated. On a device that takes more memory."""
-    if request.param == "device":
+    """Where packs are updated. On a device that takes more memory; with much more, they stay there."""
+    if request.param != "host":
         monkeypatch.setenv("HARMONY_UPDATE", "device")
-        monkeypatch.setattr(harmony, "__defaults__", (2, "400KiB", 2))
+        memory = "230KiB" if request.param == "device" else "1MiB"
+        monkeypatch.setattr(harmony, "__defaults__", (2, memory, 2))
     return request.param
 
 
@@ -84,8 +85,11 @@ LOOKS = {
 @pytest.mark.parametrize("look", LOOKS)
 def test_what_is_looked_at_is_that_of_the_end_of_the_step(look, place):
     plain, ours = Looking(LOOKS[look]), Looking(LOOKS[look])
-    assert same_weights(fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours]))
+    strategy = harmony(2)
+    assert same_weights(fit(callbacks=[plain]), fit(strategy, callbacks=[ours]))
     assert len(plain.seen) == len(ours.seen) == NUM_STEPS - 1
+    assert (place == "host") == (strategy.statistics().updates_on_devices == 0)
+    assert bool(strategy.plan.updates_stay) == (place == "stays")
     assert ours.num_in_flight == NUM_STEPS - 2  # the first update makes the optimizer's states
     for expected, found in zip(plain.seen, ours.seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))

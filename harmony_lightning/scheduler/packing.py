@@ -62,6 +62,7 @@ def make_plan(
     memory_bytes: int,
     microbatch_size: int,
     num_microbatches: int,
+    microbatches_per_forward: int = 1,
     stash: Literal["device", "host"],
     update: Literal["device", "host"] = "host",
     host_is_device: bool = False,
@@ -77,6 +78,7 @@ def make_plan(
         memory_bytes: what each offers.
         microbatch_size: samples.
         num_microbatches: of one minibatch.
+        microbatches_per_forward: in one call of a layer.
         stash: where layer inputs wait.
         update: where packs are updated; on the host, too, if the device has no room for that.
         host_is_device: nothing is swapped: one pack holds everything.
@@ -107,6 +109,7 @@ def make_plan(
         memory_bytes=memory_bytes,
         microbatch_size=microbatch_size,
         num_microbatches=num_microbatches,
+        microbatches_per_forward=microbatches_per_forward,
         packs=tuple(packs),
         stash=stash,
         prefetch=limit.prefetch,

@@ -62,6 +62,7 @@ SCENARIOS = {
     "manual": (_Manual, {}),
     "update fails": (_BreakingChain, {}),
     "updates on devices": (Chain, {"update": "device"}),
+    "updates stay": (Chain, {"update": "device", "memory": "1MiB"}),
 }
 
 
@@ -70,7 +71,7 @@ def run(scenario, ignored=None):
     make, options = SCENARIOS[scenario]
     torch.manual_seed(0)
     module = make(depth=6)
-    cluster = EmulatedCluster(2, "500KiB" if make in (_Tied, _Manual) or "update" in options else "200KiB")
+    cluster = EmulatedCluster(2, options.get("memory", "500KiB" if make in (_Tied, _Manual) else "230KiB"))
     cluster.machine.waits, cluster.machine.ignored = {}, ignored
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
     with_harmony = trainer(strategy, limit_train_batches=3, limit_val_batches=1, limit_predict_batches=1)
