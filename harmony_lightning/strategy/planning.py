@@ -5,7 +5,7 @@ once when the first step has shown that layers are called in another order than 
 """
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torchmetrics import Metric
@@ -29,8 +29,15 @@ class Planning:
         metrics: `torchmetrics` objects of the module.
     """
 
-    def __init__(self, engine: Engine, config: HarmonyConfig, given: Plan | None) -> None:
-        """Makes and loads the first plan; `given` is the user's own.
+    def __init__(
+        self,
+        engine: Engine,
+        config: HarmonyConfig,
+        given: Plan | None,
+        state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` has the bytes of each tensor that the
+        optimizer will remember of a weight, by weight; None if devices are not to update any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -38,6 +45,7 @@ class Planning:
         self._engine = engine
         self._config = config
         self._given = given
+        self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
         self._min_samples = 1
@@ -47,7 +55,9 @@ class Planning:
 
     def _load(self, workload: Workload) -> None:
         engine = self._engine
-        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, self._call_order)
+        decomposition, plan = prepare(
+            engine.root, engine.cluster, self._config, workload, self._call_order, self._state_nbytes
+        )
         if self._given is not None:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))

@@ -82,12 +82,18 @@ class Residency:
         measured = min((one for one in known if covers(one.extent, extent)), key=_size, default=None)
         if measured is None:
             self.let_go()
+            if kind == "training" and self._is_to_come():
+                return
             self._engine.measure(trains=kind == "training")
             self._take_note = functools.partial(self._note_usage, known, extent)
             return
         self._engine.take_up(self._plan_for(measured))
         if kind == "training" and measured.extent == extent and not measured.is_complete:
             self._take_note = functools.partial(self._note_holding, measured, self._engine.watch())
+
+    def _is_to_come(self) -> bool:
+        """Whether devices will update weights, but have not begun: the first update of an optimizer is the host's."""
+        return self._engine.counters.steps < 2 and any(pack.update == "device" for pack in self._engine.plan.packs)
 
     def let_go(self) -> None:
         """Nothing is known of the next step."""
