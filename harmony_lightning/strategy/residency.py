@@ -45,6 +45,9 @@ class _Measured:
     num_corrections: int = 0
     is_complete: bool = False
     """Whether all that stays by the last plan was seen."""
+    plan: Plan | None = None
+    """The last one made for such steps, when `grown` bytes were taken by others."""
+    grown: tuple[int, ...] = ()
 
 
 class Residency:
@@ -116,7 +119,7 @@ class Residency:
         if not holding.is_over:
             return
         before = self._plan_for(measured)
-        measured.usage = holding.correct(measured.estimate)
+        measured.usage, measured.plan = holding.correct(measured.estimate), None
         measured.num_corrections += 1
         after = self._plan_for(measured)
         is_same = set(after.stash_stays) <= set(before.stash_stays) and set(after.keep) <= set(before.keep)
@@ -129,14 +132,16 @@ class Residency:
         in_use = [device.allocated_bytes() for device in self._engine.cluster.devices]
         beside = [total - slots for total, slots in zip(in_use, state.weight_slots_nbytes(), strict=True)]
         grown = tuple(max(0, now - then) for now, then in zip(beside, measured.usage.resting, strict=True))
-        return _plan(self._base, measured.usage, grown, self._moves_stash)
+        if measured.plan is None or measured.grown != grown:
+            measured.plan = _plan(self._base, measured.usage, grown, self._moves_stash)
+            measured.grown = grown
+        return measured.plan
 
 
 def _size(measured: _Measured) -> int:
     return sum(shape.numel() for shape in measured.extent)
 
 
-@functools.lru_cache(maxsize=32)
 def _plan(base: Plan, usage: Usage, grown: tuple[int, ...], moves_stash: bool) -> Plan:
     plan = let_stay(base, usage, grown, moves_stash=moves_stash)
     log.info(
