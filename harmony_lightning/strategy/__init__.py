@@ -5,6 +5,7 @@
     training             training steps, backward, the optimizer's step
     evaluation           validation, test and prediction steps
     planning           which plan the engine is under, and how a batch is cut
+    residency          what may stay on the devices, learned from measured steps
     updates            which update an optimizer's step gets
     overrides          what the user's own hooks expect to find
     precision          which precision plugins work, and what they need
