@@ -35,6 +35,11 @@ class HarmonyConfig:
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
     of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`. One that counts 0 has no backward."""
+    gradient_wire: Literal["exact", "half"] = "exact"
+    """How gradients of narrow weights leave the GPUs, in mixed precision. "exact": in float32 where several microbatches have
+    been summed up, so that results are those of one device; "half": that sum rounded once to autocast's type, 2 bytes per
+    weight. An element of a gradient is then off by at most 2^-8 of itself for bfloat16; for float16 by 2^-11, or by 2^-25 if
+    it is below 2^-14, and one beyond 65504 is infinite, as the loss scaler knows it."""
     check_microbatches: bool = False
     """Run the first minibatch in one piece and in microbatches, in evaluation mode and without gradients, and raise a
     ConfigurationError if the losses differ by more than rounding. `training_step` is called for both, once."""
@@ -47,6 +52,8 @@ class HarmonyConfig:
             raise ConfigurationError(f"mode must be 'auto', 'pp' or 'dp', got {self.mode!r}")
         if self.stash not in ("auto", "device", "host"):
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
+        if self.gradient_wire not in ("exact", "half"):
+            raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")

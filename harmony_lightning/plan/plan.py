@@ -27,15 +27,19 @@ class Pack(Record):
     layers: tuple[str, ...]
     """Names of the modules, in the order in which they are called."""
     parameters: tuple[str, ...]
-    """Names of all their parameters, each once, in arena order."""
+    """Names of all their parameters, each once."""
     nbytes: int
-    """Bytes of the weights."""
+    """Bytes of the weights as they travel."""
     trainable_nbytes: int
-    """Bytes of those weights that get a gradient."""
+    """Bytes of the gradients, each as large as its master on the host."""
     slot_nbytes: int
-    """Bytes of the weights as they lie in an arena, alignment included."""
+    """Bytes of the weights as they lie on a device, alignment included."""
     gradient_slot_nbytes: int
-    """Bytes of the gradients as they lie in an arena, alignment included."""
+    """Bytes of the gradients as they lie on a device, alignment included."""
+    narrow: tuple[str, ...] = ()
+    """Names of the narrow weights: float32 on the host, `Plan.narrow_dtype` on the way and on devices."""
+    narrow_trainable_nbytes: int = 0
+    """Bytes of the gradients of narrow weights, in float32; those that travel in `Plan.narrow_dtype` are half of that."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +63,10 @@ class Plan(Record):
     keep: tuple[str, ...] = ()
     """Layers of the last pack that keep their activations until their backward, which is next, instead of making them
     again."""
+    narrow_dtype: Literal["bfloat16", "float16"] | None = None
+    """What narrow weights are cast to: the type of autocast."""
+    gradient_wire: Literal["exact", "half"] = "exact"
+    """How gradients of narrow weights travel: `HarmonyConfig.gradient_wire`."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -72,6 +80,12 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        if self.narrow_dtype not in (None, "bfloat16", "float16"):
+            raise ConfigurationError(f"narrow_dtype must be 'bfloat16', 'float16' or None, got {self.narrow_dtype!r}")
+        if self.gradient_wire not in ("exact", "half"):
+            raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
+        if self.narrow_dtype is None and any(pack.narrow for pack in self.packs):
+            raise ConfigurationError("a plan with narrow weights needs a narrow_dtype: 'bfloat16' or 'float16'")
         for name in self.keep:
             if name not in self.packs[-1].layers:
                 raise ConfigurationError(
@@ -118,8 +132,10 @@ class Plan(Record):
 
     @property
     def swap_out_bytes_per_step(self) -> int:
-        """Bytes of gradients that one step must bring out: each once, none of frozen weights."""
-        return sum(pack.trainable_nbytes for pack in self.packs)
+        """Bytes of gradients that one step must bring out: each once, none of frozen weights. Those of narrow weights leave
+        as they are made where there is only one microbatch to make them: a sum of several needs float32."""
+        is_half = self.gradient_wire == "half" or self.num_microbatches == 1
+        return sum(pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2 for pack in self.packs)
 
     @property
     def num_gradient_buffers(self) -> int:

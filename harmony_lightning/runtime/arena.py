@@ -6,6 +6,7 @@ saving, pickling or sharing one parameter touches that parameter and not the who
 """
 
 import ctypes
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,15 +47,21 @@ class Region:
 Layout = dict[str, Region]
 
 
-def lay_out(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> Layout:
-    """Regions for the named tensors, one behind the other, each aligned."""
+def lay_out(
+    parameters: Mapping[str, torch.Tensor],
+    names: Iterable[str],
+    dtypes: Mapping[str, torch.dtype] = types.MappingProxyType({}),
+) -> Layout:
+    """Regions for the named tensors, one behind the other, each aligned; `dtypes` of those that are of another type there."""
     layout: Layout = {}
     start = 0
     for name in names:
         tensor = parameters[name]
         stride = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-        layout[name] = Region(start, start + tensor.nbytes, tensor.dtype, tensor.shape, stride)
-        start += aligned(tensor.nbytes)
+        dtype = dtypes.get(name, tensor.dtype)
+        nbytes = tensor.numel() * dtype.itemsize
+        layout[name] = Region(start, start + nbytes, dtype, tensor.shape, stride)
+        start += aligned(nbytes)
     return layout
 
 

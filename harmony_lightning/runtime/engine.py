@@ -25,6 +25,7 @@ from harmony_lightning.runtime.derived import Derived, derive_on_host, find_deri
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.narrow import WeightUses
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
@@ -46,6 +47,7 @@ class Engine:
         self.counters = Counters()
         self.worker = HostWorker(cluster)
         self.trace = Trace()
+        self.uses = WeightUses()
         self.has_settled = True
         """Whether weights, gradients and states of optimizers are at rest."""
         self.is_updated: Callable[[torch.Tensor], bool] = lambda tensor: False
@@ -70,7 +72,7 @@ class Engine:
             self.state.close()
             self._code = None
         with self.cluster.activate():
-            state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+            state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker, self.uses)
         self._derived = list(find_derived(self.root))
         self._code = UserCode(state, lambda: self.trace, self.notice)
         self._interposition.install(
@@ -186,6 +188,9 @@ class Engine:
                 written; the next step must be the same with `is_cut` False.
         """
         self.end_step()
+        if self.has_settled:  # since anybody may have written masters
+            self.state.forget_casts()
+        self.state.is_learning = not self.trace.is_complete
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
@@ -222,6 +227,7 @@ class Engine:
         self.counters.steps += 1
         self.counters.num_microbatches += len(functions)
         self.trace.end_step()
+        self.state.is_learning = False
         results = [microbatch.result for microbatch in microbatches]
         for microbatch in microbatches:
             microbatch.result = None
@@ -245,6 +251,7 @@ class Engine:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
         differentiates and updates by itself (`trains`)."""
         self.settle()
+        self.state.forget_casts()
         code = self._user_code
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
@@ -261,6 +268,7 @@ class Engine:
         """Run user code that trains nothing: all functions go through each pack before the next one is brought in, and
         come out as if each had been run after the one before (`together`)."""
         self.settle()
+        self.state.forget_casts()
         shared = self._shared_pass = SharedPass(self._user_code, functions)
         self._microbatches = shared.microbatches
         trace, self.trace = self.trace, Trace()  # of training: other calls in another order
@@ -305,7 +313,7 @@ class Engine:
         def put_current() -> None:
             code.microbatch = current
             if current is not None:
-                self.state.release_all()  # masters have been written
+                self.state.masters_written()
 
         def user_code() -> Any:
             put_current()
@@ -372,7 +380,7 @@ class Engine:
             self._finish_updates()
         else:
             self.settle()
-            self.state.release_all()  # the user may write them
+            self.state.masters_written()  # or will be
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""

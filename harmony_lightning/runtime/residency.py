@@ -5,7 +5,7 @@ SWAP_IN lane; compute waits for that copy, and the next copy into the slot waits
 are never copied back: the host's are the masters, and only gradients leave (`gradients`).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -14,7 +14,8 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, return_freed_memory
+from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, layout_nbytes, return_freed_memory
+from harmony_lightning.runtime.casts import Casts
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
@@ -29,15 +30,22 @@ class WeightStore:
         self.parameters = parameters
         self.arenas: list[HostArena] = []
         self.layouts: list[Layout] = []
+        """By pack, of a slot on a device."""
+        self.wide_nbytes: list[int] = []
+        """By pack: so much of the beginning of its arena travels as it is."""
+        self.narrow = Casts(parameters, plan, cluster)
         self.borrowed: list[tuple[str, ...]] = []
         owned: set[str] = set()
         for pack in plan.packs:
-            names = [name for name in pack.parameters if name not in owned]
+            wide = [name for name in pack.parameters if name not in owned and name not in pack.narrow]
+            names = [*wide, *(name for name in pack.narrow if name not in owned)]
+            self.borrowed.append(tuple(n for n in pack.parameters if n in owned and n not in pack.narrow))
             owned.update(names)
             self.arenas.append(HostArena(parameters, names, cluster))
-            self.borrowed.append(tuple(name for name in pack.parameters if name not in names))
-            # Own weights first, in the arena's order, so that they arrive in one copy.
-            self.layouts.append(lay_out(parameters, (*names, *self.borrowed[-1])))
+            self.wide_nbytes.append(layout_nbytes(lay_out(parameters, wide)))
+            # Own weights first, then the narrow ones, in the order of the host's arenas: each part arrives in one copy.
+            dtypes = dict.fromkeys(pack.narrow, getattr(torch, plan.narrow_dtype or "", None))
+            self.layouts.append(lay_out(parameters, (*wide, *pack.narrow, *self.borrowed[-1]), dtypes))
             return_freed_memory()  # pack by pack: else the host would hold the weights twice for a moment
 
 
@@ -66,7 +74,7 @@ class DeviceWeights:
         counters: Counters,
         worker: HostWorker,
         await_updates: Callable[[Iterable[str]], None],
-        all_reads: Callable[[Iterable[str]], Iterable[Event]],
+        all_reads: Callable[[Iterable[str]], Sequence[Event]],
     ) -> None:
         """`worker` enqueues swap-ins, in their order, each behind the updates of the weights: `await_updates`. `all_reads`
         tells the points behind the last swap-ins of weights to any device."""
@@ -155,22 +163,30 @@ class DeviceWeights:
             for read in self._all_reads(layout):
                 read.synchronize()
             arena.move_in()
+            self._store.narrow.forget()
         if pack not in slot.views:
             slot.views[pack] = {name: region.view(slot.bytes).detach() for name, region in layout.items()}
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
-        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released))
+        cast = self._store.narrow.prepare(pack, self._worker, self._await_updates, self._all_reads)
+        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released, cast))
         return slot
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_in(self, slot: _Slot, pack: int, released: Event | None) -> None:
+    def _swap_in(self, slot: _Slot, pack: int, released: Event | None, cast: Ticket | None) -> None:
         """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
+        narrow, wide_nbytes = self._store.narrow.arenas[pack], self._store.wide_nbytes[pack]
         self._await_updates(layout)
+        if cast is not None:
+            cast.wait()
         if released is not None:
             self._device.wait(Lane.SWAP_IN, released)
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
-            slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
+            if wide_nbytes:
+                slot.bytes[:wide_nbytes].copy_(arena.bytes[:wide_nbytes], non_blocking=True)
+            if narrow.numel():
+                slot.bytes[wide_nbytes : wide_nbytes + narrow.numel()].copy_(narrow, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)

@@ -5,7 +5,7 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -19,10 +19,14 @@ from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
+from harmony_lightning.runtime.narrow import Guard, Probe, Watch, WeightUses
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
 from harmony_lightning.runtime.worker import HostWorker
+
+Begin = Callable[[torch.Tensor, bool], torch.Tensor]
+"""Makes what a layer gets of a weight on its device; the second says whether the weight trains."""
 
 
 class RuntimeState:
@@ -38,10 +42,20 @@ class RuntimeState:
         slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
         objects: what the running layer has been given within objects.
+        uses: what has been seen of how layers use their weights; `is_learning` in the first step.
+        watching: sees the weights of the running layer; None if they need not be looked at.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
 
-    def __init__(self, root: nn.Module, cluster: Cluster, plan: Plan, counters: Counters, worker: HostWorker) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        cluster: Cluster,
+        plan: Plan,
+        counters: Counters,
+        worker: HostWorker,
+        uses: WeightUses | None = None,
+    ) -> None:
         self.cluster = cluster
         self.plan = plan
         self.counters = counters
@@ -61,6 +75,9 @@ class RuntimeState:
         self.is_holding = False
         self.upcoming: dict[int, int] = {}
         self.objects: Any = None
+        self.uses = uses or WeightUses()
+        self.is_learning = False
+        self.watching: Watch | None = None
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
@@ -81,11 +98,14 @@ class RuntimeState:
             self.gradients.await_updates,
             host_is_device=cluster.host_is_device,
         )
+        self._narrow = [frozenset[str]() if cluster.host_is_device else frozenset(pack.narrow) for pack in plan.packs]
+        self._narrow_dtype = None if plan.narrow_dtype is None else getattr(torch, plan.narrow_dtype)
+        self._store: WeightStore | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
         else:
-            store = WeightStore(self.parameters, plan, cluster)
+            store = self._store = WeightStore(self.parameters, plan, cluster)
             self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
             self._weights = [
                 DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
@@ -134,6 +154,39 @@ class RuntimeState:
             weights[name].requires_grad_(name in trained)
         return weights
 
+    def watch(self, site: Site, weights: Weights, device: Device, begin: Begin, *, sums_narrow: bool) -> Watch | None:
+        """What a layer's weights must be looked at by while it runs.
+
+        Args:
+            begin: makes what the layer gets of a float32 version on the device.
+            sums_narrow: gradients of several uses in one microbatch are summed as they are.
+        """
+        if site.pack is None:
+            return None
+        kind = device.torch_device.type
+
+        def autocast() -> torch.dtype | None:
+            return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+
+        if narrow := {id(weights[name]): name for name in site.weight_names if name in self._narrow[site.pack]}:
+            return Guard(
+                narrow,
+                autocast,
+                self._narrow_dtype,
+                lambda name: begin(self.glue.fetch(name, device), weights[name].requires_grad),
+                sums_narrow=sums_narrow,
+            )
+        if not self.is_learning or self.cluster.host_is_device:
+            return None
+        dtype = autocast()
+        if self.uses.dtype is None and dtype in (torch.bfloat16, torch.float16):
+            self.uses.dtype = dtype
+        if dtype is None or dtype is not self.uses.dtype or site.is_compiled:
+            for name in site.weight_names:
+                self.uses.note(site.layer, name, is_cast=False)
+            return None
+        return Probe({id(weights[n]): n for n in site.weight_names if weights[n].dtype is torch.float32}, dtype)
+
     def is_weight_memory(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a device copy of weights, which the plan moves, not the user's code."""
         return self.glue.holds(tensor) or any(weights.holds(tensor) for weights in self._weights)
@@ -145,7 +198,7 @@ class RuntimeState:
     def notice_write(self, tensor: torch.Tensor) -> None:
         """User code has written a tensor off the segment's device: if it is a master, its copies are out of date."""
         if self._is_master(tensor):
-            self.release_all()
+            self.masters_written()
 
     def before_write(self, tensor: torch.Tensor) -> None:
         """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
@@ -199,7 +252,7 @@ class RuntimeState:
         """One use of a weight has been differentiated while user code asked for it."""
         assert self.captured is not None
         if name in self._wanted:
-            arrived = gradient.detach().to("cpu")
+            arrived = gradient.detach().to("cpu", self.parameters[name].dtype)
             self.captured[name] = self.captured[name] + arrived if name in self.captured else arrived
 
     def collect_later(self) -> None:
@@ -216,7 +269,7 @@ class RuntimeState:
                 self.gradients.hold()
             else:
                 self.gradients.finish(lambda names: None)
-            self.release_all()  # most likely an update follows: the copies will be out of date
+            self.masters_written()  # most likely an update follows
         self._worker.drain()
 
     # From visit to visit ----------------------------------------------------------------------------------------------
@@ -248,7 +301,7 @@ class RuntimeState:
         """Let go of threads and of device memory: nobody else would end the circle of those who wait for weights."""
         for loader in self._loaders:
             loader.close()
-        self._weights = []
+        self._weights, self._store = [], None
         self.gradients.close()
 
     def leave_pack(self) -> None:
@@ -259,6 +312,21 @@ class RuntimeState:
     def release(self, pack: int, device: int) -> None:
         """A pack's weights are not needed on a device any more."""
         self._weights[device].release(pack)
+
+    def masters_written(self) -> None:
+        """Somebody has written masters, or may do so: all that was made of them is out of date."""
+        self.forget_casts()
+        self.release_all()
+
+    def forget_casts(self) -> None:
+        """Narrow weights have to be cast again before they travel."""
+        if self._store is not None:
+            self._store.narrow.forget()
+
+    def cast(self, names: Iterable[str]) -> None:
+        """On the worker: these masters have been updated."""
+        if self._store is not None:
+            self._store.narrow.cast(names)
 
     def release_all(self) -> None:
         """No weights are needed on any device."""
@@ -274,10 +342,11 @@ class RuntimeState:
         self.objects = None
         self.captured = None
         self._is_collecting = False
+        self.watching = None
         self.upcoming = {}
         self.departures.let_go()
         self.buffers.discard()
-        self.release_all()
+        self.masters_written()
         for loader in self._loaders:
             loader.drain()
         self.gradients.discard()

@@ -62,7 +62,14 @@ class UserCode:
             stack.enter_context(yielding_hooks(_steps_aside))
             stack.enter_context(transparent_checkpoints(self._is_checkpointing))
             stack.enter_context(watched_functions(self._bring))
-            glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self._notice)
+            glue = Glue(
+                self._current_segment,
+                state.is_device,
+                self._before_write,
+                lambda: state.objects,
+                self._notice,
+                lambda: state.watching,
+            )
             glue.host_arithmetic = host_arithmetic
             stack.enter_context(glue)
             yield
@@ -145,6 +152,8 @@ class UserCode:
         with torch._C.DisableTorchFunction():
             if segment is not None:
                 return segment.bring(tensor)
+            if self.state.watching is not None:
+                tensor = self.state.watching.take(tensor)
             return tensor if objects is None else objects.take(tensor)
 
     def _before_write(self, target: torch.Tensor) -> None:

@@ -54,6 +54,8 @@ def make_plan(
     host_is_device: bool = False,
     one_layer_per_pack: bool = False,
     together: Sequence[frozenset[str]] = (),
+    narrow_dtype: Literal["bfloat16", "float16"] | None = None,
+    gradient_wire: Literal["exact", "half"] = "exact",
 ) -> Plan:
     """Packs under a memory limit.
 
@@ -68,6 +70,8 @@ def make_plan(
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
+        narrow_dtype: of narrow weights, if layers have any.
+        gradient_wire: how gradients of those travel.
 
     Raises:
         CapacityError: some layer cannot fit, with its name and the bytes.
@@ -94,6 +98,8 @@ def make_plan(
         stash=stash,
         prefetch=limit.prefetch,
         keep=packs[-1].layers[-1:],
+        narrow_dtype=narrow_dtype,
+        gradient_wire=gradient_wire,
     )
 
 
@@ -101,13 +107,18 @@ def _pack(decomposition: Decomposition, layers: Group) -> Pack:
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
+    # In a slot a weight has one type: it is narrow if it is for all layers of the pack that have it.
+    wide = {name for layer in layers for name in layer.weights if name not in layer.narrow}
+    sizes = [weight.nbytes if weight.name in wide else weight.nbytes // 2 for weight in weights]
     return Pack(
         layers=tuple(layer.name for layer in layers),
         parameters=tuple(weight.name for weight in weights),
-        nbytes=sum(weight.nbytes for weight in weights),
+        nbytes=sum(sizes),
         trainable_nbytes=sum(weight.nbytes for weight in trainable),
-        slot_nbytes=sum(aligned(weight.nbytes) for weight in weights),
+        slot_nbytes=sum(map(aligned, sizes)),
         gradient_slot_nbytes=sum(aligned(weight.nbytes) for weight in trainable),
+        narrow=tuple(weight.name for weight in weights if weight.name not in wide),
+        narrow_trainable_nbytes=sum(weight.nbytes for weight in trainable if weight.name not in wide),
     )
 
 
@@ -138,7 +149,7 @@ class Limit:
     def shared(self, decomposition: Decomposition, groups: Sequence[Group], num_packs: int) -> "Limit":
         """So small that there are about `num_packs` packs, as far as groups allow."""
         largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
-        share = -(-decomposition.nbytes // num_packs)
+        share = -(-decomposition.travelling_nbytes // num_packs)
         return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
 
 
@@ -152,7 +163,7 @@ def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: 
     glue_nbytes = sum(w.nbytes * (1 + w.is_trainable) for w in decomposition.weights if w.name in glue)
     layers = [_pack(decomposition, (layer,)) for layer in decomposition.layers]
     # One layer's gradients are there twice for a moment: as its backward makes them, and in the slot they are added to.
-    passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
+    passing_nbytes = max((layer.trainable_nbytes - layer.narrow_trainable_nbytes // 2 for layer in layers), default=0)
     offered = memory_bytes - glue_nbytes - passing_nbytes
     packs = [_pack(decomposition, group) for group in groups]
     largest = max(

@@ -1,7 +1,8 @@
 """Which plan the engine is under, and how a minibatch is cut.
 
 A plan is made at set-up, before anything is known of batches and calls. It is made again when the module has changed, and
-once when the first step has shown that layers are called in another order than they are registered.
+when steps have shown more: that layers are called in another order than they are registered, and of which weights they use
+nothing but what autocast casts them to.
 """
 
 import logging
@@ -11,7 +12,7 @@ from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.plan import Plan, check_plan
-from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
@@ -38,13 +39,14 @@ class Planning:
         self._given = given
         self._has_traced = False
         self._call_order: CallOrder | None = None
+        self._narrow = Narrow()
         self._min_samples = 1
         self.metrics: list[Metric] = []
         self._load(Workload(microbatch_size=1, num_microbatches=1))
 
     def _load(self, workload: Workload) -> None:
         engine = self._engine
-        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, self._call_order)
+        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow)
         if self._given is not None:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))
@@ -73,12 +75,25 @@ class Planning:
         workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
         if engine.is_out_of_date():
             self._load(workload)
-        if engine.trace.is_complete and not self._has_traced:
-            self._has_traced = True
-            order, loops = engine.trace.order(), engine.trace.loops()
-            if self._given is None and not engine.plan.follows(order, loops):
-                log.info("harmony: layers are called in another order than they are registered; planning again")
-                self._call_order = CallOrder(layers=order, loops=loops)
-                self._load(workload)
+        if engine.trace.is_complete and self._given is None and self._learn():
+            self._load(workload)
         if not engine.trace.is_complete:
             engine.resize(workload.microbatch_size, workload.num_microbatches)
+
+    def _learn(self) -> bool:
+        """Whether steps have shown something that calls for another plan."""
+        engine, uses = self._engine, self._engine.uses
+        has_learned = False
+        if not self._has_traced:
+            self._has_traced = True
+            order, loops = engine.trace.order(), engine.trace.loops()
+            if not engine.plan.follows(order, loops):
+                log.info("harmony: layers are called in another order than they are registered; planning again")
+                self._call_order = CallOrder(layers=order, loops=loops)
+                has_learned = True
+        if (narrow := uses.narrow()) != self._narrow.weights:
+            num_weights = len(frozenset[str]().union(*narrow.values()))
+            log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, uses.dtype_name)
+            self._narrow = Narrow(weights=narrow, dtype=uses.dtype_name)
+            has_learned = True
+        return has_learned
