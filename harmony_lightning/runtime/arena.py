@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.plan import aligned
+from harmony_lightning.plan import Plan, aligned
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -52,7 +52,7 @@ def lay_out(
     names: Iterable[str],
     dtypes: Mapping[str, torch.dtype] = types.MappingProxyType({}),
 ) -> Layout:
-    """Regions for the named tensors, one behind the other, each aligned; `dtypes` of those that are of another type there."""
+    """Regions for the named tensors, one behind the other, each aligned. `dtypes`: of those that are of another type there."""
     layout: Layout = {}
     start = 0
     for name in names:
@@ -63,6 +63,11 @@ def lay_out(
         layout[name] = Region(start, start + nbytes, dtype, tensor.shape, stride)
         start += aligned(nbytes)
     return layout
+
+
+def narrow_types(plan: Plan, names: Iterable[str]) -> dict[str, torch.dtype]:
+    """What narrow weights are off the host."""
+    return {} if plan.narrow_dtype is None else dict.fromkeys(names, getattr(torch, plan.narrow_dtype))
 
 
 def layout_nbytes(layout: Layout) -> int:

@@ -16,7 +16,7 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Cluster, Event
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import lay_out, layout_nbytes
+from harmony_lightning.runtime.arena import lay_out, layout_nbytes, narrow_types
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 
@@ -31,8 +31,7 @@ class Casts:
         """By pack, uint8; empty for one without narrow weights."""
         self._views: list[dict[str, torch.Tensor]] = []
         for pack in plan.packs:
-            dtypes = dict.fromkeys(pack.narrow, getattr(torch, plan.narrow_dtype or "", None))
-            layout = lay_out(parameters, pack.narrow, dtypes)
+            layout = lay_out(parameters, pack.narrow, narrow_types(plan, pack.narrow))
             self.arenas.append(cluster.host_buffer(layout_nbytes(layout)))
             self._views.append({name: region.view(self.arenas[-1]) for name, region in layout.items()})
         self.forget()

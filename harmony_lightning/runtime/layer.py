@@ -31,8 +31,8 @@ from harmony_lightning.runtime.activations import Activations, TakesDerivative
 from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
 from harmony_lightning.runtime.objects import ObjectTensors, Surroundings
 from harmony_lightning.runtime.randomness import Replay
-from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.residency import Weights
+from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.state import Begin
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides
@@ -71,7 +71,9 @@ class LayerCall:
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
 
-    def run(self, weights: Weights, buffers: list[torch.Tensor], args: Any, kwargs: Any, begin: Begin) -> tuple[Any, Any]:
+    def run(
+        self, weights: Weights, buffers: list[torch.Tensor], args: Any, kwargs: Any, begin: Begin
+    ) -> tuple[Any, Any]:
         """The layer's own code on these weights: what it returns, and float32 versions of narrow weights by name, which
         `begin` has made."""
         state, sums_narrow = self.segment.state, self.autocast.is_cached

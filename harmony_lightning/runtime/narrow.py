@@ -86,7 +86,7 @@ class Watch:
             return self._enter_cast(args, kwargs)
         if _is_told(func):
             return args, kwargs
-        return self._take_all((args, kwargs))
+        return self._take_all((args, kwargs))  # type: ignore[no-any-return]
 
     def _enter_cast(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
         raise NotImplementedError
@@ -236,9 +236,7 @@ class Guard(Watch):
 
 def _any_of(weights: Mapping[int, str], values: Iterable[Any]) -> bool:
     """Whether some of the weights are among arguments or in lists of them."""
-    return any(
-        id(value) in weights or (type(value) in (tuple, list) and _any_of(weights, value)) for value in values
-    )
+    return any(id(value) in weights or (type(value) in (tuple, list) and _any_of(weights, value)) for value in values)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, layout_nbytes, return_freed_memory
+from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, layout_nbytes, narrow_types, return_freed_memory
 from harmony_lightning.runtime.casts import Casts
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.worker import HostWorker, Ticket
@@ -44,8 +44,8 @@ class WeightStore:
             self.arenas.append(HostArena(parameters, names, cluster))
             self.wide_nbytes.append(layout_nbytes(lay_out(parameters, wide)))
             # Own weights first, then the narrow ones, in the order of the host's arenas: each part arrives in one copy.
-            dtypes = dict.fromkeys(pack.narrow, getattr(torch, plan.narrow_dtype or "", None))
-            self.layouts.append(lay_out(parameters, (*wide, *pack.narrow, *self.borrowed[-1]), dtypes))
+            types = narrow_types(plan, pack.narrow)
+            self.layouts.append(lay_out(parameters, (*wide, *pack.narrow, *self.borrowed[-1]), types))
             return_freed_memory()  # pack by pack: else the host would hold the weights twice for a moment
 
 

@@ -99,7 +99,7 @@ class RuntimeState:
             host_is_device=cluster.host_is_device,
         )
         self._narrow = [frozenset[str]() if cluster.host_is_device else frozenset(pack.narrow) for pack in plan.packs]
-        self._narrow_dtype = None if plan.narrow_dtype is None else getattr(torch, plan.narrow_dtype)
+        self._narrow_dtype: Any = None if plan.narrow_dtype is None else getattr(torch, plan.narrow_dtype)
         self._store: WeightStore | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:

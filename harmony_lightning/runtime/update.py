@@ -28,8 +28,11 @@ class JustInTimeUpdate:
         *,
         prepare: Prepare | None = None,
         keeps_gradients: bool = False,
+        behind: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
-        """`keeps_gradients`: hold what was stepped with, for `give_back`, instead of freeing it."""
+        """`keeps_gradients`: hold what was stepped with, for `give_back`, instead of freeing it. `behind`: called with the
+        names of weights that have been stepped."""
+        self._behind = behind
         self._optimizer = optimizer
         self._parameters = parameters
         self._prepare = prepare
@@ -37,7 +40,7 @@ class JustInTimeUpdate:
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._groups = [({**group}, {id(p) for p in group["params"]}) for group in optimizer.param_groups]
 
-    def __call__(self, names: Iterable[str]) -> None:
+    def __call__(self, names: Sequence[str]) -> None:
         """Step these weights and free their gradients. Weights that the optimizer does not know keep theirs."""
         weights = [self._parameters[name] for name in names]
         groups: list[Group] = []
@@ -55,6 +58,8 @@ class JustInTimeUpdate:
             if self.keeps_gradients and weight.grad is not None:
                 self._kept.append((weight, weight.grad))
             weight.grad = None
+        if self._behind is not None:
+            self._behind(names)
 
     def leaves_gradients(self, updated: Iterable[str]) -> bool:
         """Whether there are weights with a gradient that are neither stepped here nor among those being `updated`, or some

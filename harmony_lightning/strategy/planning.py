@@ -46,7 +46,9 @@ class Planning:
 
     def _load(self, workload: Workload) -> None:
         engine = self._engine
-        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow)
+        decomposition, plan = prepare(
+            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow
+        )
         if self._given is not None:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))
@@ -93,7 +95,8 @@ class Planning:
                 has_learned = True
         if (narrow := uses.narrow()) != self._narrow.weights:
             num_weights = len(frozenset[str]().union(*narrow.values()))
-            log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, uses.dtype_name)
-            self._narrow = Narrow(weights=narrow, dtype=uses.dtype_name)
+            dtype = uses.dtype_name
+            log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, dtype)
+            self._narrow = Narrow(weights=narrow, dtype=dtype)
             has_learned = True
         return has_learned
