@@ -38,8 +38,8 @@ class HarmonyConfig:
     gradient_wire: Literal["exact", "half"] = "exact"
     """How gradients of weights that autocast casts leave the GPUs, in mixed precision. "exact": in float32 where several
     microbatches have been summed up, so that results are those of one device; "half": that sum rounded once to autocast's
-    type, 2 bytes per weight. An element is then off by at most 2^-8 of itself for bfloat16; for float16 by 2^-11, or by 2^-25
-    where it is below 2^-14, and one beyond 65504 is infinite, which the loss scaler looks out for."""
+    type, 2 bytes per weight. An element is then off by at most 2^-8 of itself for bfloat16; for float16 by 2^-11 of itself,
+    by 2^-25 where it is below 2^-14, and beyond 65504 it is infinite, which the loss scaler looks out for."""
     check_microbatches: bool = False
     """Run the first minibatch in one piece and in microbatches, in evaluation mode and without gradients, and raise a
     ConfigurationError if the losses differ by more than rounding. `training_step` is called for both, once."""
@@ -88,7 +88,8 @@ class Environment:
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH set the knobs of those names;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
-    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
+    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each;
+    HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
     mode: str | None
@@ -126,8 +127,8 @@ class Environment:
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
-        names = ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack", "check_microbatches")
-        names += ("evaluation_batches", "gradient_wire")
+        names: tuple[str, ...] = ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack")
+        names += ("check_microbatches", "evaluation_batches", "gradient_wire")
         knobs: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("microbatch_size", "evaluation_batches"):
             if name in knobs and knobs[name] != "auto":

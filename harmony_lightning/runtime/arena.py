@@ -52,7 +52,7 @@ def lay_out(
     names: Iterable[str],
     dtypes: Mapping[str, torch.dtype] = types.MappingProxyType({}),
 ) -> Layout:
-    """Regions for the named tensors, one behind the other, each aligned. `dtypes`: of those that are of another type there."""
+    """Regions for the named tensors, one behind the other, each aligned. `dtypes` of those that have another one there."""
     layout: Layout = {}
     start = 0
     for name in names:

@@ -30,7 +30,7 @@ aten = torch.ops.aten
 _CASTS = frozenset(
     (F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)
     + (torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.addbmm)
-    + (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm, torch.Tensor.__matmul__, torch.Tensor.__rmatmul__)
+    + (torch.Tensor.matmul, torch.Tensor.mm, torch.Tensor.bmm)
 )
 """Functions whose tensors autocast casts to its type, all of them, on every kind of device."""
 _TOLD = frozenset(
