@@ -24,7 +24,6 @@ from harmony_lightning.runtime.derivatives import (
     refuse_second_derivatives,
 )
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.narrow import Watch
 from harmony_lightning.runtime.objects import ObjectTensors
 from harmony_lightning.runtime.segment import Segment
 
@@ -57,8 +56,6 @@ class Glue(TorchFunctionMode):
         is_device: whether a device is one of the cluster's.
         before_write: called with tensors that are about to be written.
         objects: what a layer that is running has been given within objects.
-        notice: told what functions are about to work with.
-        watch: sees the weights of a layer that is running.
     """
 
     def __init__(
@@ -68,10 +65,8 @@ class Glue(TorchFunctionMode):
         before_write: Callable[[torch.Tensor], None],
         objects: Callable[[], ObjectTensors | None],
         notice: Callable[[Any], None],
-        watch: Callable[[], Watch | None],
     ) -> None:
         super().__init__()
-        self._watch = watch
         self._objects = objects
         self._notice = notice
         self._before_write = before_write
@@ -89,13 +84,7 @@ class Glue(TorchFunctionMode):
             if (objects := self._objects()) is not None and not _is_told_by_anybody(func):
                 with torch._C.DisableTorchFunction():
                     args, kwargs = _map_tensors(objects.take, args), _map_tensors(objects.take, kwargs)
-            if (watch := self._watch()) is None:
-                return func(*args, **kwargs)
-            args, kwargs = watch.enter(func, args, kwargs)
-            try:
-                return func(*args, **kwargs)
-            finally:
-                watch.leave()
+            return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             self._notice((args, kwargs))
         if not (buffers := segment.state.buffers).is_empty:

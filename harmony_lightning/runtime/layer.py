@@ -130,7 +130,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
         segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
-    with state.inside_layer(segment.device):
+    with state.inside_layer(segment.device, is_watched=bool(objects)):
         results = LayerFunction.apply(state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
     call.result_leaves, call.given = [], []
@@ -145,7 +145,7 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with state.inside_layer(device):
+    with state.inside_layer(device, is_watched=bool(call.objects)):
         buffers = _Buffers(call)
         with call.objects.opened(_as_it_is):
             weights = state.weights_of(site, device, call.trained)
@@ -322,7 +322,7 @@ class LayerFunction(torch.autograd.Function):
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights_of(site, device, call.trained)
-                    call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
+                    call.weight_edges = {name: weights.edge(name) for name in call.trained}
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
             except TakesDerivative:

@@ -21,6 +21,7 @@ from typing import Any, Literal, cast
 
 import torch
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
@@ -66,7 +67,7 @@ class WeightUses:
         return None if self.dtype is None else cast(Any, str(self.dtype).removeprefix("torch."))
 
 
-class Watch:
+class Watch(TorchFunctionMode):
     """What sees the weights of one call of a layer on their way into functions.
 
     Attributes:
@@ -75,24 +76,26 @@ class Watch:
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         """`weights`: the names of those to look for, by identity of the tensor."""
+        super().__init__()
         self._weights = weights
         self.wide: dict[str, torch.Tensor] = {}
 
-    def enter(self, func: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """The arguments as a torch function gets them that is called within the layer."""
-        if not _any_of(self._weights, args) and not _any_of(self._weights, kwargs.values()):
-            return args, kwargs
+    @override
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if not _any_of(self._weights, args) and not (kwargs and _any_of(self._weights, kwargs.values())):
+            return func(*args, **kwargs)
         if func in _CASTS and "out" not in kwargs:
-            return self._enter_cast(args, kwargs)
-        if _is_told(func):
-            return args, kwargs
-        return self._take_all((args, kwargs))  # type: ignore[no-any-return]
+            return self._cast(func, args, kwargs)
+        if not _is_told(func):
+            args, kwargs = self._take_all((args, kwargs))
+        return func(*args, **kwargs)
 
-    def _enter_cast(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _cast(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Call a function that makes autocast cast."""
         raise NotImplementedError
-
-    def leave(self) -> None:
-        """The function has returned."""
 
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         """A tensor as anybody else gets it: an autograd function of the user's, the layer's caller."""
@@ -108,7 +111,8 @@ class Watch:
 
     def run(self, function: Callable[[], Any]) -> Any:
         """The layer's own code; what it returns."""
-        result = function()
+        with self:
+            result = function()
         if _any_of(self._weights, pytree.tree_leaves(result)):
             result = self._take_all(result)
         return result
@@ -125,13 +129,12 @@ class Probe(Watch):
         self._others: set[str] = set()
 
     @override
-    def _enter_cast(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _cast(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         self._is_casting = True
-        return args, kwargs
-
-    @override
-    def leave(self) -> None:
-        self._is_casting = False
+        try:
+            return func(*args, **kwargs)
+        finally:
+            self._is_casting = False
 
     @override
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -201,13 +204,13 @@ class Guard(Watch):
         self._used: set[str] = set()
 
     @override
-    def _enter_cast(self, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    def _cast(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if self._autocast() is not self._dtype:
-            return self._take_all((args, kwargs))  # type: ignore[no-any-return]
-        if self._sums_narrow or torch.is_autocast_cache_enabled() or not torch.is_grad_enabled():
-            return args, kwargs
-        with torch._C.DisableTorchFunction():
-            return pytree.tree_map_only(torch.Tensor, self._use, (args, kwargs))  # type: ignore[no-any-return]
+            args, kwargs = self._take_all((args, kwargs))
+        elif not self._sums_narrow and not torch.is_autocast_cache_enabled() and torch.is_grad_enabled():
+            with torch._C.DisableTorchFunction():
+                args, kwargs = pytree.tree_map_only(torch.Tensor, self._use, (args, kwargs))
+        return func(*args, **kwargs)
 
     def _use(self, tensor: torch.Tensor) -> torch.Tensor:
         name = self._weights.get(id(tensor))

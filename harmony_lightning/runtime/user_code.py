@@ -62,16 +62,9 @@ class UserCode:
             stack.enter_context(yielding_hooks(_steps_aside))
             stack.enter_context(transparent_checkpoints(self._is_checkpointing))
             stack.enter_context(watched_functions(self._bring))
-            glue = Glue(
-                self._current_segment,
-                state.is_device,
-                self._before_write,
-                lambda: state.objects,
-                self._notice,
-                lambda: state.watching,
-            )
+            glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self._notice)
             glue.host_arithmetic = host_arithmetic
-            stack.enter_context(glue)
+            state.watcher = stack.enter_context(glue)
             yield
 
     @contextmanager
