@@ -1,4 +1,4 @@
-"""In mixed precision, weights that autocast would cast anyway travel in its type; numbers are those of one device to the bit."""
+"""In mixed precision, weights that autocast would cast travel in its type; numbers are those of one device to the bit."""
 
 import copy
 

@@ -9,12 +9,12 @@ Whether others may have written nobody can tell in general (`weight.data`, numpy
 rest between two steps, and within a step when user code writes a master.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Event
+from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import lay_out, layout_nbytes, narrow_types
 from harmony_lightning.runtime.worker import HostWorker, Ticket
@@ -45,13 +45,12 @@ class Casts:
         pack: int,
         loader: HostWorker,
         await_updates: Callable[[Iterable[str]], None],
-        reads: Callable[[Iterable[str]], Sequence[Event]],
     ) -> Ticket | None:
-        """Called on the controller in front of a swap-in: have `loader` cast the pack if it is out of date.
+        """Called on the controller in front of a swap-in: have `loader` cast the pack if it is out of date. No swap-in reads
+        the arena then: whoever might have written masters has waited for those.
 
         Args:
             await_updates: returns when weights are not being updated.
-            reads: points behind the last swap-ins of weights.
 
         Returns:
             The job behind which the arena is up to date; None if the updates of its weights see to that.
@@ -59,12 +58,9 @@ class Casts:
         if pack in self._out_of_date:
             self._out_of_date.discard(pack)
             names = tuple(self._views[pack])
-            events = reads(names)
 
             def cast() -> None:
                 await_updates(names)
-                for event in events:
-                    event.synchronize()
                 self._cast(pack, names)
 
             self._jobs[pack] = loader.submit(cast)

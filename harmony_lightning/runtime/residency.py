@@ -5,7 +5,7 @@ SWAP_IN lane; compute waits for that copy, and the next copy into the slot waits
 are never copied back: the host's are the masters, and only gradients leave (`gradients`).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -89,7 +89,7 @@ class DeviceWeights:
         counters: Counters,
         worker: HostWorker,
         await_updates: Callable[[Iterable[str]], None],
-        all_reads: Callable[[Iterable[str]], Sequence[Event]],
+        all_reads: Callable[[Iterable[str]], Iterable[Event]],
     ) -> None:
         """`worker` enqueues swap-ins, in their order, each behind the updates of the weights: `await_updates`. `all_reads`
         tells the points behind the last swap-ins of weights to any device."""
@@ -183,7 +183,7 @@ class DeviceWeights:
         if pack not in slot.views:
             slot.views[pack] = Weights((name, region.view(slot.bytes).detach()) for name, region in layout.items())
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
-        cast = self._store.narrow.prepare(pack, self._worker, self._await_updates, self._all_reads)
+        cast = self._store.narrow.prepare(pack, self._worker, self._await_updates)
         slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released, cast))
         return slot
 
