@@ -5,7 +5,7 @@ user's code, until the engine has brought the other microbatches to that point a
 """
 
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import greenlet
@@ -98,6 +98,11 @@ class Microbatch:
         self.segment.expect(self._luggage.sent)
         self._luggage = None
 
+    @property
+    def luggage_nbytes(self) -> int:
+        """Bytes that `send_ahead` sends, or has sent."""
+        return 0 if self._luggage is None else self._luggage.nbytes
+
     def send_ahead(self) -> None:
         """Called by the engine while the microbatch is parked: what it needs next may set out to the device it goes to."""
         if self._luggage is not None and self.waits_for is not None:
@@ -185,6 +190,22 @@ class Microbatch:
             self._in_backward = None
 
 
+def sending_ahead(microbatches: Sequence[Microbatch], num_ahead: int, limit_nbytes: int) -> Iterator[Microbatch]:
+    """The microbatches in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as
+    long as that takes no more than `limit_nbytes`: on the way to another device, copies of later ones are in the way of what
+    goes back from the first."""
+    num_sent = total = 0
+    for index, microbatch in enumerate(microbatches):
+        while num_sent < len(microbatches):
+            nbytes = microbatches[num_sent].luggage_nbytes
+            if num_sent > index + num_ahead and total + nbytes > limit_nbytes:
+                break
+            microbatches[num_sent].send_ahead()
+            num_sent, total = num_sent + 1, total + nbytes
+        total -= microbatch.luggage_nbytes
+        yield microbatch
+
+
 class Luggage:
     """What a parked microbatch will need in its next pack, as it was when it parked."""
 
@@ -199,6 +220,7 @@ class Luggage:
             ]
         self._ready = self._home.record(Lane.COMPUTE) if self._needed else None
         self.sent: Moved = {}
+        self.nbytes = sum(tensor.nbytes for tensor in self._needed)
 
     def send(self, target: Device) -> None:
         needed, self._needed = self._needed, []

@@ -208,15 +208,13 @@ class Guard(Watch):
         if self._autocast() is not self._dtype:
             args, kwargs = self._take_all((args, kwargs))
         elif not self._sums_narrow and not torch.is_autocast_cache_enabled() and torch.is_grad_enabled():
-            with torch._C.DisableTorchFunction():
-                args, kwargs = pytree.tree_map_only(torch.Tensor, self._use, (args, kwargs))
+            args = [self._use(arg) if id(arg) in self._weights else arg for arg in args]
+            kwargs = {key: self._use(arg) if id(arg) in self._weights else arg for key, arg in kwargs.items()}
         return func(*args, **kwargs)
 
     def _use(self, tensor: torch.Tensor) -> torch.Tensor:
-        name = self._weights.get(id(tensor))
-        if name is None or not tensor.requires_grad:
-            return tensor
-        if name in self._used:
+        name = self._weights[id(tensor)]
+        if name in self._used and tensor.requires_grad:
             return self.take(tensor)
         self._used.add(name)
         return tensor

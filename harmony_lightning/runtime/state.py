@@ -37,6 +37,8 @@ class RuntimeState:
         depth: how many layers the running code is inside of; 0 in glue.
         spare_nbytes: what copies, sums and the like that the plan knows nothing of may take on a device, each kind, before
             they give way to the next: code between layers may go through all weights.
+        travelling_nbytes: what tensors may take on a device that are on their way to or from others, beyond those of the
+            running microbatch and its neighbours.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
@@ -71,6 +73,8 @@ class RuntimeState:
         self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
         self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
+        # Where not even a second pack fits, nothing is to spare.
+        self.travelling_nbytes = self.spare_nbytes if plan.prefetch else 0
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self._reads, self.spare_nbytes)
         self.depth = 0
         self.is_recomputing = False
@@ -89,7 +93,7 @@ class RuntimeState:
         self._worker = worker
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
-        self.departures = Departures(cluster.devices)
+        self.departures = Departures(cluster.devices, self.travelling_nbytes)
         self._loaders: list[HostWorker] = []
         """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
         layered = {name for pack in plan.packs for name in pack.parameters}

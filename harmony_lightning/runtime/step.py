@@ -18,7 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.lookahead import Lookahead
-from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
 from harmony_lightning.runtime.transfer import Arrival
 from harmony_lightning.runtime.user_code import UserCode
 from harmony_lightning.runtime.visits import next_in_backward, next_in_forward, visit
@@ -76,10 +76,7 @@ class TrainingStep:
             pack = min(m.waits_for for m in waiting if m.waits_for is not None)
             visitors = [m for m in waiting if m.waits_for == pack]
             with visit(state, pack, visitors, next_in_forward(state.plan, pack, waiting)):
-                visitors[0].send_ahead()
-                for microbatch, following in zip(visitors, [*visitors[1:], None], strict=True):
-                    if following is not None and state.plan.prefetch:
-                        following.send_ahead()
+                for microbatch in sending_ahead(visitors, state.plan.prefetch, state.travelling_nbytes):
                     self._run(microbatch)
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:

@@ -18,7 +18,7 @@ import torch
 from harmony_lightning.hardware.device import Device, Event, Lane
 
 _TURNS_HELD = 2
-"""Microbatches for which memory is held that a copy reads: copies of one turn overlap with compute of the next."""
+"""Microbatches for which memory is held in any case that a copy reads: copies of one turn overlap with compute of the next."""
 
 
 @dataclass(slots=True, eq=False)
@@ -46,11 +46,21 @@ class _Turn:
     tensors: list[torch.Tensor] = field(default_factory=list)
     ends: dict[Lane, Event] = field(default_factory=dict)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
+
 
 class Departures:
-    """Device memory that copies from it may still be reading. Compute waits for the copies before the memory is freed."""
+    """Device memory that copies from it may still be reading. Compute waits for the copies before the memory is freed.
 
-    def __init__(self, devices: Sequence[Device]) -> None:
+    A copy may have to wait long for the device that it goes to, which may be half a pack behind. So memory is held for more
+    microbatches as long as there is some to spare: else this device would wait for that one.
+    """
+
+    def __init__(self, devices: Sequence[Device], limit_nbytes: int = 0) -> None:
+        """`limit_nbytes`: what more microbatches than usual may hold on a device."""
+        self._limit_nbytes = limit_nbytes
         self._devices = devices
         self._turns = [deque([_Turn()]) for _ in devices]
 
@@ -66,7 +76,9 @@ class Departures:
         turns = self._turns[device.index]
         if turns[-1].tensors:
             turns.append(_Turn())
-        while len(turns) > _TURNS_HELD:
+        total = sum(turn.nbytes for turn in turns)
+        while len(turns) > _TURNS_HELD and total > self._limit_nbytes:
+            total -= turns[0].nbytes
             self._free(device, turns.popleft())
 
     @property
