@@ -46,8 +46,8 @@ class Casts:
         loader: HostWorker,
         await_updates: Callable[[Iterable[str]], None],
     ) -> Ticket | None:
-        """Called on the controller in front of a swap-in: have `loader` cast the pack if it is out of date. No swap-in reads
-        the arena then: whoever might have written masters has waited for those.
+        """Called on the controller in front of a swap-in: have `loader` cast the pack if it is out of date. No swap-in
+        reads the arena then: whoever might have written masters has waited for those.
 
         Args:
             await_updates: returns when weights are not being updated.

@@ -191,9 +191,8 @@ class Microbatch:
 
 
 def sending_ahead(microbatches: Sequence[Microbatch], num_ahead: int, limit_nbytes: int) -> Iterator[Microbatch]:
-    """The microbatches in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as
-    long as that takes no more than `limit_nbytes`: on the way to another device, copies of later ones are in the way of what
-    goes back from the first."""
+    """The microbatches in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need
+    as long as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
     num_sent = total = 0
     for index, microbatch in enumerate(microbatches):
         while num_sent < len(microbatches):
