@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.hardware.device import Device, Lane
+from harmony_lightning.runtime.joint import Joint, Waiting
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Moved, Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
@@ -47,6 +48,10 @@ class Microbatch:
         self.replaced: Replaced = {}
         self.pending: dict[tuple[Any, int], tuple[GradientEdge, list[Arrival]]] = {}
         """Gradients that have arrived for edges of older segments, to be added up in this order."""
+        self.waiting: Waiting | None = None
+        """The call of a layer in front of which it is parked, for others to join."""
+        self.joint: Joint | None = None
+        """What came of that."""
         self._in_backward: Segment | None = None
         self._function = function
         self._stream = stream
@@ -97,6 +102,14 @@ class Microbatch:
         self.open(pack)
         self.segment.expect(self._luggage.sent)
         self._luggage = None
+
+    def join(self, waiting: Waiting) -> Joint | None:
+        """Called within the greenlet: wait until the engine has brought the rest of the group to this layer, or past it."""
+        assert self._greenlet is not None and self._greenlet.parent is not None
+        self.waiting = waiting
+        self._greenlet.parent.switch()
+        joint, self.joint, self.waiting = self.joint, None, None
+        return joint
 
     @property
     def luggage_nbytes(self) -> int:
@@ -161,7 +174,7 @@ class Microbatch:
             segment.close()
         self.segments.clear()
         self.pending.clear()
-        self._luggage = None
+        self._luggage = self.waiting = self.joint = None
         self.replaced.clear()
         self.result = None
 
@@ -190,19 +203,26 @@ class Microbatch:
             self._in_backward = None
 
 
-def sending_ahead(microbatches: Sequence[Microbatch], num_ahead: int, limit_nbytes: int) -> Iterator[Microbatch]:
-    """The microbatches in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need
-    as long as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
+def sending_ahead(
+    groups: Sequence[Sequence[Microbatch]], num_ahead: int, limit_nbytes: int
+) -> Iterator[Sequence[Microbatch]]:
+    """The groups in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as long
+    as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
     num_sent = total = 0
-    for index, microbatch in enumerate(microbatches):
-        while num_sent < len(microbatches):
-            nbytes = microbatches[num_sent].luggage_nbytes
+    for index, group in enumerate(groups):
+        while num_sent < len(groups):
+            nbytes = _luggage_nbytes(groups[num_sent])
             if num_sent > index + num_ahead and total + nbytes > limit_nbytes:
                 break
-            microbatches[num_sent].send_ahead()
+            for microbatch in groups[num_sent]:
+                microbatch.send_ahead()
             num_sent, total = num_sent + 1, total + nbytes
-        total -= microbatch.luggage_nbytes
-        yield microbatch
+        total -= _luggage_nbytes(group)
+        yield group
+
+
+def _luggage_nbytes(group: Sequence[Microbatch]) -> int:
+    return sum(microbatch.luggage_nbytes for microbatch in group)
 
 
 class Luggage:

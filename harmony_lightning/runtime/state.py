@@ -5,7 +5,7 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -20,14 +20,11 @@ from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
-from harmony_lightning.runtime.narrow import Guard, Probe, Watch, WeightUses
+from harmony_lightning.runtime.narrow import Watch, WeightUses
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
 from harmony_lightning.runtime.worker import HostWorker
-
-Begin = Callable[[torch.Tensor, bool], torch.Tensor]
-"""Makes what a layer gets of a weight on its device; the second says whether the weight trains."""
 
 
 class RuntimeState:
@@ -45,6 +42,7 @@ class RuntimeState:
         slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
         objects: what the running layer has been given within objects.
+        narrow: names of narrow weights by pack.
         uses: what has been seen of how layers use their weights; `is_learning` in the first step.
         watching: sees the weights of the running layer; None if they need not be looked at.
         watcher: the function mode that user code runs under.
@@ -105,8 +103,7 @@ class RuntimeState:
             self.gradients.await_updates,
             host_is_device=cluster.host_is_device,
         )
-        self._narrow = [frozenset[str]() if cluster.host_is_device else frozenset(pack.narrow) for pack in plan.packs]
-        self._narrow_dtype: Any = None if plan.narrow_dtype is None else getattr(torch, plan.narrow_dtype)
+        self.narrow = [frozenset(pack.narrow) for pack in plan.packs]
         self._store: WeightStore | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
@@ -160,39 +157,6 @@ class RuntimeState:
         for name in site.weight_names:
             weights[name].requires_grad_(name in trained)
         return weights
-
-    def watch(self, site: Site, weights: Weights, device: Device, begin: Begin, *, sums_narrow: bool) -> Watch | None:
-        """What a layer's weights must be looked at by while it runs.
-
-        Args:
-            begin: makes what the layer gets of a float32 version on the device.
-            sums_narrow: gradients of several uses in one microbatch are summed as they are.
-        """
-        if site.pack is None:
-            return None
-        kind = device.torch_device.type
-
-        def autocast() -> torch.dtype | None:
-            return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-
-        if narrow := {id(weights[name]): name for name in site.weight_names if name in self._narrow[site.pack]}:
-            return Guard(
-                narrow,
-                autocast,
-                self._narrow_dtype,
-                lambda name: begin(self.glue.fetch(name, device), weights[name].requires_grad),
-                sums_narrow=sums_narrow,
-            )
-        if not self.is_learning or self.cluster.host_is_device:
-            return None
-        dtype = autocast()
-        if self.uses.dtype is None and dtype in (torch.bfloat16, torch.float16):
-            self.uses.dtype = dtype
-        if dtype is None or dtype is not self.uses.dtype or site.is_compiled:
-            for name in site.weight_names:
-                self.uses.note(site.layer, name, is_cast=False)
-            return None
-        return Probe({id(weights[n]): n for n in site.weight_names if weights[n].dtype is torch.float32}, dtype)
 
     def is_weight_memory(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a device copy of weights, which the plan moves, not the user's code."""

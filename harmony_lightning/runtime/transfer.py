@@ -18,7 +18,7 @@ import torch
 from harmony_lightning.hardware.device import Device, Event, Lane
 
 _TURNS_HELD = 2
-"""Microbatches for which memory that a copy reads is held in any case: copies of one turn overlap with compute of the next."""
+"""Microbatches for which memory that copies read is held in any case: copies of one turn overlap with compute of the next."""
 
 
 @dataclass(slots=True, eq=False)
