@@ -206,8 +206,8 @@ class Microbatch:
 def sending_ahead(
     groups: Sequence[Sequence[Microbatch]], num_ahead: int, limit_nbytes: int
 ) -> Iterator[Sequence[Microbatch]]:
-    """The groups in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as long
-    as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
+    """The groups in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as
+    long as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
     num_sent = total = 0
     for index, group in enumerate(groups):
         while num_sent < len(groups):
