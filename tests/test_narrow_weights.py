@@ -406,11 +406,11 @@ def test_a_second_use_in_a_later_call_is_a_sum_in_float32():
 def test_forwards_of_several_microbatches_at_once():
     """They round otherwise, in bfloat16."""
     torch.manual_seed(0)
-    ours = Changes(lambda module, batch: module.global_step == 4)
+    ours = Changes(lambda module, batch: module.global_step == 3)
     reference = copy.deepcopy(ours)
     strategy = harmony(2, "400KiB", 2, one_layer_per_pack=True, microbatches_per_forward=2)
-    fit(ours, strategy, num_batches=6)
-    fit(reference, "auto", 2, num_batches=6)
+    fit(ours, strategy, num_batches=5)
+    fit(reference, "auto", 2, num_batches=5)
     assert strategy.statistics().joint_forwards > 0
     assert {"net.2.0.bias", "net.1.0.weight"} <= narrow(strategy)
     assert "net.2.0.weight" not in narrow(strategy)
