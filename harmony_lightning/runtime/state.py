@@ -91,7 +91,7 @@ class RuntimeState:
         self._worker = worker
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
-        self.departures = Departures(cluster.devices, self.travelling_nbytes)
+        self.departures = Departures(cluster.devices, self.travelling_nbytes, lambda: self.plan.num_microbatches)
         self._loaders: list[HostWorker] = []
         """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
         layered = {name for pack in plan.packs for name in pack.parameters}

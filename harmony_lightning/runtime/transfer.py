@@ -10,7 +10,7 @@ microbatches, and with them devices, would queue up behind each other.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -54,13 +54,16 @@ class _Turn:
 class Departures:
     """Device memory that copies from it may still be reading. Compute waits for the copies before the memory is freed.
 
-    A copy to another device waits until that one has room, and may be half a pack behind. So its source is held for more
-    microbatches as long as there is memory to spare: else this device would wait for that one.
+    A copy to another device waits until that one has room, which may still be at another pack. So its source is held for as
+    many microbatches as go through a pack, while there is memory to spare: else this device would wait for that one.
     """
 
-    def __init__(self, devices: Sequence[Device], limit_nbytes: int = 0) -> None:
+    def __init__(
+        self, devices: Sequence[Device], limit_nbytes: int = 0, num_microbatches: Callable[[], int] = lambda: 0
+    ) -> None:
         """`limit_nbytes`: what copies to other devices may hold on a device for more microbatches than usual."""
-        self._limits = {Lane.PEER_OUT: limit_nbytes}
+        self._limit_nbytes = limit_nbytes
+        self._num_microbatches = num_microbatches
         self._devices = devices
         self._turns: list[dict[Lane, deque[_Turn]]] = [{} for _ in devices]
 
@@ -77,7 +80,8 @@ class Departures:
             if turns[-1].tensors:
                 turns.append(_Turn())
             total = sum(turn.nbytes for turn in turns)
-            while len(turns) > _TURNS_HELD and total > self._limits.get(lane, 0):
+            most = _TURNS_HELD if lane is not Lane.PEER_OUT else max(_TURNS_HELD, self._num_microbatches())
+            while len(turns) > most or (len(turns) > _TURNS_HELD and total > self._limit_nbytes):
                 total -= turns[0].nbytes
                 self._free(device, turns.popleft())
 

@@ -177,8 +177,11 @@ def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: 
     for prefetch, share in ((1, ARENA_SHARE), (0, ARENA_SHARE), (0, LAST_RESORT_SHARE)):
         budget = int(share * offered / (1 + prefetch))
         if 0 <= slot_nbytes + gradient_slot_nbytes <= budget:
-            # Half for each while the largest layers allow; nothing is set aside for gradients if there are none.
-            for_gradients = min(budget // 2, budget - slot_nbytes) if gradient_slot_nbytes else 0
+            # Half for each while the largest layers allow, less for narrow weights; nothing is set aside for gradients if
+            # there are none.
+            wide = decomposition.nbytes
+            share_of_gradients = budget * wide // max(1, wide + decomposition.travelling_nbytes)
+            for_gradients = min(share_of_gradients, budget - slot_nbytes) if gradient_slot_nbytes else 0
             for_gradients = max(for_gradients, gradient_slot_nbytes)
             return Limit(budget - for_gradients, for_gradients, prefetch)
     raise CapacityError(

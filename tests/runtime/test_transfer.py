@@ -9,11 +9,13 @@ from harmony_lightning.runtime.microbatch import sending_ahead
 from harmony_lightning.runtime.transfer import Departures
 
 
-@pytest.mark.parametrize(("limit_nbytes", "num_held"), [(0, 1), (300, 3), (1000, 6)])
-def test_sources_of_copies_to_other_devices_are_held_as_long_as_there_is_memory(limit_nbytes, num_held):
+@pytest.mark.parametrize(
+    ("num_microbatches", "limit_nbytes", "num_held"), [(6, 0, 1), (6, 300, 3), (6, 1000, 5), (2, 1000, 1), (4, 1000, 3)]
+)
+def test_sources_of_copies_to_other_devices_are_held_while_they_may_be_needed(num_microbatches, limit_nbytes, num_held):
     cluster = EmulatedCluster(1, "1MiB")
     (device,) = cluster.devices
-    departures = Departures(cluster.devices, limit_nbytes)
+    departures = Departures(cluster.devices, limit_nbytes, lambda: num_microbatches)
     with cluster.activate():
         for _ in range(6):
             for lane in (Lane.PEER_OUT, Lane.SWAP_OUT):
