@@ -29,6 +29,10 @@ class HarmonyConfig:
     """What each GPU offers, such as "11GiB"; auto is all that is free, or an emulated GPU's own size."""
     stash: Literal["auto", "device", "host"] = "auto"
     """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device."""
+    update: Literal["auto", "host", "device"] = "auto"
+    """Where the optimizer steps weights whose gradients are complete: on the host, or on the GPU that has the gradients,
+    where the states of the optimizer are swapped in and out. Auto is the host. What must see all gradients first (clipping
+    by norm, a scaler, hooks) is done on the host in any case."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())
@@ -58,6 +62,8 @@ class HarmonyConfig:
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
         if self.gradient_wire not in ("exact", "half"):
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
+        if self.update not in ("auto", "host", "device"):
+            raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
@@ -91,7 +97,7 @@ class HarmonyConfig:
 class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
-    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH set the knobs of those names;
+    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
     check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each;
     HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
@@ -101,6 +107,7 @@ class Environment:
     microbatch_size: str | None
     memory: str | None
     stash: str | None
+    update: str | None
     one_layer_per_pack: bool | None
     emulated_gpus: int | None
     gradient_wire: str | None
@@ -122,6 +129,7 @@ class Environment:
             microbatch_size=variables.get("HARMONY_MICROBATCH_SIZE"),
             memory=variables.get("HARMONY_MEMORY"),
             stash=variables.get("HARMONY_STASH"),
+            update=variables.get("HARMONY_UPDATE"),
             one_layer_per_pack=_switch(variables, "HARMONY_ONE_LAYER_PER_PACK"),
             emulated_gpus=int(gpus) if gpus else None,
             gradient_wire=variables.get("HARMONY_GRADIENT_WIRE"),
@@ -132,7 +140,7 @@ class Environment:
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
-        names: tuple[str, ...] = ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack")
+        names: tuple[str, ...] = ("mode", "microbatch_size", "memory", "stash", "update", "one_layer_per_pack")
         names += ("check_microbatches", "evaluation_batches", "gradient_wire")
         knobs: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("microbatch_size", "evaluation_batches"):

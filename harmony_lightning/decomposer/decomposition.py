@@ -1,8 +1,7 @@
 """What a module consists of, as names and bytes. No torch in here: the planner reads it too."""
 
-import dataclasses
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -12,6 +11,8 @@ class Weight:
     name: str
     nbytes: int
     is_trainable: bool
+    state_nbytes: tuple[int, ...] = ()
+    """Bytes of each tensor that the optimizer remembers of it and needs where it steps it; empty as long as unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,14 +57,17 @@ class Decomposition:
         """The same with `names` first and in that order; layers that are not named follow in their old order."""
         by_name = {layer.name: layer for layer in self.layers}
         first = [by_name.pop(name) for name in names]
-        return dataclasses.replace(self, layers=(*first, *by_name.values()))
+        return replace(self, layers=(*first, *by_name.values()))
 
     def narrowed(self, narrow: Mapping[str, frozenset[str]]) -> "Decomposition":
         """The same with these weights narrow, by layer."""
         layers = (
-            dataclasses.replace(
-                layer, narrow=tuple(name for name in layer.weights if name in narrow.get(layer.name, ()))
-            )
+            replace(layer, narrow=tuple(name for name in layer.weights if name in narrow.get(layer.name, ())))
             for layer in self.layers
         )
-        return dataclasses.replace(self, layers=tuple(layers))
+        return replace(self, layers=tuple(layers))
+
+    def with_states(self, state_nbytes: Mapping[str, tuple[int, ...]]) -> "Decomposition":
+        """The same, with what is known by now of the optimizer's states of the weights."""
+        weights = (replace(weight, state_nbytes=state_nbytes.get(weight.name, ())) for weight in self.weights)
+        return replace(self, weights=tuple(weights))

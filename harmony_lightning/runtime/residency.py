@@ -38,6 +38,10 @@ class Weights(dict[str, torch.Tensor]):
         return edge
 
 
+Newer = tuple[dict[str, torch.Tensor], Event]
+"""Weights on a device that are newer than the masters, and the point behind what has made them."""
+
+
 class WeightStore:
     """The masters on the host, one arena per pack. A tied weight lies in the arena of the first pack that has it."""
 
@@ -106,6 +110,8 @@ class DeviceWeights:
         """By pack: behind the last swap-in."""
         self._slots: list[_Slot] = []
         self._last: _Slot | None = None
+        self.find_newer: Callable[[int], Newer | None] = lambda pack: None
+        """Tells of a pack whose newest weights are on this device (`update_slots`)."""
 
     def acquire(self, pack: int, names: Iterable[str]) -> Weights:
         """Weights of `pack`, brought in if they are not there; compute enqueued from now on may use them. Only `names` will
@@ -182,27 +188,34 @@ class DeviceWeights:
             self._store.narrow.forget()
         if pack not in slot.views:
             slot.views[pack] = Weights((name, region.view(slot.bytes).detach()) for name, region in layout.items())
-        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
+        newer, made = self.find_newer(pack) or ({}, None)
+        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(weight.nbytes for weight in newer.values())
         cast = self._store.narrow.prepare(pack, self._worker, self._await_updates)
-        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released, cast))
+        after = [event for event in (released, made) if event is not None]
+        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, after, newer, cast))
         return slot
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_in(self, slot: _Slot, pack: int, released: Event | None, cast: Ticket | None) -> None:
+    def _swap_in(
+        self, slot: _Slot, pack: int, after: Iterable[Event], newer: Mapping[str, torch.Tensor], cast: Ticket | None
+    ) -> None:
         """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
         narrow, wide_nbytes = self._store.narrow.arenas[pack], self._store.wide_nbytes[pack]
         self._await_updates(layout)
         if cast is not None:
             cast.wait()
-        if released is not None:
-            self._device.wait(Lane.SWAP_IN, released)
+        for event in after:
+            self._device.wait(Lane.SWAP_IN, event)
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
-            if wide_nbytes:
+            if wide_nbytes and not newer:
                 slot.bytes[:wide_nbytes].copy_(arena.bytes[:wide_nbytes], non_blocking=True)
             if narrow.numel():
                 slot.bytes[wide_nbytes : wide_nbytes + narrow.numel()].copy_(narrow, non_blocking=True)
+            for name in arena.layout if newer else ():  # none of them narrow
+                source = newer.get(name, self._store.parameters[name])
+                layout[name].view(slot.bytes).copy_(source, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)

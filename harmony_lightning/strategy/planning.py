@@ -6,6 +6,7 @@ nothing but what autocast casts them to.
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torchmetrics import Metric
@@ -28,8 +29,15 @@ class Planning:
         metrics: `torchmetrics` objects of the module.
     """
 
-    def __init__(self, engine: Engine, config: HarmonyConfig, given: Plan | None) -> None:
-        """Makes and loads the first plan; `given` is the user's own.
+    def __init__(
+        self,
+        engine: Engine,
+        config: HarmonyConfig,
+        given: Plan | None,
+        state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> None:
+        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` has the bytes of each tensor that the
+        optimizer will remember of a weight, by weight; None if devices are not to update any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -37,6 +45,7 @@ class Planning:
         self._engine = engine
         self._config = config
         self._given = given
+        self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
         self._narrow = Narrow()
@@ -47,7 +56,7 @@ class Planning:
     def _load(self, workload: Workload) -> None:
         engine = self._engine
         decomposition, plan = prepare(
-            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow
+            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow, self._state_nbytes
         )
         if self._given is not None:
             plan = self._given

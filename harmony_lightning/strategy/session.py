@@ -100,6 +100,7 @@ class Session:
             joint_forwards=counters.joint_forwards,
             updates_just_in_time=counters.updates_just_in_time,
             updates_whole=counters.updates_whole,
+            updates_on_devices=counters.updates_on_devices,
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
@@ -158,7 +159,10 @@ class Session:
                     self._updates.probe(optimizer)
         self.setup_precision_plugin()
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))
-        self._planning = Planning(self._engine, self._config, self._given_plan)
+        states = None
+        if self._config.update == "device" and trainer.state.fn == "fit" and not self._engine.cluster.host_is_device:
+            states = self._updates.state_nbytes(self.optimizers, self.lightning_module, self.precision_plugin, self._pl)
+        self._planning = Planning(self._engine, self._config, self._given_plan, states)
         name_as_on_one_device(trainer.profiler)
 
     def _cluster(self) -> Cluster:

@@ -61,6 +61,8 @@ SCENARIOS = {
     "tied": (_Tied, {}),
     "manual": (_Manual, {}),
     "update fails": (_BreakingChain, {}),
+    "updates on devices": (Chain, {"update": "device"}),
+    "updates stay": (Chain, {"update": "device", "memory": "1MiB"}),
     "narrow pp": (Chain, {"mode": "pp"}),
     "narrow dp": (Chain, {"mode": "dp"}),
     "narrow, in one go": (Chain, {"gradient_wire": "half"}),
@@ -69,14 +71,14 @@ SCENARIOS = {
 
 
 def run(scenario, ignored=None):
-    """Two steps of training, validation and prediction; returns where the runtime waited."""
+    """Three steps of training, validation and prediction; returns where the runtime waited."""
     make, options = SCENARIOS[scenario]
     torch.manual_seed(0)
     module = make(depth=6)
-    cluster = EmulatedCluster(2, "500KiB" if make in (_Tied, _Manual) else "200KiB")
+    cluster = EmulatedCluster(2, options.get("memory", "500KiB" if make in (_Tied, _Manual) else "230KiB"))
     cluster.machine.waits, cluster.machine.ignored = {}, ignored
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
-    steps = {"limit_train_batches": 2}
+    steps = {"limit_train_batches": 3}
     if scenario.startswith("narrow"):
         steps = {"limit_train_batches": 4, "precision": "bf16-mixed"}
         steps |= {"gradient_clip_val": 0.1} if scenario.endswith("in one go") else {}
