@@ -44,6 +44,11 @@ class HarmonyConfig:
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
     of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`. One that counts 0 has no backward."""
+    gradient_wire: Literal["exact", "half"] = "exact"
+    """How gradients of weights that autocast casts leave the GPUs, in mixed precision. "exact": in float32 where several
+    microbatches have been summed up, so that results are those of one device; "half": that sum rounded once to autocast's
+    type, 2 bytes per weight. An element is then off by at most 2^-8 of itself for bfloat16; for float16 by 2^-11 of itself,
+    by 2^-25 where it is below 2^-14, and beyond 65504 it is infinite, which the loss scaler looks out for."""
     check_microbatches: bool = False
     """Run the first minibatch in one piece and in microbatches, in evaluation mode and without gradients, and raise a
     ConfigurationError if the losses differ by more than rounding. `training_step` is called for both, once."""
@@ -56,6 +61,8 @@ class HarmonyConfig:
             raise ConfigurationError(f"mode must be 'auto', 'pp' or 'dp', got {self.mode!r}")
         if self.stash not in ("auto", "device", "host"):
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
+        if self.gradient_wire not in ("exact", "half"):
+            raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
         if self.update not in ("auto", "host", "device"):
             raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
         size = self.microbatch_size
@@ -92,9 +99,9 @@ class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names;
-    HARMONY_ONE_LAYER_PER_PACK=1 (or 0) and HARMONY_EVALUATION_BATCHES too, and HARMONY_CHECK=1 sets check_microbatches.
-    HARMONY_EMULATED_GPUS=4 trains on
-    that many emulated GPUs of HARMONY_MEMORY each; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
+    HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
+    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each;
+    HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
     mode: str | None
@@ -104,6 +111,7 @@ class Environment:
     update: str | None
     one_layer_per_pack: bool | None
     emulated_gpus: int | None
+    gradient_wire: str | None
     check_microbatches: bool | None
     evaluation_batches: str | None
     log_level: str | None
@@ -125,6 +133,7 @@ class Environment:
             update=variables.get("HARMONY_UPDATE"),
             one_layer_per_pack=_switch(variables, "HARMONY_ONE_LAYER_PER_PACK"),
             emulated_gpus=int(gpus) if gpus else None,
+            gradient_wire=variables.get("HARMONY_GRADIENT_WIRE"),
             check_microbatches=_switch(variables, "HARMONY_CHECK"),
             evaluation_batches=variables.get("HARMONY_EVALUATION_BATCHES"),
             log_level=level.upper() if level is not None else None,
@@ -132,10 +141,9 @@ class Environment:
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
-        names = ("mode", "microbatch_size", "memory", "stash", "update", "one_layer_per_pack", "check_microbatches")
-        knobs: dict[str, Any] = {
-            name: value for name in (*names, "evaluation_batches") if (value := getattr(self, name)) is not None
-        }
+        names: tuple[str, ...] = ("mode", "microbatch_size", "memory", "stash", "update", "one_layer_per_pack")
+        names += ("check_microbatches", "evaluation_batches", "gradient_wire")
+        knobs: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("microbatch_size", "evaluation_batches"):
             if name in knobs and knobs[name] != "auto":
                 if not knobs[name].isdecimal():

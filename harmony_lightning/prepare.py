@@ -2,8 +2,10 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Literal
 
+import torch
 from torch import nn
 
 from harmony_lightning.config import HarmonyConfig
@@ -34,12 +36,23 @@ class CallOrder:
     loops: tuple[frozenset[str], ...] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Narrow:
+    """What steps have shown of autocast."""
+
+    weights: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    """By layer, those of its weights of which it uses nothing but what autocast casts them to."""
+    dtype: Literal["bfloat16", "float16"] | None = None
+    """Autocast's type."""
+
+
 def prepare(
     root: nn.Module,
     cluster: Cluster,
     config: HarmonyConfig,
     workload: Workload,
     call_order: CallOrder | None = None,
+    narrow: Narrow | None = None,
     state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Decomposition, Plan]:
     """The layers of `root` and the plan for one step of this workload.
@@ -67,6 +80,9 @@ def prepare(
         decomposition = decomposition.with_states(state_nbytes)
     if call_order is not None:
         decomposition = decomposition.reordered(call_order.layers)
+    if narrow is not None:
+        wide = {name for name, parameter in root.named_parameters() if parameter.dtype is torch.float32}
+        decomposition = decomposition.narrowed({layer: names & wide for layer, names in narrow.weights.items()})
     plan = make_plan(
         decomposition,
         mode="dp" if config.mode == "dp" else "pp",
@@ -80,6 +96,8 @@ def prepare(
         host_is_device=cluster.host_is_device,
         one_layer_per_pack=config.one_layer_per_pack,
         together=call_order.loops if call_order is not None else (),
+        narrow_dtype=narrow.dtype if narrow is not None else None,
+        gradient_wire=config.gradient_wire,
     )
     log.info(
         "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "

@@ -31,6 +31,7 @@ def test_memory_is_a_size(memory):
         ({"microbatch_size": 2.0}, r"got 2\.0"),
         ({"microbatch_size": "2"}, r"got '2'"),
         ({"microbatch_size": True}, r"got True"),
+        ({"gradient_wire": "bf16"}, r"gradient_wire must be 'exact' or 'half', got 'bf16'"),
         ({"evaluation_batches": 0}, r"evaluation_batches must be a positive integer, got 0"),
         ({"evaluation_batches": "auto"}, r"got 'auto'"),
         ({"memory": "lots"}, r"'lots' is not a memory size"),
@@ -59,6 +60,7 @@ def test_variables_are_read():
             "HARMONY_STASH": "device",
             "HARMONY_UPDATE": "device",
             "HARMONY_EVALUATION_BATCHES": "5",
+            "HARMONY_GRADIENT_WIRE": "half",
             "HARMONY_EMULATED_GPUS": "4",
             "MODE": "pp",
         }
@@ -71,6 +73,7 @@ def test_variables_are_read():
         "stash": "device",
         "update": "device",
         "evaluation_batches": 5,
+        "gradient_wire": "half",
     }
 
 

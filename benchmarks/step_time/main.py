@@ -4,11 +4,13 @@ import argparse
 import logging
 import time
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 
 import lightning as L
 import torch
 from bound import bound, starts
+from breakdown import Breakdown
 from models import MODELS, LanguageModel, tokens
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
@@ -39,6 +41,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
         strategy=strategy,
         accelerator="cpu",
         precision=arguments.precision,
+        callbacks=[breakdown := Breakdown()],
         max_steps=NUM_STEPS,
         logger=False,
         enable_checkpointing=False,
@@ -49,7 +52,8 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
         module = LanguageModel(shape)
     module.to_empty(device="cpu")
     begin = time.perf_counter()
-    trainer.fit(module, tokens(num_sequences, arguments.length, shape.vocabulary, NUM_STEPS))
+    with breakdown.counting() if arguments.breakdown else nullcontext():
+        trainer.fit(module, tokens(num_sequences, arguments.length, shape.vocabulary, NUM_STEPS))
     took = time.perf_counter() - begin
     timeline, statistics = strategy.timeline(), strategy.statistics()
     if arguments.trace is not None:
@@ -62,11 +66,12 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
     first, second = starts(timeline)[-2:]
     seconds = second - first
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(least).items())
-    return (
+    row = (
         f"| {arguments.model} | {num_gpus}x {arguments.gpu} | {num_sequences * arguments.length} | "
         f"{statistics.num_packs} | {seconds:.3f} s | {least.seconds:.3f} s ({least.resource.replace('_', ' ')}) | "
         f"{seconds / least.seconds:.3f} | {parts} | {max(statistics.peak_device_bytes) / 2**30:.1f} GiB | {took:.0f} s |"
     )
+    return f"{row}\n\n{breakdown.table(num_gpus, seconds)}\n" if arguments.breakdown else row
 
 
 def main() -> None:
@@ -80,6 +85,7 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--one-layer-per-pack", action="store_true")
+    parser.add_argument("--breakdown", action="store_true", help="tell what the GPUs compute, by class of operation")
     parser.add_argument("--trace", type=Path, help="write the last run's timeline, for https://ui.perfetto.dev")
     arguments = parser.parse_args()
     warnings.simplefilter("ignore")

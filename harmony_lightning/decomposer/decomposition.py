@@ -22,6 +22,8 @@ class Layer:
     name: str
     weights: tuple[str, ...]
     """Names of its weights, children's included, each once."""
+    narrow: tuple[str, ...] = ()
+    """Those of them, all float32, of which the layer uses nothing but what autocast casts them to."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +40,14 @@ class Decomposition:
         return sum(weight.nbytes for weight in self.weights)
 
     @property
+    def travelling_nbytes(self) -> int:
+        """Bytes of all weights on the way to a device, those that are narrow in all their layers with half."""
+        layered = {name for layer in self.layers for name in layer.weights}
+        wide = {name for layer in self.layers for name in layer.weights if name not in layer.narrow}
+        narrow = layered - wide
+        return sum(weight.nbytes // (2 if weight.name in narrow else 1) for weight in self.weights)
+
+    @property
     def glue(self) -> tuple[str, ...]:
         """Weights that belong to no layer: the user's code between layers uses them directly."""
         layered = {name for layer in self.layers for name in layer.weights}
@@ -48,6 +58,14 @@ class Decomposition:
         by_name = {layer.name: layer for layer in self.layers}
         first = [by_name.pop(name) for name in names]
         return replace(self, layers=(*first, *by_name.values()))
+
+    def narrowed(self, narrow: Mapping[str, frozenset[str]]) -> "Decomposition":
+        """The same with these weights narrow, by layer."""
+        layers = (
+            replace(layer, narrow=tuple(name for name in layer.weights if name in narrow.get(layer.name, ())))
+            for layer in self.layers
+        )
+        return replace(self, layers=tuple(layers))
 
     def with_states(self, state_nbytes: Mapping[str, tuple[int, ...]]) -> "Decomposition":
         """The same, with what is known by now of the optimizer's states of the weights."""

@@ -28,15 +28,20 @@ class Pack(Record):
     layers: tuple[str, ...]
     """Names of the modules, in the order in which they are called."""
     parameters: tuple[str, ...]
-    """Names of all their parameters, each once, in arena order."""
+    """Names of all their parameters, each once."""
     nbytes: int
-    """Bytes of the weights."""
+    """Bytes of the weights as they travel."""
     trainable_nbytes: int
-    """Bytes of those weights that get a gradient."""
+    """Bytes of the gradients, each as large as its master on the host."""
     slot_nbytes: int
-    """Bytes of the weights as they lie in an arena, alignment included."""
+    """Bytes of the weights as they lie on a device, alignment included."""
     gradient_slot_nbytes: int
-    """Bytes of the gradients as they lie in an arena, alignment included."""
+    """Bytes of the gradients as they lie on a device, alignment included."""
+    narrow: tuple[str, ...] = ()
+    """Names of the narrow weights: float32 on the host, `Plan.narrow_dtype` on the way and on devices. A pack that is
+    updated on a device has none."""
+    narrow_trainable_nbytes: int = 0
+    """Bytes of the gradients of narrow weights, in float32; those that travel in `Plan.narrow_dtype` are half of that."""
     update: Literal["host", "device"] = "host"
     """Where the optimizer steps the weights: on the host, where gradients go to it, or on the device that has the
     gradients, where what it remembers of the weights goes in, and leaves again with the weights."""
@@ -48,6 +53,8 @@ class Pack(Record):
     def __post_init__(self) -> None:
         if self.update not in ("host", "device"):
             raise ConfigurationError(f"update must be 'host' or 'device', got {self.update!r}")
+        if self.update == "device" and self.narrow:
+            raise ConfigurationError(f"weights that a device updates are not narrow, got {self.narrow[0]!r}")
         if not 0 <= self.state_nbytes <= self.state_slot_nbytes:
             raise ConfigurationError(
                 f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes}; 0 is the least"
@@ -91,6 +98,10 @@ class Plan(Record):
     """Layers that keep their activations until their backward instead of making them again."""
     peak_bytes: tuple[int, ...] = ()
     """The most that each device will hold at once in a step like the measured one; empty if nothing was measured."""
+    narrow_dtype: Literal["bfloat16", "float16"] | None = None
+    """What narrow weights are cast to: the type of autocast."""
+    gradient_wire: Literal["exact", "half"] = "exact"
+    """How gradients of narrow weights travel: `HarmonyConfig.gradient_wire`."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -104,6 +115,12 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        if self.narrow_dtype not in (None, "bfloat16", "float16"):
+            raise ConfigurationError(f"narrow_dtype must be 'bfloat16', 'float16' or None, got {self.narrow_dtype!r}")
+        if self.gradient_wire not in ("exact", "half"):
+            raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
+        if self.narrow_dtype is None and any(pack.narrow for pack in self.packs):
+            raise ConfigurationError("a plan with narrow weights needs a narrow_dtype: 'bfloat16' or 'float16'")
         for index in self.updates_stay:
             if not 0 <= index < len(self.packs) or self.packs[index].update != "device":
                 raise ConfigurationError(f"updates_stay names pack {index}, which is not updated on a device")
@@ -155,9 +172,13 @@ class Plan(Record):
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
-        each once, none of frozen weights."""
+        each once, none of frozen weights. Gradients of narrow weights leave as they are made where there is only one
+        microbatch to make them: a sum of several needs float32."""
+        is_half = self.gradient_wire == "half" or self.num_microbatches == 1
         leaving = (pack for index, pack in enumerate(self.packs) if not self.weights_stay(index))
-        return sum(pack.trainable_nbytes for pack in leaving) + self._state_bytes
+        return self._state_bytes + sum(
+            pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2 for pack in leaving
+        )
 
     @property
     def _state_bytes(self) -> int:

@@ -25,11 +25,11 @@ def check_plan(plan: Plan, decomposition: Decomposition, num_devices: int) -> No
         if set(pack.parameters) != expected or len(pack.parameters) != len(expected):
             odd = sorted(expected.symmetric_difference(pack.parameters)) or ["(one twice)"]
             raise ConfigurationError(f"pack {index} must have the weights of its layers, once each; look at {odd[0]}")
-        if pack.nbytes != sum(nbytes[name] for name in expected):
-            raise ConfigurationError(
-                f"pack {index} says {pack.nbytes} bytes of weights, its layers have "
-                f"{sum(nbytes[name] for name in expected)}"
-            )
+        if odd := sorted(set(pack.narrow) - expected):
+            raise ConfigurationError(f"pack {index} says that weight {odd[0]} is narrow, which none of its layers has")
+        total = sum(nbytes[name] // (2 if name in pack.narrow else 1) for name in expected)
+        if pack.nbytes != total:
+            raise ConfigurationError(f"pack {index} says {pack.nbytes} bytes of weights, its layers have {total}")
     if plan.resident and plan.arena_nbytes() > plan.memory_bytes:
         raise ConfigurationError(
             f"slots for weights and gradients take {format_nbytes(plan.arena_nbytes())} of a device, which offers "

@@ -6,6 +6,7 @@ saving, pickling or sharing one parameter touches that parameter and not the who
 """
 
 import ctypes
+import types
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 import torch
 
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.plan import aligned
+from harmony_lightning.plan import Plan, aligned
 
 Memory = np.ndarray[Any, np.dtype[np.uint8]]
 
@@ -45,16 +46,27 @@ class Region:
 Layout = dict[str, Region]
 
 
-def lay_out(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> Layout:
-    """Regions for the named tensors, one behind the other, each aligned."""
+def lay_out(
+    parameters: Mapping[str, torch.Tensor],
+    names: Iterable[str],
+    dtypes: Mapping[str, torch.dtype] = types.MappingProxyType({}),
+) -> Layout:
+    """Regions for the named tensors, one behind the other, each aligned. `dtypes` of those that have another one there."""
     layout: Layout = {}
     start = 0
     for name in names:
         tensor = parameters[name]
         stride = tensor.stride() if _is_dense(tensor) else torch.empty(tensor.shape, device="meta").stride()
-        layout[name] = Region(start, start + tensor.nbytes, tensor.dtype, tensor.shape, stride)
-        start += aligned(tensor.nbytes)
+        dtype = dtypes.get(name, tensor.dtype)
+        nbytes = tensor.numel() * dtype.itemsize
+        layout[name] = Region(start, start + nbytes, dtype, tensor.shape, stride)
+        start += aligned(nbytes)
     return layout
+
+
+def narrow_types(plan: Plan, names: Iterable[str]) -> dict[str, torch.dtype]:
+    """What narrow weights are off the host."""
+    return {} if plan.narrow_dtype is None else dict.fromkeys(names, getattr(torch, plan.narrow_dtype))
 
 
 def layout_nbytes(layout: Layout) -> int:

@@ -25,6 +25,7 @@ from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.meter import Holding, Meter
 from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.narrow import WeightUses
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
@@ -47,6 +48,7 @@ class Engine:
         self.counters = Counters()
         self.worker = HostWorker(cluster)
         self.trace = Trace()
+        self.uses = WeightUses()
         self.has_settled = True
         """Whether weights, gradients and states of optimizers are at rest."""
         self.is_updated: Callable[[torch.Tensor], bool] = lambda tensor: False
@@ -76,7 +78,7 @@ class Engine:
             self.state.close()
             self._code = None
         with self.cluster.activate():
-            state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker)
+            state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker, self.uses)
         self._derived = list(find_derived(self.root))
         self._code = UserCode(state, lambda: self.trace, self.notice)
         self._interposition.install(
@@ -229,6 +231,9 @@ class Engine:
         """
         self.end_step()
         self.state.begin()
+        if self.has_settled:  # since anybody may have written masters
+            self.state.forget_casts()
+        self.state.is_learning = not self.trace.is_complete
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
@@ -267,6 +272,7 @@ class Engine:
         self.counters.steps += 1
         self.counters.num_microbatches += len(functions)
         self.trace.end_step()
+        self.state.is_learning = False
         results = [microbatch.result for microbatch in microbatches]
         for microbatch in microbatches:
             microbatch.result = None
@@ -293,6 +299,7 @@ class Engine:
         differentiates and updates by itself (`trains`)."""
         self.settle()
         self.state.begin()
+        self.state.forget_casts()
         code = self._user_code
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
@@ -312,6 +319,7 @@ class Engine:
         come out as if each had been run after the one before (`together`)."""
         self.settle()
         self.state.begin()
+        self.state.forget_casts()
         shared = self._shared_pass = SharedPass(self._user_code, functions)
         self._microbatches = shared.microbatches
         self._begin_measuring(trains=False)
@@ -357,9 +365,10 @@ class Engine:
 
         def put_current() -> None:
             code.microbatch = current
-            self.state.expect_writes(trained_only=True)  # or they have been written
             if current is not None:
-                self.state.release_all()
+                self.state.masters_written(trained_only=True)
+            else:
+                self.state.expect_writes(trained_only=True)
 
         def user_code() -> Any:
             put_current()
@@ -436,8 +445,7 @@ class Engine:
             self._finish_updates()
         else:
             self.settle()
-            self.state.expect_writes()
-            self.state.release_all()
+            self.state.masters_written()  # or will be
         self.bring_home()
 
     def notice_between(self, arguments: Any, *, shows: bool, leaks: bool) -> None:

@@ -17,7 +17,7 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
+from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes, narrow_types
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.host_buffers import HostBuffers
@@ -37,9 +37,17 @@ class _Slot:
     pack: int | None = None
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     """Views of the gradients that hold data."""
+    narrow: set[str] = field(default_factory=set)
+    """Those that are one gradient of a narrow weight, and so have no more digits than its type."""
     left: Event | None = None
     """Behind the swap-out of the former content."""
     last_use: int = 0
+
+    def empty(self) -> None:
+        """What it held has left."""
+        self.pack = None
+        self.written.clear()
+        self.narrow.clear()
 
 
 class GradientStore:
@@ -67,9 +75,15 @@ class GradientStore:
         self._counters = counters
         self._worker = worker
         self._buffers = HostBuffers(cluster, worker, plan.num_gradient_buffers)
+        self._narrow_buffers = HostBuffers(cluster, worker, plan.num_gradient_buffers)
         self._layouts: list[Layout] = [
             lay_out(parameters, (name for name in pack.parameters if parameters[name].requires_grad))
             for pack in plan.packs
+        ]
+        self._narrow_layouts: list[Layout] = [
+            lay_out(parameters, names, narrow_types(plan, names))
+            for layout, pack in zip(self._layouts, plan.packs, strict=True)
+            for names in [[name for name in pack.narrow if name in layout]]
         ]
         self._layered = frozenset(name for pack in plan.packs for name in pack.parameters)
         self._slots: list[list[_Slot]] = [[] for _ in self._devices]
@@ -97,15 +111,18 @@ class GradientStore:
         """
         is_dense = gradient.layout == torch.strided
         if pack is None or self._host_is_device or name not in self._layouts[pack] or not is_dense:
-            self._add_loose((name, device), gradient, is_ours)
+            self._add_loose((name, device), gradient.to(self._parameters[name].dtype), is_ours)
             return
         slot = self._slot(pack, device)
         view = slot.written.get(name)
         if view is None:
             view = slot.written[name] = self._layouts[pack][name].view(slot.bytes)
             view.copy_(gradient)
+            if gradient.dtype is not view.dtype:
+                slot.narrow.add(name)
         else:
             view.add_(gradient)
+            slot.narrow.discard(name)
 
     def _add_loose(self, key: tuple[str, int], gradient: torch.Tensor, is_ours: bool) -> None:
         held = self._loose.get(key)
@@ -139,6 +156,7 @@ class GradientStore:
         """Multiply everything that has been added since the last completion."""
         for slots in self._slots:
             for slot in slots:
+                slot.narrow.clear()
                 for view in slot.written.values():
                     view.mul_(factor)
         for name, gradient in self._loose.items():
@@ -234,8 +252,7 @@ class GradientStore:
         """Forget everything that is not yet in `Parameter.grad`."""
         for slots in self._slots:
             for slot in slots:
-                slot.pack = None
-                slot.written.clear()
+                slot.empty()
         self._forget_loose()
         self._worker.drain()
         self._parts.clear()
@@ -289,12 +306,13 @@ class GradientStore:
                 self._counters.p2p_bytes += arrived.nbytes
                 if name in target.written:
                     target.written[name].add_(arrived)
+                    target.narrow.discard(name)
                 else:
+                    target.narrow.update({name} & slot.narrow)
                     assert target.pack is not None
                     target.written[name] = self._layouts[target.pack][name].view(target.bytes)
                     target.written[name].copy_(arrived)
-            slot.pack = None
-            slot.written.clear()
+            slot.empty()
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -306,27 +324,51 @@ class GradientStore:
         layout = self._layouts[slot.pack]
         nbytes = layout_nbytes(layout)
         buffer = self._buffers.take(nbytes)
+        narrow = self._leave_narrow(slot)
+        narrow_layout = {name: self._narrow_layouts[slot.pack][name] for name in narrow}
+        narrow_buffer = self._narrow_buffers.take(layout_nbytes(self._narrow_layouts[slot.pack])) if narrow else None
         lane_owner = self._devices[device]
         lane_owner.wait(Lane.SWAP_OUT, lane_owner.record(Lane.COMPUTE))
         with lane_owner.lane(Lane.SWAP_OUT, f"gradients of pack {slot.pack}"):
-            if len(slot.written) == len(layout):
+            if len(slot.written) == len(layout) and narrow_buffer is None:
                 buffer[:nbytes].copy_(slot.bytes[:nbytes], non_blocking=True)
             else:
                 for name, view in slot.written.items():
-                    layout[name].view(buffer).copy_(view, non_blocking=True)
+                    if narrow_buffer is None or name not in narrow:
+                        layout[name].view(buffer).copy_(view, non_blocking=True)
+                    else:  # cast here: a copy to the host that casts would carry all bytes, and wait
+                        region = narrow_layout[name]
+                        region.view(narrow_buffer).copy_(view.to(region.dtype), non_blocking=True)
         arrival = slot.left = lane_owner.record(Lane.SWAP_OUT)
         arrived = self._buffers.lend(buffer, layout, slot.written)
-        self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in arrived.values())
+        as_left = self._narrow_buffers.lend(narrow_buffer, narrow_layout, narrow) if narrow_buffer is not None else {}
+        self._counters.swap_out_bytes += sum((as_left.get(name, arrived[name])).nbytes for name in arrived)
         # A tied weight may still have a part in another pack's slot.
         elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}
         complete = frozenset(name for name in arrived if name not in elsewhere and is_complete(name))
-        slot_pack, slot.pack = slot.pack, None
-        slot.written.clear()
+        slot_pack = slot.pack
+        slot.empty()
+
+        @torch.no_grad()
+        def take() -> dict[str, torch.Tensor]:
+            while as_left:
+                name, gradient = as_left.popitem()
+                arrived[name].copy_(gradient)
+            return arrived
 
         in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
         self._in_parts.update(arrived.keys() - complete)
         priority = 0 if in_turn else self._plan.update_priority(slot_pack)
-        self._buffers.follow(buffer, self._submit(lambda: arrived, complete, on_complete, arrival, priority))
+        ticket = self._submit(take, complete, on_complete, arrival, priority)
+        self._buffers.follow(buffer, ticket)
+        if narrow_buffer is not None:
+            self._narrow_buffers.follow(narrow_buffer, ticket)
+
+    def _leave_narrow(self, slot: _Slot) -> list[str]:
+        """Gradients that travel in the type of narrow weights."""
+        assert slot.pack is not None
+        is_half = self._plan.gradient_wire == "half"
+        return [name for name in self._narrow_layouts[slot.pack] if name in (slot.written if is_half else slot.narrow)]
 
     @torch.no_grad()
     def _send_loose(

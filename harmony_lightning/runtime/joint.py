@@ -30,6 +30,7 @@ from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import Arguments, is_plain
 from harmony_lightning.runtime.thread_state import Autocast
+from harmony_lightning.runtime.watching import run_layer
 
 _RANKING = frozenset(
     (
@@ -183,7 +184,19 @@ class Joint:
         with torch.enable_grad(), saved_tensors_hooks(_drop, _refuse):
             args, kwargs = first.arguments.build(tensors)
             weights = first.state.weights_of(self._site, first.device, first.trained)
-            return self._take_apart(self._site.run(weights, [buffer.clone() for buffer in buffers], args, kwargs))
+            result, _ = run_layer(
+                first.state,
+                self._site,
+                first.device,
+                weights,
+                [buffer.clone() for buffer in buffers],
+                args,
+                kwargs,
+                lambda weight, trains: weight.requires_grad_(trains),
+                sums_narrow=True,  # of no gradients
+                is_joint=True,
+            )
+            return self._take_apart(result)
 
     def _is_independent(self, buffers: Sequence[torch.Tensor], parts: list[Part]) -> bool:
         """Whether the parts of the first and of the last member do not depend on what the others' samples are. Kernels are

@@ -32,10 +32,12 @@ from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_
 from harmony_lightning.runtime.joint import Join, Joint, Part, Waiting
 from harmony_lightning.runtime.objects import ObjectTensors, Surroundings
 from harmony_lightning.runtime.randomness import Replay
+from harmony_lightning.runtime.residency import Weights
 from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides
 from harmony_lightning.runtime.thread_state import Autocast
+from harmony_lightning.runtime.watching import Begin, run_layer
 
 
 class LayerCall:
@@ -64,6 +66,8 @@ class LayerCall:
         """The inputs, during backward."""
         self.input_edges: list[GradientEdge | None] = []
         self.weight_edges: dict[str, GradientEdge] = {}
+        self.wide_edges: dict[str, GradientEdge] = {}
+        """Of float32 versions of narrow weights, where the layer's code has asked for them."""
         self.result_edges: list[GradientEdge | None] = []
         """Where the layer's own graph begins and ends; None for tensors that are not part of it."""
         self.result_spec: Any = None
@@ -80,6 +84,24 @@ class LayerCall:
         """The joint call has given the results, so there is no graph of the forward."""
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
+
+    def run(
+        self, weights: Weights, buffers: list[torch.Tensor], args: Any, kwargs: Any, begin: Begin
+    ) -> tuple[Any, Any]:
+        """The layer's own code on these weights: what it returns, and float32 versions of narrow weights by name, which
+        `begin` has made."""
+        segment = self.segment
+        return run_layer(
+            segment.state,
+            self.site,
+            segment.device,
+            weights,
+            buffers,
+            args,
+            kwargs,
+            begin,
+            sums_narrow=self.autocast.is_cached,
+        )
 
     def _read_weight_versions(self) -> tuple[int, ...]:
         parameters = self.segment.state.parameters
@@ -180,13 +202,22 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
     with state.inside_layer(device, is_watched=bool(call.objects)):
         buffers = _Buffers(call)
         with call.objects.opened(_as_it_is):
-            result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
+            weights = state.weights_of(site, device, call.trained)
+            result, _ = call.run(weights, buffers.tensors, args, kwargs, _without_graph)
         buffers.report_written()
     call.objects.let_go()
     arguments.keep_written()
     arguments.place_tensors(state.off_the_arena)
     arguments.hand_over()
     return pytree.tree_map_only(torch.Tensor, state.off_the_arena, result)
+
+
+def _without_graph(weight: torch.Tensor, trains: bool) -> torch.Tensor:
+    return weight
+
+
+def _as_leaf(weight: torch.Tensor, trains: bool) -> torch.Tensor:
+    return weight.requires_grad_(trains)
 
 
 def _as_it_is(tensor: torch.Tensor) -> torch.Tensor:
@@ -331,6 +362,9 @@ class LayerFunction(torch.autograd.Function):
             with torch.enable_grad():
                 return _begin(value.detach().requires_grad_(), state.anchor, site.writes_objects is not False)
 
+        def begin_weight(weight: torch.Tensor, trains: bool) -> torch.Tensor:
+            return _begin(weight.requires_grad_(trains), state.anchor, False)
+
         start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         while True:
             buffers = _Buffers(call)
@@ -347,7 +381,7 @@ class LayerFunction(torch.autograd.Function):
                     args, kwargs = arguments.build(inner)
                     weights = state.weights_of(site, device, call.trained)
                     call.weight_edges = {name: weights.edge(name) for name in call.trained}
-                    result = site.run(weights, buffers.tensors, args, kwargs)
+                    result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
             except (TakesDerivative, *OUT_OF_MEMORY) as reason:
                 if isinstance(reason, TakesDerivative):
@@ -363,6 +397,7 @@ class LayerFunction(torch.autograd.Function):
         replay.keep_what_was_drawn(device)
         call.replay = replay
         site.draws |= not replay.is_empty
+        call.wide_edges = {name: get_gradient_edge(wide[name]) for name in call.trained if name in wide}
 
         call.buffers_before = buffers.report_written()
         inner += objects.inner
@@ -488,6 +523,8 @@ class _SecondRun:
     leaves: list[torch.Tensor]
     results: list[torch.Tensor]
     """Tensors in the result, and inputs that the layer has written."""
+    wide: Weights
+    """Float32 versions of narrow weights that it has asked for."""
 
 
 def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
@@ -518,7 +555,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
             ]
             arguments = call.arguments.snapshot(call.objects.used_again(inner[num_arguments:]))
             around = Surroundings(arguments)
-            result = site.run(weights, buffers, *arguments.build(inner[:num_arguments]))
+            result, wide = call.run(weights, buffers, *arguments.build(inner[:num_arguments]), _as_leaf)
     finally:
         present.begin(device)
         autocast.apply()
@@ -526,7 +563,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     result_leaves = pytree.tree_leaves(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
     results += around.results(result_leaves, known=[*results, *inner])
-    return _SecondRun(leaves, results + [inner[i] for i in call.mutated])
+    return _SecondRun(leaves, results + [inner[i] for i in call.mutated], wide)
 
 
 def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:
@@ -541,20 +578,29 @@ def _differentiate(
     values = (_values_by_second_run if is_without_graph else _values)(call, gradients, trained)
     is_on_host = call.segment.state.cluster.host_is_device
     ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
-    num_inputs = len(values) - len(trained)
-    for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=True):
-        call.segment.add_gradient(name, call.site.pack, value, is_ours)
+    wide = _wide_names(call, trained)
+    num_inputs = len(values) - len(trained) - len(wide)
+    of_wide = dict(zip(wide, values[num_inputs + len(trained) :], strict=True))
+    for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=False):
+        if (other := of_wide.get(name)) is not None:
+            value = other if value is None else value + other
+        call.segment.add_gradient(name, call.site.pack, value, is_ours, sums_narrow=call.autocast.is_cached)
     by_input = iter(values[:num_inputs])
     return [None if edge is None else next(by_input) for edge in call.input_edges]
 
 
 _Gradients = tuple[torch.Tensor | None, ...]
-"""Of the inputs that have one, and of the weights that train."""
+"""Of the inputs that have one, of the weights that train, and of float32 versions of narrow ones among these."""
+
+
+def _wide_names(call: LayerCall, trained: tuple[str, ...]) -> list[str]:
+    return [name for name in trained if name in call.wide_edges]
 
 
 def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
     roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
     targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
+    targets += [call.wide_edges[name] for name in _wide_names(call, trained)]
     is_last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
     if not (roots and targets):
         return (None,) * len(targets)
@@ -576,6 +622,8 @@ def _values_by_second_run(call: LayerCall, gradients: _Gradients, trained: tuple
     weights = call.segment.state.weights_of(call.site, call.segment.device, call.trained)
     roots = [(t, g) for t, g in zip(run.results, gradients, strict=True) if g is not None and t.requires_grad]
     targets = [leaf for leaf in run.leaves if leaf.requires_grad] + [weights[name] for name in trained]
+    call.wide_edges = {name: get_gradient_edge(run.wide[name]) for name in trained if name in run.wide}
+    targets += [run.wide[name] for name in _wide_names(call, trained)]
     if not (roots and targets):
         return (None,) * len(targets)
     return torch.autograd.grad([t for t, _ in roots], targets, [g for _, g in roots], allow_unused=True)

@@ -5,7 +5,7 @@ user's code, until the engine has brought the other microbatches to that point a
 """
 
 import contextvars
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import greenlet
@@ -111,6 +111,11 @@ class Microbatch:
         joint, self.joint, self.waiting = self.joint, None, None
         return joint
 
+    @property
+    def luggage_nbytes(self) -> int:
+        """Bytes that `send_ahead` sends, or has sent."""
+        return 0 if self._luggage is None else self._luggage.nbytes
+
     def send_ahead(self) -> None:
         """Called by the engine while the microbatch is parked: what it needs next may set out to the device it goes to."""
         if self._luggage is not None and self.waits_for is not None:
@@ -198,6 +203,28 @@ class Microbatch:
             self._in_backward = None
 
 
+def sending_ahead(
+    groups: Sequence[Sequence[Microbatch]], num_ahead: int, limit_nbytes: int
+) -> Iterator[Sequence[Microbatch]]:
+    """The groups in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as
+    long as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
+    num_sent = total = 0
+    for index, group in enumerate(groups):
+        while num_sent < len(groups):
+            nbytes = _luggage_nbytes(groups[num_sent])
+            if num_sent > index + num_ahead and total + nbytes > limit_nbytes:
+                break
+            for microbatch in groups[num_sent]:
+                microbatch.send_ahead()
+            num_sent, total = num_sent + 1, total + nbytes
+        total -= _luggage_nbytes(group)
+        yield group
+
+
+def _luggage_nbytes(group: Sequence[Microbatch]) -> int:
+    return sum(microbatch.luggage_nbytes for microbatch in group)
+
+
 class Luggage:
     """What a parked microbatch will need in its next pack, as it was when it parked."""
 
@@ -212,6 +239,7 @@ class Luggage:
             ]
         self._ready = self._home.record(Lane.COMPUTE) if self._needed else None
         self.sent: Moved = {}
+        self.nbytes = sum(tensor.nbytes for tensor in self._needed)
 
     def send(self, target: Device) -> None:
         needed, self._needed = self._needed, []

@@ -17,7 +17,16 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import HostArena, Layout, Region, lay_out, return_freed_memory
+from harmony_lightning.runtime.arena import (
+    HostArena,
+    Layout,
+    Region,
+    lay_out,
+    layout_nbytes,
+    narrow_types,
+    return_freed_memory,
+)
+from harmony_lightning.runtime.casts import Casts
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
@@ -49,6 +58,10 @@ class WeightStore:
         self.parameters = parameters
         self.arenas: list[HostArena] = []
         self.layouts: list[Layout] = []
+        """By pack, of a slot on a device."""
+        self.wide_nbytes: list[int] = []
+        """By pack: so much of the beginning of its arena travels as it is."""
+        self.narrow = Casts(parameters, plan, cluster)
         self.borrowed: list[tuple[str, ...]] = []
         self.generations = [0] * len(plan.packs)
         """By pack: how often its masters were written, or are going to be; copies of an earlier generation are no good."""
@@ -60,12 +73,15 @@ class WeightStore:
         self._trains = [any(parameters[name].requires_grad for name in pack.parameters) for pack in plan.packs]
         owned: set[str] = set()
         for pack in plan.packs:
-            names = [name for name in pack.parameters if name not in owned]
+            wide = [name for name in pack.parameters if name not in owned and name not in pack.narrow]
+            names = [*wide, *(name for name in pack.narrow if name not in owned)]
+            self.borrowed.append(tuple(n for n in pack.parameters if n in owned and n not in pack.narrow))
             owned.update(names)
             self.arenas.append(HostArena(parameters, names, cluster))
-            self.borrowed.append(tuple(name for name in pack.parameters if name not in names))
-            # Own weights first, in the arena's order, so that they arrive in one copy.
-            self.layouts.append(lay_out(parameters, (*names, *self.borrowed[-1])))
+            self.wide_nbytes.append(layout_nbytes(lay_out(parameters, wide)))
+            # Own weights first, then the narrow ones, in the order of the host's arenas: each part arrives in one copy.
+            types = narrow_types(plan, pack.narrow)
+            self.layouts.append(lay_out(parameters, (*wide, *pack.narrow, *self.borrowed[-1]), types))
             return_freed_memory()  # pack by pack: else the host would hold the weights twice for a moment
 
     def holds(self, tensor: torch.Tensor) -> bool:
@@ -288,28 +304,36 @@ class DeviceWeights:
             for read in self._all_reads(layout):
                 read.synchronize()
             self._store.move_in(pack)
+            self._store.narrow.forget()
         self._store.is_copied = True
         if pack not in slot.views:
             slot.views[pack] = Weights((name, region.view(slot.bytes).detach()) for name, region in layout.items())
         newer, made = self.find_newer(pack) or ({}, None)
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(weight.nbytes for weight in newer.values())
-        slot.loading = self._loads[pack] = self._worker.submit(
-            lambda: self._swap_in(slot, pack, [event for event in (released, made) if event is not None], newer)
-        )
+        cast = self._store.narrow.prepare(pack, self._worker, self._await_updates)
+        after = [event for event in (released, made) if event is not None]
+        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, after, newer, cast))
         return slot
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_in(self, slot: _Slot, pack: int, after: Iterable[Event], newer: Mapping[str, torch.Tensor]) -> None:
+    def _swap_in(
+        self, slot: _Slot, pack: int, after: Iterable[Event], newer: Mapping[str, torch.Tensor], cast: Ticket | None
+    ) -> None:
         """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
+        narrow, wide_nbytes = self._store.narrow.arenas[pack], self._store.wide_nbytes[pack]
         self._await_updates(layout)
+        if cast is not None:
+            cast.wait()
         for event in after:
             self._device.wait(Lane.SWAP_IN, event)
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
-            if not newer:
-                slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
-            for name in arena.layout if newer else ():
+            if wide_nbytes and not newer:
+                slot.bytes[:wide_nbytes].copy_(arena.bytes[:wide_nbytes], non_blocking=True)
+            if narrow.numel():
+                slot.bytes[wide_nbytes : wide_nbytes + narrow.numel()].copy_(narrow, non_blocking=True)
+            for name in arena.layout if newer else ():  # none of them narrow
                 source = newer.get(name, self._store.parameters[name])
                 layout[name].view(slot.bytes).copy_(source, non_blocking=True)
             for name in self._store.borrowed[pack]:

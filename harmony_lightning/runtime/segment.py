@@ -111,8 +111,21 @@ class Segment:
         self._deposit = deposit
         self._moved: Moved = {}
 
-    def add_gradient(self, name: str, pack: int | None, gradient: torch.Tensor | None, is_ours: bool = False) -> None:
-        """One use of a weight has been differentiated; the last one hands the sum on. `is_ours`: nobody else holds it."""
+    def add_gradient(
+        self,
+        name: str,
+        pack: int | None,
+        gradient: torch.Tensor | None,
+        is_ours: bool = False,
+        *,
+        sums_narrow: bool = False,
+    ) -> None:
+        """One use of a weight has been differentiated; the last one hands the sum on.
+
+        Args:
+            is_ours: nobody else holds the gradient.
+            sums_narrow: a narrow one is added to others of its kind as it is, as autocast with a cache does.
+        """
         if self.state.captured is not None:
             if gradient is not None:
                 self.state.capture(name, gradient)
@@ -124,6 +137,8 @@ class Segment:
         if gradient is None:
             gradient = held
         elif held is not None:
+            if gradient.dtype is held.dtype and not sums_narrow:
+                held = held.to(self.state.parameters[name].dtype)
             gradient, is_ours = held.to(gradient.device) + gradient, True
         if gradient is None:
             return

@@ -25,6 +25,7 @@ class Site:
         layer: name of the layer it belongs to; the same unless user code calls into a layer.
         pack: index of its pack; None for a module without weights, which runs wherever its microbatch is.
         weight_names: of its weights, each once.
+        is_compiled: torch's compiler has taken it, or a part of it.
     """
 
     def __init__(
@@ -66,6 +67,10 @@ class Site:
         """Whether it may be called for several microbatches at once; None: nobody has tried."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._derived = [(one.owner, one.attribute) for one in find_derived(module)]
+        self.is_compiled = any(
+            hasattr(inner, "_orig_mod") or not isinstance(inner._compiled_call_impl, _Seam | None)
+            for inner in module.modules()
+        )
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
 
     def has_hooks_inside(self) -> bool:

@@ -24,6 +24,7 @@ from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
+from harmony_lightning.runtime.narrow import Watch, WeightUses
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
@@ -43,17 +44,30 @@ class RuntimeState:
         depth: how many layers the running code is inside of; 0 in glue.
         spare_nbytes: what copies, sums and the like that the plan knows nothing of may take on a device, each kind, before
             they give way to the next: code between layers may go through all weights.
+        travelling_nbytes: what tensors may take on a device that are on their way to or from others, beyond those of the
+            running microbatch and its neighbours.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
         objects: what the running layer has been given within objects.
+        narrow: names of narrow weights by pack.
+        uses: what has been seen of how layers use their weights; `is_learning` in the first step.
+        watching: sees the weights of the running layer; None if they need not be looked at.
         watcher: the function mode that user code runs under.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
 
-    def __init__(self, root: nn.Module, cluster: Cluster, plan: Plan, counters: Counters, worker: HostWorker) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        cluster: Cluster,
+        plan: Plan,
+        counters: Counters,
+        worker: HostWorker,
+        uses: WeightUses | None = None,
+    ) -> None:
         self.cluster = cluster
         self.plan = plan
         self.counters = counters
@@ -67,12 +81,17 @@ class RuntimeState:
         self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
         self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
+        # Where not even a second pack fits, nothing is to spare.
+        self.travelling_nbytes = self.spare_nbytes if plan.prefetch else 0
         self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self._reads, self.spare_nbytes)
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
         self.upcoming: dict[int, int] = {}
         self.objects: Any = None
+        self.uses = uses or WeightUses()
+        self.is_learning = False
+        self.watching: Watch | None = None
         self.watcher: TorchFunctionMode | None = None
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
@@ -92,7 +111,7 @@ class RuntimeState:
         self._worker = worker
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
-        self.departures = Departures(cluster.devices)
+        self.departures = Departures(cluster.devices, self.travelling_nbytes, lambda: self.plan.num_microbatches)
         self._loaders: list[HostWorker] = []
         """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
         layered = {name for pack in plan.packs for name in pack.parameters}
@@ -104,13 +123,14 @@ class RuntimeState:
             self._await_masters,
             host_is_device=cluster.host_is_device,
         )
+        self.narrow = [frozenset(pack.narrow) for pack in plan.packs]
         self._store: WeightStore | None = None
         self._updates: DeviceUpdates | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
         else:
-            self._store = store = WeightStore(self.parameters, plan, cluster)
+            store = self._store = WeightStore(self.parameters, plan, cluster)
             self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
             weights = self._weights = [
                 DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
@@ -190,8 +210,7 @@ class RuntimeState:
     def notice_write(self, tensor: torch.Tensor) -> None:
         """User code has written a tensor off the segment's device: if it is a master, its copies are out of date."""
         if self.is_master(tensor):
-            self.expect_writes()
-            self.release_all()
+            self.masters_written()
 
     def expect_writes(self, *, trained_only: bool = False) -> None:
         """Masters are written, or are going to be: device copies are no good any more."""
@@ -264,7 +283,7 @@ class RuntimeState:
         """One use of a weight has been differentiated while user code asked for it."""
         assert self.captured is not None
         if name in self._wanted:
-            arrived = gradient.detach().to("cpu")
+            arrived = gradient.detach().to("cpu", self.parameters[name].dtype)
             self.captured[name] = self.captured[name] + arrived if name in self.captured else arrived
 
     def collect_later(self) -> None:
@@ -281,8 +300,7 @@ class RuntimeState:
                 self.gradients.hold()
             else:
                 self.gradients.finish(lambda names: None)
-            self.expect_writes()  # most likely an update follows
-            self.release_all()
+            self.masters_written()  # most likely an update follows
         self._worker.drain()
 
     # From visit to visit ----------------------------------------------------------------------------------------------
@@ -399,6 +417,22 @@ class RuntimeState:
         self.has_lacked_memory |= found
         return found
 
+    def masters_written(self, *, trained_only: bool = False) -> None:
+        """Somebody has written masters, or may do so: all that was made of them is out of date."""
+        self.expect_writes(trained_only=trained_only)
+        self.forget_casts()
+        self.release_all()
+
+    def forget_casts(self) -> None:
+        """Narrow weights have to be cast again before they travel."""
+        if self._store is not None:
+            self._store.narrow.forget()
+
+    def cast(self, names: Iterable[str]) -> None:
+        """On the worker: these masters have been updated."""
+        if self._store is not None:
+            self._store.narrow.cast(names)
+
     def release_all(self) -> None:
         """No weights are needed on any device for now."""
         self.glue.clear()
@@ -413,11 +447,11 @@ class RuntimeState:
         self.objects = None
         self.captured = None
         self._is_collecting = False
+        self.watching = None
         self.upcoming = {}
         self.departures.let_go()
         self.buffers.discard()
-        self.expect_writes()
-        self.release_all()
+        self.masters_written()
         for loader in self._loaders:
             loader.drain()
         self.end_updates()

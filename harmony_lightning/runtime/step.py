@@ -12,7 +12,7 @@ skipped layers and other orders than the plan's need no special case, only more 
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.joint import Joint
 from harmony_lightning.runtime.lookahead import Lookahead
-from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
 from harmony_lightning.runtime.transfer import Arrival
 from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
@@ -76,16 +76,14 @@ class TrainingStep:
                 state.release_all()
         else:
             with visit(state, 0, microbatches, next_in_forward(state.plan, 0, microbatches)):
-                for group, _ in self._groups(0, microbatches):
+                for group in self._groups(0, microbatches):
                     self._run_group(group)
         while waiting := [m for m in microbatches if not m.is_done]:
             pack = min(m.waits_for for m in waiting if m.waits_for is not None)
             visitors = [m for m in waiting if m.waits_for == pack]
             with visit(state, pack, visitors, next_in_forward(state.plan, pack, waiting)):
-                visitors[0].send_ahead()
-                for group, following in self._groups(pack, visitors):
-                    for microbatch in following if state.plan.prefetch else ():
-                        microbatch.send_ahead()
+                groups = self._groups(pack, visitors)
+                for group in sending_ahead(groups, state.plan.prefetch, state.travelling_nbytes):
                     self._run_group(group)
 
     def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None) -> None:
@@ -118,8 +116,8 @@ class TrainingStep:
         state.end_updates()
         state.gradients.finish(on_complete)
 
-    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterator[tuple[Group, Group]]:
-        """Those that go through a pack together, on one device, each time with those that follow."""
+    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> list[Group]:
+        """Those that go through a pack together, each group on one device."""
         plan = self._state.plan
         size = plan.microbatches_per_forward if pack + 1 < len(plan.packs) else 1
         groups: list[Group] = [[microbatch] for microbatch in visitors]
@@ -129,7 +127,7 @@ class TrainingStep:
                 by_device.setdefault(microbatch.device.index, []).append(microbatch)
             columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in by_device.values()]
             groups = [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
-        return zip(groups, [*groups[1:], ()], strict=True)
+        return groups
 
     def _run_group(self, group: Group) -> None:
         """Let microbatches go on to the next pack; those that come to a layer with inputs of one kind call it together."""

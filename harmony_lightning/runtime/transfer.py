@@ -10,7 +10,7 @@ microbatches, and with them devices, would queue up behind each other.
 """
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,7 +18,7 @@ import torch
 from harmony_lightning.hardware.device import Device, Event, Lane
 
 _TURNS_HELD = 2
-"""Microbatches for which memory is held that a copy reads: copies of one turn overlap with compute of the next."""
+"""Microbatches for which memory that a copy reads is always held: copies of one turn overlap with compute of the next."""
 
 
 @dataclass(slots=True, eq=False)
@@ -44,46 +44,63 @@ class Arrival:
 @dataclass(slots=True)
 class _Turn:
     tensors: list[torch.Tensor] = field(default_factory=list)
-    ends: dict[Lane, Event] = field(default_factory=dict)
+    end: Event | None = None
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Departures:
-    """Device memory that copies from it may still be reading. Compute waits for the copies before the memory is freed."""
+    """Device memory that copies from it may still be reading. Compute waits for the copies before the memory is freed.
 
-    def __init__(self, devices: Sequence[Device]) -> None:
+    A copy to another device waits until that one has room, which may still be at another pack. So its source is held for as
+    many microbatches as go through a pack, while there is memory to spare: else this device would wait for that one.
+    """
+
+    def __init__(
+        self, devices: Sequence[Device], limit_nbytes: int = 0, num_microbatches: Callable[[], int] = lambda: 0
+    ) -> None:
+        """`limit_nbytes`: what copies to other devices may hold on a device for more microbatches than usual."""
+        self._limit_nbytes = limit_nbytes
+        self._num_microbatches = num_microbatches
         self._devices = devices
-        self._turns = [deque([_Turn()]) for _ in devices]
+        self._turns: list[dict[Lane, deque[_Turn]]] = [{} for _ in devices]
 
     def hold(self, device: Device, lane: Lane, tensor: torch.Tensor) -> Event:
         """Keep the source of a copy that has just been enqueued on `lane`; returns the point behind the copy."""
-        turn = self._turns[device.index][-1]
-        turn.tensors.append(tensor)
-        turn.ends[lane] = device.record(lane)
-        return turn.ends[lane]
+        turns = self._turns[device.index].setdefault(lane, deque([_Turn()]))
+        turns[-1].tensors.append(tensor)
+        end = turns[-1].end = device.record(lane)
+        return end
 
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
-        turns = self._turns[device.index]
-        if turns[-1].tensors:
-            turns.append(_Turn())
-        while len(turns) > _TURNS_HELD:
-            self._free(device, turns.popleft())
+        for lane, turns in self._turns[device.index].items():
+            if turns[-1].tensors:
+                turns.append(_Turn())
+            total = sum(turn.nbytes for turn in turns)
+            most = _TURNS_HELD if lane is not Lane.PEER_OUT else max(_TURNS_HELD, self._num_microbatches())
+            while len(turns) > most or (len(turns) > _TURNS_HELD and total > self._limit_nbytes):
+                total -= turns[0].nbytes
+                self._free(device, turns.popleft())
 
     @property
     def is_empty(self) -> bool:
-        return not any(turn.tensors for turns in self._turns for turn in turns)
+        return not any(turn.tensors for lanes in self._turns for turns in lanes.values() for turn in turns)
 
     def let_go(self) -> None:
         """Hold nothing any more."""
-        for device, turns in zip(self._devices, self._turns, strict=True):
-            while turns:
-                self._free(device, turns.popleft())
-            turns.append(_Turn())
+        for device, lanes in zip(self._devices, self._turns, strict=True):
+            for turns in lanes.values():
+                while turns:
+                    self._free(device, turns.popleft())
+            lanes.clear()
 
     @staticmethod
     def _free(device: Device, turn: _Turn) -> None:
-        for end in turn.ends.values():
-            device.wait(Lane.COMPUTE, end)
+        if turn.end is not None:
+            device.wait(Lane.COMPUTE, turn.end)
         turn.tensors.clear()
 
 

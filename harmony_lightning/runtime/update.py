@@ -42,10 +42,16 @@ class JustInTimeUpdate:
         prepare: Prepare | None = None,
         keeps_gradients: bool = False,
         stepped: Collection[str] = (),
+        behind: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
-        """`keeps_gradients`: hold what was stepped with, for `give_back`, instead of freeing it. `stepped`: weights that
-        the optimizer has stepped before."""
+        """
+        Args:
+            keeps_gradients: hold what was stepped with, for `give_back`, instead of freeing it.
+            stepped: weights that the optimizer has stepped before.
+            behind: called with the names of weights that have been stepped on the host.
+        """
         self.stepped = stepped
+        self._behind = behind
         self._optimizer = optimizer
         self._parameters = parameters
         self._prepare = prepare
@@ -53,7 +59,7 @@ class JustInTimeUpdate:
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._groups = [({**group}, {id(p) for p in group["params"]}) for group in optimizer.param_groups]
 
-    def __call__(self, names: Iterable[str]) -> None:
+    def __call__(self, names: Sequence[str]) -> None:
         """Step these weights and free their gradients. Weights that the optimizer does not know keep theirs."""
         weights = [self._parameters[name] for name in names]
         groups: list[Group] = []
@@ -71,6 +77,8 @@ class JustInTimeUpdate:
             if self.keeps_gradients and weight.grad is not None:
                 self._kept.append((weight, weight.grad))
             weight.grad = None
+        if self._behind is not None:
+            self._behind(names)
 
     def step_there(self, stand_ins: Mapping[str, StandIn]) -> None:
         """Step these, in place of the weights of these names; weights and what is remembered of them stay as they are.

@@ -156,6 +156,8 @@ class UserCode:
         with torch._C.DisableTorchFunction():
             if segment is not None:
                 return segment.bring(tensor)
+            if self.state.watching is not None:
+                tensor = self.state.watching.take(tensor)
             return tensor if objects is None else objects.take(tensor)
 
     def _before_write(self, target: torch.Tensor) -> None:

@@ -68,6 +68,8 @@ def make_plan(
     host_is_device: bool = False,
     one_layer_per_pack: bool = False,
     together: Sequence[frozenset[str]] = (),
+    narrow_dtype: Literal["bfloat16", "float16"] | None = None,
+    gradient_wire: Literal["exact", "half"] = "exact",
 ) -> Plan:
     """Packs under a memory limit.
 
@@ -84,6 +86,8 @@ def make_plan(
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
+        narrow_dtype: of narrow weights, if layers have any.
+        gradient_wire: how gradients of those travel.
 
     Raises:
         CapacityError: some layer cannot fit, with its name and the bytes.
@@ -114,6 +118,8 @@ def make_plan(
         stash=stash,
         prefetch=limit.prefetch,
         keep=packs[-1].layers[-1:],
+        narrow_dtype=narrow_dtype,
+        gradient_wire=gradient_wire,
     )
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
@@ -126,13 +132,19 @@ def _pack(decomposition: Decomposition, layers: Group, *, is_updated_there: bool
     tied = {name for layer in decomposition.layers if layer not in layers for name in layer.weights}
     states = [nbytes for weight in trainable if weight.name not in tied for nbytes in weight.state_nbytes]
     is_updated_there &= any(weight.name not in tied for weight in trainable)
+    # In a slot a weight has one type: it is narrow if it is for all layers of the pack that have it, and what a device
+    # updates is a master.
+    wide = {name for layer in layers for name in layer.weights if name not in layer.narrow or is_updated_there}
+    sizes = [weight.nbytes if weight.name in wide else weight.nbytes // 2 for weight in weights]
     return Pack(
         layers=tuple(layer.name for layer in layers),
         parameters=tuple(weight.name for weight in weights),
-        nbytes=sum(weight.nbytes for weight in weights),
+        nbytes=sum(sizes),
         trainable_nbytes=sum(weight.nbytes for weight in trainable),
-        slot_nbytes=sum(aligned(weight.nbytes) for weight in weights),
+        slot_nbytes=sum(map(aligned, sizes)),
         gradient_slot_nbytes=sum(aligned(weight.nbytes) for weight in trainable),
+        narrow=tuple(weight.name for weight in weights if weight.name not in wide),
+        narrow_trainable_nbytes=sum(weight.nbytes for weight in trainable if weight.name not in wide),
         update="device" if is_updated_there else "host",
         state_nbytes=sum(states) if is_updated_there else 0,
         state_slot_nbytes=sum(map(aligned, states)) if is_updated_there else 0,
@@ -172,7 +184,7 @@ class Limit:
     def shared(self, decomposition: Decomposition, groups: Sequence[Group], num_packs: int) -> "Limit":
         """So small that there are about `num_packs` packs, as far as groups allow."""
         largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
-        share = -(-decomposition.nbytes // num_packs)
+        share = -(-decomposition.travelling_nbytes // num_packs)
         return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
 
 
@@ -203,9 +215,9 @@ def _limit(
     glue_nbytes = sum(w.nbytes * (1 + w.is_trainable) for w in decomposition.weights if w.name in glue)
     layers = [_pack(decomposition, (layer,)) for layer in decomposition.layers]
     # One layer's gradients are there twice for a moment: as its backward makes them, and in the slot they are added to.
-    passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
+    passing_nbytes = max((layer.trainable_nbytes - layer.narrow_trainable_nbytes // 2 for layer in layers), default=0)
     offered = memory_bytes - glue_nbytes - passing_nbytes
-    packs = [_pack(decomposition, group, is_updated_there=True) for group in groups]
+    packs = [_pack(decomposition, group, is_updated_there=update == "device") for group in groups]
     largest = max(
         packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=_pack(decomposition, ())
     )
@@ -234,8 +246,11 @@ def _limit(
     for prefetch, share in _CHOICES:
         budget = int(share * offered / (1 + prefetch))
         if 0 <= slot_nbytes + gradient_slot_nbytes <= budget:
-            # Half for each while the largest layers allow; nothing is set aside for gradients if there are none.
-            for_gradients = min(budget // 2, budget - slot_nbytes) if gradient_slot_nbytes else 0
+            # Half for each while the largest layers allow, less for narrow weights; nothing is set aside for gradients if
+            # there are none.
+            wide = decomposition.nbytes
+            share_of_gradients = budget * wide // max(1, wide + decomposition.travelling_nbytes)
+            for_gradients = min(share_of_gradients, budget - slot_nbytes) if gradient_slot_nbytes else 0
             for_gradients = max(for_gradients, gradient_slot_nbytes)
             return Limit(budget - for_gradients, for_gradients, None, prefetch)
     raise CapacityError(

@@ -46,6 +46,7 @@ class HarmonyMixin(Training, Evaluation):
         loss_weight: LossWeight = "mean",
         check_microbatches: bool | None = None,
         evaluation_batches: int | None = None,
+        gradient_wire: Literal["exact", "half"] | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -73,6 +74,7 @@ class HarmonyMixin(Training, Evaluation):
             "one_layer_per_pack": one_layer_per_pack,
             "check_microbatches": check_microbatches,
             "evaluation_batches": evaluation_batches,
+            "gradient_wire": gradient_wire,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
         config = HarmonyConfig(

@@ -1,7 +1,8 @@
 """Which plan the engine is under, and how a minibatch is cut.
 
 A plan is made at set-up, before anything is known of batches and calls. It is made again when the module has changed, and
-once when the first step has shown that layers are called in another order than they are registered.
+when steps have shown more: that layers are called in another order than they are registered, and of which weights they use
+nothing but what autocast casts them to.
 """
 
 import logging
@@ -12,7 +13,7 @@ from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.plan import Plan, check_plan
-from harmony_lightning.prepare import CallOrder, Workload, prepare
+from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
@@ -48,6 +49,7 @@ class Planning:
         self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
+        self._narrow = Narrow()
         self._min_samples = 1
         self.metrics: list[Metric] = []
         self._residency: Residency | None = None
@@ -56,7 +58,7 @@ class Planning:
     def _load(self, workload: Workload) -> None:
         engine = self._engine
         decomposition, plan = prepare(
-            engine.root, engine.cluster, self._config, workload, self._call_order, self._state_nbytes
+            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow, self._state_nbytes
         )
         if self._given is not None:
             plan = self._given
@@ -88,13 +90,8 @@ class Planning:
         workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
         if engine.is_out_of_date():
             self._load(workload)
-        if engine.trace.is_complete and not self._has_traced:
-            self._has_traced = True
-            order, loops = engine.trace.order(), engine.trace.loops()
-            if self._given is None and not engine.plan.follows(order, loops):
-                log.info("harmony: layers are called in another order than they are registered; planning again")
-                self._call_order = CallOrder(layers=order, loops=loops)
-                self._load(workload)
+        if engine.trace.is_complete and self._given is None and self._learn():
+            self._load(workload)
         if not engine.trace.is_complete:
             if self._residency is not None:
                 self._residency.forget()
@@ -111,3 +108,22 @@ class Planning:
         """A step comes that nobody measures."""
         if self._residency is not None:
             self._residency.let_go()
+
+    def _learn(self) -> bool:
+        """Whether steps have shown something that calls for another plan."""
+        engine, uses = self._engine, self._engine.uses
+        has_learned = False
+        if not self._has_traced:
+            self._has_traced = True
+            order, loops = engine.trace.order(), engine.trace.loops()
+            if not engine.plan.follows(order, loops):
+                log.info("harmony: layers are called in another order than they are registered; planning again")
+                self._call_order = CallOrder(layers=order, loops=loops)
+                has_learned = True
+        if (narrow := uses.narrow()) != self._narrow.weights:
+            num_weights = len(frozenset[str]().union(*narrow.values()))
+            dtype = uses.dtype_name
+            log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, dtype)
+            self._narrow = Narrow(weights=narrow, dtype=dtype)
+            has_learned = True
+        return has_learned

@@ -91,6 +91,7 @@ def compare_with_one_device(
     cluster: EmulatedCluster,
     mode: Literal["pp", "dp"] = "pp",
     seed: int = 0,
+    precision: str = "32-true",
     **strategy: Any,
 ) -> Comparison:
     """Train on each of these minibatches once, plainly and under harmony.
@@ -102,15 +103,32 @@ def compare_with_one_device(
         cluster: emulated GPUs for harmony.
         mode: deal packs or microbatches.
         seed: of both runs.
+        precision: of both Trainers.
         strategy: further arguments of `HarmonyStrategy`.
     """
     return Comparison(
-        expected=train_plain(make_module, batches, microbatch_size, seed=seed),
-        actual=train_harmony(make_module, batches, microbatch_size, cluster=cluster, mode=mode, seed=seed, **strategy),
+        expected=train_plain(make_module, batches, microbatch_size, seed=seed, precision=precision),
+        actual=train_harmony(
+            make_module,
+            batches,
+            microbatch_size,
+            cluster=cluster,
+            mode=mode,
+            seed=seed,
+            precision=precision,
+            **strategy,
+        ),
     )
 
 
-def train_plain(make_module: MakeModule, batches: Sequence[Any], microbatch_size: int, *, seed: int = 0) -> Run:
+def train_plain(
+    make_module: MakeModule,
+    batches: Sequence[Any],
+    microbatch_size: int,
+    *,
+    seed: int = 0,
+    precision: str = "32-true",
+) -> Run:
     """Plain Lightning on the host, accumulating over the microbatches of each minibatch.
 
     Raises:
@@ -127,7 +145,7 @@ def train_plain(make_module: MakeModule, batches: Sequence[Any], microbatch_size
     module = _make(make_module, seed)
     with plain_streams(module, num_microbatches):
         microbatches = [batch for part in parts for batch in part.batches]
-        return _fit(module, microbatches, accumulate_grad_batches=num_microbatches)
+        return _fit(module, microbatches, accumulate_grad_batches=num_microbatches, precision=precision)
 
 
 def train_harmony(
@@ -138,12 +156,14 @@ def train_harmony(
     cluster: EmulatedCluster,
     mode: Literal["pp", "dp"] = "pp",
     seed: int = 0,
+    precision: str = "32-true",
     **strategy: Any,
 ) -> Run:
     """Lightning with `HarmonyStrategy` on emulated GPUs. Arguments as in `compare_with_one_device`."""
     module = _make(make_module, seed)
     harmony = HarmonyStrategy(cluster=cluster, mode=mode, microbatch_size=microbatch_size, **strategy)
-    return replace(_fit(module, batches, strategy=harmony), statistics=harmony.statistics(), plan=harmony.plan)
+    run = _fit(module, batches, strategy=harmony, precision=precision)
+    return replace(run, statistics=harmony.statistics(), plan=harmony.plan)
 
 
 def relative_difference(expected: torch.Tensor | None, actual: torch.Tensor | None) -> float:

@@ -7,7 +7,7 @@ import pytest
 from zoo import AVERAGE_IN_TRAINING_STEP, DP_SUMS, FAMILIES, SAMPLES
 
 from harmony_lightning import EmulatedCluster
-from harmony_lightning.testing import Comparison, adamw, sgd, train_harmony, train_plain
+from harmony_lightning.testing import Comparison, adamw, compare_with_one_device, sgd, train_harmony, train_plain
 from harmony_lightning.units import parse_nbytes
 
 MICROBATCH_SIZE = 2
@@ -15,6 +15,9 @@ NUM_MICROBATCHES = SAMPLES // MICROBATCH_SIZE
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
 ROUNDING = 3e-6
 """Relative tolerance where additions come in another order, after five steps. A lost gradient shows from 1e-4 up."""
+
+ROUNDING_OF_HALF = 5e-3
+"""The same in bfloat16."""
 
 # Each family sees both optimizers, two numbers of GPUs in pp and one in dp.
 CASES = [
@@ -64,6 +67,18 @@ def test_trains_as_on_one_device(name, mode, num_gpus, optimizer):
         assert report.max_relative_difference <= ROUNDING, str(report)
     else:
         assert report.is_equal, str(report)
+
+
+@pytest.mark.parametrize("name", list(FAMILIES))
+def test_trains_in_mixed_precision_as_on_one_device(name):
+    family = FAMILIES[name]
+    options = {"make_module": lambda: family.build(sgd), "batches": family.batches(), "precision": "bf16-mixed"}
+    cluster = EmulatedCluster(2, f"{2 * parse_nbytes(family.memory)}B")
+    report = compare_with_one_device(microbatch_size=MICROBATCH_SIZE, cluster=cluster, **options)
+    narrow = {name for pack in report.actual.plan.packs for name in pack.narrow}
+    assert len(narrow) >= 2
+    assert any(name not in narrow for pack in report.actual.plan.packs for name in pack.parameters)
+    assert report.max_relative_difference <= (ROUNDING_OF_HALF if family.inexact else 0), str(report)
 
 
 @pytest.mark.parametrize("name", ["dropout_everywhere", "vit"])

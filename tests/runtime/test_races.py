@@ -63,7 +63,11 @@ SCENARIOS = {
     "update fails": (_BreakingChain, {}),
     "updates on devices": (Chain, {"update": "device"}),
     "updates stay": (Chain, {"update": "device", "memory": "1MiB"}),
+    "narrow pp": (Chain, {"mode": "pp"}),
+    "narrow dp": (Chain, {"mode": "dp"}),
+    "narrow, in one go": (Chain, {"gradient_wire": "half"}),
 }
+"""Those with narrow weights learn in their first step that they have some, and so take more."""
 
 
 def run(scenario, ignored=None):
@@ -74,9 +78,13 @@ def run(scenario, ignored=None):
     cluster = EmulatedCluster(2, options.get("memory", "500KiB" if make in (_Tied, _Manual) else "230KiB"))
     cluster.machine.waits, cluster.machine.ignored = {}, ignored
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
-    with_harmony = trainer(strategy, limit_train_batches=3, limit_val_batches=1, limit_predict_batches=1)
+    steps = {"limit_train_batches": 3}
+    if scenario.startswith("narrow"):
+        steps = {"limit_train_batches": 4, "precision": "bf16-mixed"}
+        steps |= {"gradient_clip_val": 0.1} if scenario.endswith("in one go") else {}
+    with_harmony = trainer(strategy, limit_val_batches=1, limit_predict_batches=1, **steps)
     with contextlib.suppress(_Broken):
-        with_harmony.fit(module, loader(8, 24), loader(8, 8))
+        with_harmony.fit(module, loader(8, 32), loader(8, 8))
     with_harmony.predict(module, loader(8, 8))
     return cluster.machine.waits
 

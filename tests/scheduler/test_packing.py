@@ -56,6 +56,30 @@ def test_a_pack_knows_its_bytes():
     assert (pack.slot_nbytes, pack.gradient_slot_nbytes) == (128 + 256 + 320, 128 + 320)
 
 
+def test_narrow_weights_take_half_and_their_gradients_all():
+    parts = decomposition(100, 200, 300, frozen={1}).narrowed({"l0": frozenset({"w0"}), "l1": frozenset({"w1"})})
+    (pack,) = packed(parts, 1 << 20, narrow_dtype="bfloat16").packs
+    assert pack.narrow == ("w0", "w1")
+    assert (pack.nbytes, pack.slot_nbytes) == (50 + 100 + 300, 64 + 128 + 320)
+    assert (pack.trainable_nbytes, pack.narrow_trainable_nbytes) == (400, 100)
+    assert pack.gradient_slot_nbytes == 128 + 320
+
+
+def test_a_tied_weight_is_narrow_in_packs_that_use_it_so():
+    parts = decomposition(KB, KB, KB, tied={2}).narrowed({"l2": frozenset({"w0", "w2"})})
+    options = {"one_layer_per_pack": True, "narrow_dtype": "bfloat16"}
+    assert [pack.narrow for pack in packed(parts, 100 * KB, **options).packs] == [(), (), ("w2", "w0")]
+    (together,) = packed(parts, 100 * KB, narrow_dtype="bfloat16").packs
+    assert together.narrow == ("w2",)
+    assert parts.travelling_nbytes == 2.5 * KB
+
+
+def test_narrow_weights_leave_room_for_more_layers():
+    parts = decomposition(*[KB] * 8)
+    half = parts.narrowed({f"l{i}": frozenset({f"w{i}"}) for i in range(8)})
+    assert len(packed(parts, 13 * KB).packs) > len(packed(half, 13 * KB, narrow_dtype="bfloat16").packs)
+
+
 def test_a_tied_weight_is_counted_once_in_a_pack():
     parts = decomposition(KB, KB, KB, tied={2})
     assert packed(parts, 100 * KB).packs[0].parameters == ("w0", "w1", "w2")

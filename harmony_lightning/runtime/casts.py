@@ -1,0 +1,77 @@
+"""Narrow weights on the host: what is cast of the masters, and when.
+
+A pack's narrow weights lie in one arena, from which they travel. They are cast again when masters may have changed:
+
+    behind an update that goes on while the next step begins     by the worker that has stepped them
+    at the first swap-in since anybody else may have written     by the thread that enqueues the swap-in
+
+Whether others may have written nobody can tell in general (`weight.data`, numpy): so they may have whenever weights are at
+rest between two steps, and within a step when user code writes a master.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+
+import torch
+from torch import nn
+
+from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.arena import lay_out, layout_nbytes, narrow_types
+from harmony_lightning.runtime.worker import HostWorker, Ticket
+
+
+class Casts:
+    """Of all packs. What is out of date is known on the controller, so that equal runs cast at equal times."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, cluster: Cluster) -> None:
+        self._parameters = parameters
+        self._jobs: dict[int, Ticket] = {}
+        """By pack that is up to date: the job that has cast it, unless an update has."""
+        self.arenas: list[torch.Tensor] = []
+        """By pack, uint8; empty for one without narrow weights."""
+        self._views: list[dict[str, torch.Tensor]] = []
+        for pack in plan.packs:
+            layout = lay_out(parameters, pack.narrow, narrow_types(plan, pack.narrow))
+            self.arenas.append(cluster.host_buffer(layout_nbytes(layout)))
+            self._views.append({name: region.view(self.arenas[-1]) for name, region in layout.items()})
+        self.forget()
+
+    def forget(self) -> None:
+        """Masters may have been written."""
+        self._out_of_date = {pack for pack, views in enumerate(self._views) if views}
+
+    def prepare(
+        self,
+        pack: int,
+        loader: HostWorker,
+        await_updates: Callable[[Iterable[str]], None],
+    ) -> Ticket | None:
+        """Called on the controller in front of a swap-in: have `loader` cast the pack if it is out of date. No swap-in
+        reads the arena then: whoever might have written masters has waited for those.
+
+        Args:
+            await_updates: returns when weights are not being updated.
+
+        Returns:
+            The job behind which the arena is up to date; None if the updates of its weights see to that.
+        """
+        if pack in self._out_of_date:
+            self._out_of_date.discard(pack)
+            names = tuple(self._views[pack])
+
+            def cast() -> None:
+                await_updates(names)
+                self._cast(pack, names)
+
+            self._jobs[pack] = loader.submit(cast)
+        return self._jobs.get(pack)
+
+    def cast(self, names: Iterable[str]) -> None:
+        """On the worker: these masters have been updated, and no swap-in reads what was cast of them."""
+        for pack, views in enumerate(self._views):
+            self._cast(pack, [name for name in names if name in views])
+
+    @torch.no_grad()
+    def _cast(self, pack: int, names: Iterable[str]) -> None:
+        for name in names:
+            self._views[pack][name].copy_(self._parameters[name])

@@ -1,0 +1,52 @@
+"""Copies between devices: how long their sources are held, and how far ahead they set out."""
+
+import pytest
+import torch
+
+from harmony_lightning import EmulatedCluster
+from harmony_lightning.hardware.device import Lane
+from harmony_lightning.runtime.microbatch import sending_ahead
+from harmony_lightning.runtime.transfer import Departures
+
+
+@pytest.mark.parametrize(
+    ("num_microbatches", "limit_nbytes", "num_held"), [(6, 0, 1), (6, 300, 3), (6, 1000, 5), (2, 1000, 1), (4, 1000, 3)]
+)
+def test_sources_of_copies_to_other_devices_are_held_while_they_may_be_needed(num_microbatches, limit_nbytes, num_held):
+    cluster = EmulatedCluster(1, "1MiB")
+    (device,) = cluster.devices
+    departures = Departures(cluster.devices, limit_nbytes, lambda: num_microbatches)
+    with cluster.activate():
+        for _ in range(6):
+            for lane in (Lane.PEER_OUT, Lane.SWAP_OUT):
+                departures.hold(device, lane, torch.empty(100, dtype=torch.uint8, device=device.torch_device))
+            departures.turn(device)
+        # Beside those of the present microbatch: of the last one, and of more if they go to other devices.
+        assert device.allocated_bytes() == 100 * (num_held + 1)
+        departures.let_go()
+        assert departures.is_empty
+        assert device.allocated_bytes() == 0
+
+
+class _Microbatch:
+    def __init__(self, name, log):
+        self.name, self.log, self.luggage_nbytes = name, log, 10
+
+    def send_ahead(self):
+        self.log.append(f"{self.name} sent")
+
+
+@pytest.mark.parametrize(
+    ("num_ahead", "limit_nbytes", "expected"),
+    [
+        (0, 0, "a sent, a, b sent, b, c sent, c, d sent, d"),
+        (1, 0, "a sent, b sent, a, c sent, b, d sent, c, d"),
+        (1, 30, "a sent, b sent, c sent, a, d sent, b, c, d"),
+        (1, 1000, "a sent, b sent, c sent, d sent, a, b, c, d"),
+    ],
+)
+def test_what_follows_sets_out_as_far_as_there_is_memory(num_ahead, limit_nbytes, expected):
+    log = []
+    for (microbatch,) in sending_ahead([[_Microbatch(name, log)] for name in "abcd"], num_ahead, limit_nbytes):
+        log.append(microbatch.name)
+    assert ", ".join(log) == expected
