@@ -78,7 +78,8 @@ def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candid
     # Small ones first, as a large one may be the end; the last ones find their slots again anyway.
     sizes = {pack: plan.packs[pack].slot_nbytes for pack in range(last + 1) if plan.packs[pack].nbytes}
     yield from (_Candidate(pack=pack, is_weights=True) for pack in sorted(sizes, key=lambda pack: (sizes[pack], pack)))
-    if not moves_stash:  # a layer whose inputs leave is run again for nothing else
+    # A layer whose inputs leave is not worth keeping; one that is called for several microbatches at once cannot be.
+    if not moves_stash and plan.microbatches_per_forward == 1:
         for pack in reversed(range(last)):
             yield from layers(pack)
 

@@ -113,6 +113,8 @@ def test_stashes_and_what_needs_them_leave_if_the_user_says_so():
     base = plan(KB, KB, KB, KB, memory_bytes=AMPLE)
     made = let_stay(base, usage(base), moves_stash=True)
     assert (made.stash_stays, made.keep, made.resident) == ((), ("l3",), (0, 1, 2, 3))
+    joint = plan(KB, KB, KB, KB, memory_bytes=AMPLE, microbatches_per_forward=2)
+    assert let_stay(joint, usage(joint)).keep == ("l3",)
     on_device = plan(KB, KB, KB, KB, memory_bytes=AMPLE, stash="device")
     assert let_stay(on_device, usage(on_device)).keep == ("l3", "l2", "l1", "l0")
 
