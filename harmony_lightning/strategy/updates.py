@@ -37,7 +37,7 @@ class Updates:
         self._just_in_time: JustInTimeUpdate | None = None
         self._stepped: frozenset[str] = frozenset()
         """Weights that just-in-time updates have stepped, so that the optimizer has its states of them."""
-        self._stepped_by: Callable[[], Optimizer | None] = lambda: None
+        self._stepped_by: weakref.ref[Optimizer] | None = None
         """The optimizer that has."""
         self._told: set[str] = set()
 
@@ -51,7 +51,7 @@ class Updates:
     ) -> Iterator[Callable[[], Any]]:
         """Around one step of the optimizer, which is to be called with the closure that is given back."""
         clip_value = trainer.gradient_clip_val
-        if self._stepped_by() is not optimizer:
+        if self._stepped_by is None or self._stepped_by() is not optimizer:
             self._stepped, self._stepped_by = frozenset(), weakref.ref(optimizer)
         self._optimizer, self._just_in_time = optimizer, None
         hidden: list[tuple[Any, Any]] = []
