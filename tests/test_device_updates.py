@@ -343,3 +343,19 @@ def test_what_cannot_move_is_updated_on_the_host(kind, caplog):
     assert same_weights(ours[0], fit(make=lambda depth: Chain(depth, optimizer=kind))[0])
     assert updates(strategy) == 0
     assert "updated on the host" in caplog.text
+
+
+def timeline(stay):
+    strategy = HarmonyStrategy(
+        plan=planned(stay=stay, stash="device"), microbatch_size=2, cluster=EmulatedCluster(2, MEMORY, preset="3090")
+    )
+    fit(strategy)
+    return strategy.timeline()
+
+
+def test_time_is_the_same_each_time_and_less_where_packs_stay():
+    swapped, again, stays = timeline(()), timeline(()), timeline("all")
+    assert swapped == again
+    ends = [max(span.end for span in one.spans if span.lane == "compute") for one in (swapped, stays)]
+    assert ends[1] < ends[0]
+    assert any(span.name.startswith("states of pack") for span in swapped.spans)

@@ -111,7 +111,8 @@ class Updates:
             reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
             reason = reason or self._separability.reason_against_moving(optimizers[0])
         if reason is not None:
-            self._tell_once(f"update='device' is left out, weights are updated on the host: {reason}")
+            text = f"update='device' is left out, weights are updated on the host: {reason}"
+            self._tell_once(text, logging.WARNING)
             return None
         return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
 
@@ -120,7 +121,8 @@ class Updates:
         if self._optimizer is None or all(pack.update == "host" for pack in engine.plan.packs):
             return None
         if (reason := self._reason_for_host(engine)) is not None:
-            self._tell_once(f"packs that the plan wants to be updated on devices are updated on the host: {reason}")
+            text = f"packs that the plan wants to be updated on devices are updated on the host: {reason}"
+            self._tell_once(text, logging.WARNING)
             return None
         return self._just_in_time
 
@@ -164,10 +166,10 @@ class Updates:
         observer = overrides.observer_of_gradients(module, precision_plugin, pl)
         return observer or self._separability.reason_against(optimizer)
 
-    def _tell_once(self, text: str) -> None:
+    def _tell_once(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._told:
             self._told.add(text)
-            log.info("harmony: %s", text)
+            log.log(level, "harmony: %s", text)
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:
