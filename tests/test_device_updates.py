@@ -106,6 +106,17 @@ def test_in_dp_the_device_with_the_sum_updates():
     assert updates(there) == (NUM_STEPS - 1) * len(there.plan.packs)
 
 
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_the_plan_that_is_made_keeps_packs_where_they_are_updated(mode):
+    cluster = EmulatedCluster(2, "2MiB")
+    options = {"mode": mode, "microbatch_size": 2, "stash": "device", "one_layer_per_pack": True}
+    strategy = HarmonyStrategy(update="device", cluster=cluster, **options)
+    on_host = HarmonyStrategy(cluster=cluster, **options)
+    assert_same(fit(strategy), fit(on_host))
+    assert len(strategy.plan.updates_stay) == len(strategy.plan.packs) > 1
+    assert updates(strategy) == (NUM_STEPS - 1) * len(strategy.plan.packs)
+
+
 class Scheduled(Chain):
     """Two groups with options of their own, and rates that change with every step. Some weights are frozen."""
 
@@ -210,12 +221,33 @@ class Hooked(Chain):
         self.head.weight.register_hook(lambda gradient: self.seen.append(gradient.clone()))
 
 
-def test_weights_whose_gradients_are_watched_stay_with_the_host():
-    strategy = on_devices()
+@pytest.mark.parametrize("stay", [(), "all"], ids=["swapped", "all stay"])
+def test_weights_whose_gradients_are_watched_stay_with_the_host(stay):
+    strategy = on_devices(stay=stay)
     ours, plain = fit(strategy, Hooked), fit(make=Hooked)
     assert_same(ours, plain)
     # The head's bias is updated on a device all the same.
     assert updates(strategy) == (NUM_STEPS - 1) * len(strategy.plan.packs)
+
+
+class Between(Chain):
+    """Uses weights of layers between layers, so that their gradients go to the host."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        fast = {name: weight * 0.5 for name, weight in self.net.named_parameters()}
+        hidden = torch.func.functional_call(self.net, fast, (inputs,))
+        return torch.nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
+@pytest.mark.parametrize("stay", [(), "all"], ids=["swapped", "all stay"])
+def test_weights_that_are_used_between_layers_are_updated_on_the_host(stay):
+    strategy, on_host = (
+        HarmonyStrategy(plan=plan, microbatch_size=2, cluster=EmulatedCluster(2, "1MiB"))
+        for plan in (planned(stay=stay), planned(lambda index: False))
+    )
+    assert_same(fit(strategy, Between), fit(on_host, Between))
+    assert updates(strategy) == NUM_STEPS - 1  # of the head
 
 
 OBSERVERS = {
@@ -311,3 +343,19 @@ def test_what_cannot_move_is_updated_on_the_host(kind, caplog):
     assert same_weights(ours[0], fit(make=lambda depth: Chain(depth, optimizer=kind))[0])
     assert updates(strategy) == 0
     assert "updated on the host" in caplog.text
+
+
+def timeline(stay):
+    strategy = HarmonyStrategy(
+        plan=planned(stay=stay, stash="device"), microbatch_size=2, cluster=EmulatedCluster(2, MEMORY, preset="3090")
+    )
+    fit(strategy)
+    return strategy.timeline()
+
+
+def test_time_is_the_same_each_time_and_less_where_packs_stay():
+    swapped, again, stays = timeline(()), timeline(()), timeline("all")
+    assert swapped == again
+    ends = [max(span.end for span in one.spans if span.lane == "compute") for one in (swapped, stays)]
+    assert ends[1] < ends[0]
+    assert any(span.name.startswith("states of pack") for span in swapped.spans)

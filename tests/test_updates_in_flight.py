@@ -102,11 +102,11 @@ class _Broken(Exception):
 class Counting(torch.optim.Optimizer):
     """Takes its time, and counts its steps in numbers, which nobody can be seen to look at."""
 
-    def __init__(self, parameters, lr, breaks=False):
+    def __init__(self, parameters, lr, breaks=0):
         parameters = list(parameters)
         super().__init__(parameters, {"lr": lr})
-        self.breaking = id(parameters[0]) if breaks else None
-        """Whose third step fails; not that of its stand-in when the optimizer is tried."""
+        self.breaks, self.breaking = breaks, id(parameters[0])
+        """The step that fails, and whose; not that of its stand-in when the optimizer is tried."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -119,7 +119,7 @@ class Counting(torch.optim.Optimizer):
                     state = self.state[parameter]
                     state["step"] = state.get("step", 0) + 1
                     parameter.sub_(parameter.grad, alpha=group["lr"])
-                    if id(parameter) == self.breaking and state["step"] == 3:
+                    if id(parameter) == self.breaking and state["step"] == self.breaks:
                         raise _Broken
         return loss
 
@@ -226,8 +226,13 @@ def test_an_update_that_fails_in_flight_ends_the_run(forks):
 
     looking = Looking(fork)
     with pytest.raises(_Broken):
-        fit(harmony(2), callbacks=[looking], optimizer=functools.partial(Counting, breaks=True))
+        fit(harmony(2), callbacks=[looking], optimizer=functools.partial(Counting, breaks=3))
     assert len(looking.seen) == 3
+
+
+def test_the_last_update_may_fail_too():
+    with pytest.raises(_Broken):
+        fit(harmony(2), optimizer=functools.partial(Counting, breaks=NUM_STEPS))
 
 
 class Exchanging(Chain):

@@ -185,8 +185,8 @@ class Plan(Record):
         return sum(pack.state_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
 
     def weights_stay(self, pack: int) -> bool:
-        """Whether new weights of a pack stay on the only device that needs them."""
-        return pack in self.updates_stay and len(self.visitors(pack)) == 1
+        """Whether new weights of a pack stay on the only device that ever needs them."""
+        return pack in self.updates_stay and (self.mode == "pp" or self.num_devices == 1)
 
     @property
     def num_gradient_buffers(self) -> int:

@@ -11,6 +11,7 @@ layer       one layer's forward and backward as one autograd node; joint: one fo
 residency   weights on devices        gradients  their way back
 buffers     module buffers            stash      what waits from forward to backward
 arena       flat memory               worker     the host's thread; update  what it does to weights
+device_update  updates on devices; update_slots: their memory there; optimizer_states, state_sizes: what comes along
 separability  whether an optimizer may update pack by pack
 derivatives, host_arithmetic          what user code differentiates, and computes with masters, by itself
 randomness, thread_state, structure   what is kept per microbatch and per call

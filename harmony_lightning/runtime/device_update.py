@@ -152,6 +152,7 @@ class DeviceUpdates:
         layout, weights = self._layouts[pack], self._weights[device].acquire(pack, gradients)
         copies = {name: layout[name].view(slot.bytes) for name in gradients}
         torch._foreach_copy_(list(copies.values()), [weights[name] for name in copies])
+        self._weights[device].release(pack)  # the next pack need not wait for the step
         stand_ins: dict[str, StandIn] = {}
         for name, gradient in gradients.items():
             parameter, master = nn.Parameter(copies[name]), self._parameters[name]

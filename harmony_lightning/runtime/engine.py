@@ -418,7 +418,7 @@ class Engine:
     def bring_home(self) -> None:
         """Bring what has stayed on devices, and is newer there, to the host: anybody may look at it, and write it."""
         if self._code is not None and self.state.is_behind:
-            with self.cluster.activate(continues=bool(self._microbatches)), torch._C.DisableTorchFunction():
+            with self.cluster.activate(continues=True), torch._C.DisableTorchFunction():
                 self.state.bring_home()
 
     @property

@@ -395,9 +395,10 @@ class GradientStore:
         priority: int = 0,
     ) -> Ticket:
         """Have the worker deal with gradients that reach the host at `arrival`; those in `complete` get no more parts."""
+        events = list(self._reads(complete))
         if self.updates is not None and isinstance(on_complete, JustInTimeUpdate):
-            self.updates.slots.bring_home(complete)
-        events = [*self._reads(complete), *([arrival] if arrival is not None else [])]
+            events += self.updates.slots.give_up(complete)
+        events += [arrival] if arrival is not None else []
 
         def receive() -> None:
             for event in events:

@@ -120,7 +120,7 @@ class UpdateSlots:
             return slot.released
         slot.updated = self._devices[device].record(Lane.COMPUTE)
         slot.newer_states |= names
-        if len(self._plan.visitors(pack)) > 1:
+        if not self._plan.weights_stay(pack):
             return self._swap_out(slot, pack, device, names, frozenset())
         slot.newer |= names
         return None
@@ -142,23 +142,44 @@ class UpdateSlots:
         wanted = frozenset(names)
         return any(not wanted.isdisjoint(slot.newer | slot.newer_states) for slot in slots)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
     def bring_home(self, names: Iterable[str] | None = None) -> None:
         """Return when the host has the newest values, of these weights and their packs at least: anybody may write them."""
         wanted = None if names is None else frozenset(names)
-        ends: list[Event] = []
-        for device, slots in enumerate(self._slots):
-            for slot in slots:
-                newer = slot.newer | slot.newer_states
-                if newer and slot.pack is not None and (wanted is None or not wanted.isdisjoint(newer)):
-                    self.arrived(slot, device)
-                    slot.released = self._swap_out(slot, slot.pack, device, slot.newer, slot.newer_states)
-                    ends.append(slot.released)
-                    slot.newer = slot.newer_states = frozenset()
-                    slot.states = None
+        ends = [
+            self._leave(slot, device)
+            for device, slots in enumerate(self._slots)
+            for slot in slots
+            if (newer := slot.newer | slot.newer_states) and (wanted is None or not wanted.isdisjoint(newer))
+        ]
         for end in ends:
             end.synchronize()
+
+    def give_up(self, names: Collection[str]) -> list[Event]:
+        """The host is going to update these weights: what is here of their states will be good no longer. Returns the
+        points behind which it may."""
+        events: list[Event] = []
+        for device, slots in enumerate(self._slots):
+            for slot in slots:
+                states = slot.states
+                if states is None or all(weight not in names for weight, _ in states.keys):
+                    continue
+                events.append(self.arrived(slot, device))
+                if slot.newer or slot.newer_states:
+                    events.append(self._leave(slot, device))
+                slot.states = None
+        self.bring_home(names)
+        return events
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _leave(self, slot: UpdateSlot, device: int) -> Event:
+        """Bring what is newer to the host; returns the point from which on it is there."""
+        assert slot.pack is not None
+        self.arrived(slot, device)
+        slot.released = self._swap_out(slot, slot.pack, device, slot.newer, slot.newer_states)
+        slot.newer = slot.newer_states = frozenset()
+        slot.states = None
+        return slot.released
 
     # Copies -----------------------------------------------------------------------------------------------------------
 

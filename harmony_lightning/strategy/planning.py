@@ -6,7 +6,7 @@ nothing but what autocast casts them to.
 """
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torchmetrics import Metric
@@ -35,10 +35,10 @@ class Planning:
         engine: Engine,
         config: HarmonyConfig,
         given: Plan | None,
-        state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+        state_nbytes: Callable[[], Mapping[str, tuple[int, ...]] | None] = lambda: None,
     ) -> None:
-        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` has the bytes of each tensor that the
-        optimizer will remember of a weight, by weight; None if devices are not to update any.
+        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` tells the bytes of each tensor that
+        the optimizer will remember of a weight, by weight; None if devices are not to update any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -58,7 +58,7 @@ class Planning:
     def _load(self, workload: Workload) -> None:
         engine = self._engine
         decomposition, plan = prepare(
-            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow, self._state_nbytes
+            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow, self._state_nbytes()
         )
         if self._given is not None:
             plan = self._given

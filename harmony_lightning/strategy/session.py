@@ -159,11 +159,17 @@ class Session:
                     self._updates.probe(optimizer)
         self.setup_precision_plugin()
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))
-        states = None
-        if self._config.update == "device" and trainer.state.fn == "fit" and not self._engine.cluster.host_is_device:
-            states = self._updates.state_nbytes(self.optimizers, self.lightning_module, self.precision_plugin, self._pl)
-        self._planning = Planning(self._engine, self._config, self._given_plan, states)
+        self._planning = Planning(self._engine, self._config, self._given_plan, self._state_nbytes)
         name_as_on_one_device(trainer.profiler)
+
+    def _state_nbytes(self) -> dict[str, tuple[int, ...]] | None:
+        """By weight, what the optimizer will remember; None if devices are not to update any."""
+        module = self.lightning_module
+        if self._config.update != "device" or self._require_engine().cluster.host_is_device:
+            return None
+        if module.trainer.state.fn != "fit":
+            return None
+        return self._updates.state_nbytes(self.optimizers, module, self.precision_plugin, self._pl)
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:

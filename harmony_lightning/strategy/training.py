@@ -188,6 +188,12 @@ class Training(Session):
         if not may_go_on:
             engine.settle()
 
+    def on_train_end(self) -> None:
+        """What the last update has raised is raised here; nobody else might look."""
+        super().on_train_end()  # type: ignore[misc]
+        if self._engine is not None:
+            self._engine.settle()
+
     def _factor(self, gradient: torch.Tensor) -> float:
         """What the loss counts; the expected number where the loss's type can only hold it rounded."""
         expected = self._expected_factor()

@@ -37,7 +37,7 @@ class Updates:
         self._just_in_time: JustInTimeUpdate | None = None
         self._stepped: frozenset[str] = frozenset()
         """Weights that just-in-time updates have stepped, so that the optimizer has its states of them."""
-        self._stepped_by: Callable[[], Optimizer | None] = lambda: None
+        self._stepped_by: weakref.ref[Optimizer] | None = None
         """The optimizer that has."""
         self._told: set[str] = set()
 
@@ -51,7 +51,7 @@ class Updates:
     ) -> Iterator[Callable[[], Any]]:
         """Around one step of the optimizer, which is to be called with the closure that is given back."""
         clip_value = trainer.gradient_clip_val
-        if self._stepped_by() is not optimizer:
+        if self._stepped_by is None or self._stepped_by() is not optimizer:
             self._stepped, self._stepped_by = frozenset(), weakref.ref(optimizer)
         self._optimizer, self._just_in_time = optimizer, None
         hidden: list[tuple[Any, Any]] = []
@@ -112,7 +112,8 @@ class Updates:
             reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
             reason = reason or self._separability.reason_against_moving(optimizers[0])
         if reason is not None:
-            self._tell_once(f"update='device' is left out, weights are updated on the host: {reason}")
+            text = f"update='device' is left out, weights are updated on the host: {reason}"
+            self._tell_once(text, logging.WARNING)
             return None
         return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
 
@@ -121,7 +122,8 @@ class Updates:
         if self._optimizer is None or all(pack.update == "host" for pack in engine.plan.packs):
             return None
         if (reason := self._reason_for_host(engine)) is not None:
-            self._tell_once(f"packs that the plan wants to be updated on devices are updated on the host: {reason}")
+            text = f"packs that the plan wants to be updated on devices are updated on the host: {reason}"
+            self._tell_once(text, logging.WARNING)
             return None
         return self._just_in_time
 
@@ -165,10 +167,10 @@ class Updates:
         observer = overrides.observer_of_gradients(module, precision_plugin, pl)
         return observer or self._separability.reason_against(optimizer)
 
-    def _tell_once(self, text: str) -> None:
+    def _tell_once(self, text: str, level: int = logging.INFO) -> None:
         if text not in self._told:
             self._told.add(text)
-            log.info("harmony: %s", text)
+            log.log(level, "harmony: %s", text)
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:
