@@ -66,6 +66,18 @@ class Fields:
                 raise self.error(f"{name}[{index}]", f"must be a number of at least 0, got {_shown(value)}")
         return tuple(float(value) for value in values)
 
+    def tells(self, name: str) -> bool:
+        """Whether there is anything under that name."""
+        return self._values.get(name) not in (None, [], ())
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Texts; none if the name is missing. Raises ConfigurationError otherwise."""
+        values = self._sequence(name) if self.tells(name) else ()
+        for index, value in enumerate(values):
+            if not isinstance(value, str):
+                raise self.error(f"{name}[{index}]", f"must be text, got {_shown(value)}")
+        return tuple(values)
+
     def counts(self, name: str, least: int = 0) -> tuple[int, ...]:
         """Whole numbers. Raises ConfigurationError otherwise."""
         values = self._sequence(name)
