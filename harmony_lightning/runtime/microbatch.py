@@ -63,7 +63,7 @@ class Microbatch:
 
     @property
     def device(self) -> Device:
-        """Where the microbatch goes on when it is resumed."""
+        """Where the microbatch goes on."""
         pack = self.waits_for if self.waits_for is not None else self.segment.pack if self.segments else 0
         return self._state.device_of(pack, self.index)
 
@@ -78,13 +78,6 @@ class Microbatch:
         self.segments.append(
             Segment(self._state, pack, self.index, is_cut=self.is_cut, replaced=self.replaced, deposit=self.deposit)
         )
-
-    def start(self, pack: int) -> None:
-        """Run up to the first switch; `pack` is where glue in front of the first layer runs."""
-        self.open(pack)
-        self._greenlet = greenlet.greenlet(self._run)
-        self._greenlet.gr_context = contextvars.copy_context()
-        self.resume()
 
     def _run(self) -> None:
         self.end(self._function())
@@ -110,9 +103,12 @@ class Microbatch:
         if self._luggage is not None and self.waits_for is not None:
             self._luggage.send(self._state.device_of(self.waits_for, self.index))
 
-    def resume(self) -> None:
-        """Called by the engine: let the greenlet run to its next switch or its end."""
-        assert self._greenlet is not None
+    def go_on(self) -> None:
+        """Called by the engine: run to the next switch or the end. Glue in front of the first layer is in pack 0."""
+        if self._greenlet is None:
+            self.open(0)
+            self._greenlet = greenlet.greenlet(self._run)
+            self._greenlet.gr_context = contextvars.copy_context()
         pack = self.segment.pack if self.waits_for is None else self.waits_for
         device = self._device = self.device
         base = ThreadState()
@@ -168,7 +164,7 @@ class Microbatch:
         """Hand in a gradient for a tensor of an older segment, on that segment's device."""
         self.pending.setdefault((edge.node, edge.output_nr), (edge, []))[1].append(gradient)
 
-    def backward_segment(self) -> Segment:
+    def backward_segment(self) -> None:
         """Differentiate the youngest segment from the gradients that have arrived for it, and forget it."""
         segment = self.segments.pop()
         mine = [k for k in self.pending if k[0]._sequence_nr() >= segment.start]
@@ -187,7 +183,6 @@ class Microbatch:
                 segment.add_partial_gradients()
         finally:
             self._in_backward = None
-        return segment
 
 
 class Luggage:

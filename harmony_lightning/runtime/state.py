@@ -251,6 +251,11 @@ class RuntimeState:
         self._weights = []
         self.gradients.close()
 
+    def leave_pack(self) -> None:
+        """User code goes on to another pack: what it used beside weights of layers may go."""
+        self.glue.clear()
+        self.buffers.drop_clean()
+
     def release(self, pack: int, device: int) -> None:
         """A pack's weights are not needed on a device any more."""
         self._weights[device].release(pack)

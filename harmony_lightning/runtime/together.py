@@ -12,11 +12,18 @@ A step that is given up has begun for nothing: it must run again, alone, in its 
 written until then is written twice.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from harmony_lightning.errors import DeviceOutOfMemoryError
+from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.randomness import Replay
+from harmony_lightning.runtime.user_code import UserCode
+from harmony_lightning.runtime.visits import next_in_forward, visit
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,3 +78,65 @@ class Turns:
 
     def outcomes(self) -> tuple[Any, ...]:
         return tuple(microbatch.result for microbatch in self._microbatches)
+
+
+class SharedPass:
+    """One pass over the packs that several steps share."""
+
+    def __init__(self, code: UserCode, functions: Sequence[Callable[[], Any]]) -> None:
+        self._code = code
+        self._state = code.state
+        self.microbatches = [
+            Microbatch(code.state, m, function, None, is_cut=True) for m, function in enumerate(functions)
+        ]
+        self._turns = Turns(self.microbatches)
+
+    def run(self) -> Together:
+        """All steps, to their end or until they are given up."""
+        state, turns, plan = self._state, self._turns, self._state.plan
+        with visit(state, 0, self.microbatches, next_in_forward(plan, 0, self.microbatches)):
+            for microbatch in self.microbatches:
+                self._let_go_on(microbatch)
+        while ready := turns.ready:
+            pack = min(m.waits_for for m in ready if m.waits_for is not None)
+            visitors = [m for m in ready if m.waits_for == pack]
+            with visit(state, pack, visitors, next_in_forward(plan, pack, turns.left)):
+                for microbatch in visitors:
+                    self._let_go_on(microbatch)
+        state.buffers.flush()
+        return Together(outcomes=turns.outcomes(), obstacle=turns.obstacle)
+
+    def _let_go_on(self, microbatch: Microbatch) -> None:
+        turns = self._turns
+        if microbatch not in turns.left:
+            return
+        is_first, device = microbatch is turns.first, microbatch.device
+        drawn = Replay(device)
+        self._state.departures.turn(device)
+        try:
+            with self._code.running(microbatch):
+                microbatch.go_on()
+        except Uncuttable:
+            turns.obstacle = "it takes derivatives across layers"
+            self._code.kill(turns.give_up_from(microbatch.index))
+        except Exception as error:
+            is_memory = isinstance(error, DeviceOutOfMemoryError | torch.OutOfMemoryError)
+            if is_memory and len(self.microbatches) > 1:
+                turns.obstacle = f"{len(self.microbatches)} at once do not fit ({error})"
+                self._code.kill(turns.give_up_from(microbatch.index))
+            else:
+                microbatch.end(Raised(error))
+                self._code.kill(turns.give_up_from(microbatch.index + 1))
+        drawn.keep_what_was_drawn(device)
+        if not drawn.is_empty:
+            turns.obstacle = "it draws random numbers"
+            if not is_first:
+                drawn.begin(device)
+                self._code.kill(turns.give_up_from(microbatch.index))
+
+    def take_turn(self) -> None:
+        """Called from user code of one of the steps: wait until all before it have ended."""
+        microbatch = self._code.microbatch
+        if microbatch is not None and not self._state.depth:
+            while microbatch is not self._turns.first:
+                microbatch.park(microbatch.segment.pack, awaits_turn=True)

@@ -1,6 +1,9 @@
 """Between Lightning and the runtime: the strategy, and what each of Lightning's features needs of it.
 
-    mixin              HarmonyMixin: every hook of Lightning's Strategy
+    mixin              HarmonyMixin: every hook of Lightning's Strategy, in three parts:
+    session              from set-up to teardown, and what is around every step
+    training             training steps, backward, the optimizer's step
+    evaluation           validation, test and prediction steps
     planning           which plan the engine is under, and how a batch is cut
     updates            which update an optimizer's step gets
     overrides          what the user's own hooks expect to find

@@ -1,0 +1,150 @@
+"""A training step: all microbatches forward through the packs, and back.
+
+    forward     all microbatches go through pack 0, then through pack 1, ...; in the last pack each one finishes and
+                runs its backward at once (fused), so that logits of only one microbatch are ever alive
+    backward    all microbatches go back through the last but one pack, ..., pack 0; a pack whose last segment is done
+                sends its gradients to the host, where `on_complete` may update its weights while others still compute
+
+Which pack comes next is read off the microbatches themselves: the foremost pack that one of them waits for. So loops,
+skipped layers and other orders than the plan's need no special case, only more swapping.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch.autograd.graph import get_gradient_edge
+
+from harmony_lightning.runtime.gradients import OnComplete
+from harmony_lightning.runtime.lookahead import Lookahead
+from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.transfer import Arrival
+from harmony_lightning.runtime.user_code import UserCode
+from harmony_lightning.runtime.visits import next_in_backward, next_in_forward, visit
+
+Settle = Callable[[Any], tuple[torch.Tensor | None, Any]]
+"""Takes a microbatch's result apart: its loss, and the result with that loss detached."""
+
+
+class TrainingStep:
+    """One step, from the first microbatch's first layer to the last gradient.
+
+    Attributes:
+        has_loss: whether some microbatch returned a loss that can be differentiated.
+        is_cut: whether the microbatches are cut at pack borders.
+    """
+
+    def __init__(
+        self,
+        code: UserCode,
+        microbatches: Sequence[Microbatch],
+        shares: Sequence[float],
+        settle: Settle,
+        factor: float,
+        *,
+        is_cut: bool,
+    ) -> None:
+        """Arguments are those of `Engine.forward`."""
+        self.has_loss = False
+        self.is_cut = is_cut
+        self._code = code
+        self._state = code.state
+        self._microbatches = microbatches
+        self._shares = shares
+        self._settle = settle
+        self._factor = factor
+        self._segments_left: Counter[int] = Counter()
+        """By pack: segments whose backward has not run."""
+        self._uses_left: Counter[str] = Counter()
+        """By weight: segments that use it and whose backward has not run."""
+
+    def forward(self) -> None:
+        """To the end of all microbatches, with the backward of the last segment of each."""
+        state, microbatches = self._state, self._microbatches
+        state.prefetch_first()
+        if not self.is_cut:
+            for microbatch in microbatches:
+                self._run(microbatch)
+                state.leave_pack()
+                state.release_all()
+        else:
+            with visit(state, 0, microbatches, next_in_forward(state.plan, 0, microbatches)):
+                for microbatch in microbatches:
+                    self._run(microbatch)
+        while waiting := [m for m in microbatches if not m.is_done]:
+            pack = min(m.waits_for for m in waiting if m.waits_for is not None)
+            visitors = [m for m in waiting if m.waits_for == pack]
+            with visit(state, pack, visitors, next_in_forward(state.plan, pack, waiting)):
+                visitors[0].send_ahead()
+                for microbatch, following in zip(visitors, [*visitors[1:], None], strict=True):
+                    if following is not None and state.plan.prefetch:
+                        following.send_ahead()
+                    self._run(microbatch)
+
+    def backward(self, factor: float, on_complete: OnComplete) -> None:
+        """What is left of it; arguments are those of `Engine.backward`."""
+        state, microbatches = self._state, self._microbatches
+        if factor != self._factor:
+            self._rescale(factor / self._factor)
+        state.gradients.begin()
+        for pack in reversed(range(len(state.plan.packs))):
+            if not self._segments_left[pack]:
+                self._send(pack, on_complete)
+        ahead = Lookahead(microbatches if state.plan.prefetch else (), self._code.stash.bring_back)
+        while left := [m for m in microbatches if m.segments]:
+            pack = max(m.segment.pack for m in left)
+            visitors = [m for m in left if m.segment.pack == pack]
+            with visit(state, pack, visitors, next_in_backward(pack, left)):
+                for microbatch in visitors:
+                    while microbatch.segments and microbatch.segment.pack == pack:
+                        ahead.begin(microbatch.segment)
+                        self._backward_segment(microbatch)
+            if not self._segments_left[pack]:
+                self._send(pack, on_complete)
+        state.gradients.finish(on_complete)
+
+    def _run(self, microbatch: Microbatch) -> None:
+        """Let a microbatch go on; if it comes to its end, differentiate its last segment."""
+        self._state.departures.turn(microbatch.device)
+        with self._code.running(microbatch):
+            microbatch.go_on()
+        if not microbatch.is_done:
+            return
+        share = self._shares[microbatch.index]
+        loss, microbatch.result = self._settle(microbatch.result)
+        if share == 0:
+            loss = None  # it counts nothing, and may be 0 / 0
+        if loss is not None:
+            seed = torch.full_like(loss.detach(), share * self._factor)
+            microbatch.deposit(get_gradient_edge(loss), Arrival(seed, microbatch.segment.device))
+        self.has_loss |= loss is not None
+        del loss  # only nodes hold the graph from here on, so that backward frees it
+        if not microbatch.is_cut:
+            del microbatch.segments[:-1]
+            self._state.is_holding = True
+            self._backward_segment(microbatch)
+            self._state.is_holding = False
+            return
+        for segment in microbatch.segments:
+            self._segments_left[segment.pack] += 1
+            self._uses_left.update(segment.uses.keys())
+        self._backward_segment(microbatch)
+
+    def _backward_segment(self, microbatch: Microbatch) -> None:
+        segment = microbatch.segment
+        names = tuple(segment.uses)
+        self._state.departures.turn(segment.device)
+        with self._code.running(microbatch, "in backward of", segment):
+            microbatch.backward_segment()
+        self._segments_left[segment.pack] -= 1
+        self._uses_left.subtract(names)
+
+    def _send(self, pack: int, on_complete: OnComplete) -> None:
+        self._state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
+
+    def _rescale(self, ratio: float) -> None:
+        self._state.gradients.scale(ratio)
+        for microbatch in self._microbatches:
+            for _, parts in microbatch.pending.values():
+                parts[:] = [Arrival(part.take() * ratio, part.device) for part in parts]

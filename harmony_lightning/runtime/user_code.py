@@ -1,0 +1,181 @@
+"""What user code meets while it runs: its calls of layers come here, its tensors are brought to the device where it is, and
+what autograd saves goes to the stash."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import greenlet
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils import _pytree as pytree
+
+from harmony_lightning.runtime.checkpointing import transparent_checkpoints
+from harmony_lightning.runtime.derivatives import yielding_hooks
+from harmony_lightning.runtime.functions import watched_functions
+from harmony_lightning.runtime.glue import Glue
+from harmony_lightning.runtime.glue_weights import WeightReference
+from harmony_lightning.runtime.host_arithmetic import HostArithmetic
+from harmony_lightning.runtime.layer import call_layer, is_layer_hook
+from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.segment import Segment, add_place
+from harmony_lightning.runtime.site import Site
+from harmony_lightning.runtime.stash import Stash
+from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.trace import Trace
+
+
+class UserCode:
+    """The side of the runtime that the user's code sees, under one plan.
+
+    Attributes:
+        microbatch: whose code is running; None for code that does not count as between layers.
+    """
+
+    def __init__(self, state: RuntimeState, trace: Callable[[], Trace], notice: Callable[[Any], None]) -> None:
+        """`trace` takes the calls of layers; `notice` is told what functions are about to work with."""
+        self.state = state
+        self._trace = trace
+        self.microbatch: Microbatch | None = None
+        self.stash = Stash(
+            self._stashing_segment,
+            state.is_weight_memory,
+            self._refer,
+            state.glue.restore,
+            state.counters,
+            state.departures,
+        )
+        self._notice = notice
+        self._is_aborting = False
+
+    # Whose code runs --------------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def active(self, host_arithmetic: HostArithmetic | None = None, *, continues: bool = False) -> Iterator[None]:
+        """What is in force on the thread while user code runs. The step `continues` if copies may be left in flight."""
+        state = self.state
+        with ExitStack() as stack:
+            stack.enter_context(state.cluster.activate(continues=continues))
+            # Several of autograd's device threads at once would share one state of ours.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            stack.enter_context(saved_tensors_hooks(self.stash.pack, self.stash.unpack))
+            stack.enter_context(yielding_hooks(_steps_aside))
+            stack.enter_context(transparent_checkpoints(self._is_checkpointing))
+            stack.enter_context(watched_functions(self._bring))
+            glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self._notice)
+            glue.host_arithmetic = host_arithmetic
+            stack.enter_context(glue)
+            yield
+
+    @contextmanager
+    def running(self, microbatch: Microbatch, what: str = "in", segment: Segment | None = None) -> Iterator[None]:
+        """The code within is this microbatch's; errors are told the place, which is `segment`, else where it is then."""
+        self.microbatch = microbatch
+        try:
+            yield
+        except Exception as error:
+            add_place(error, f"{what} the user's code between layers", segment or microbatch.segment)
+            raise
+        finally:
+            self.microbatch = None
+
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """The code within is not between layers, though it may be called from there: it computes where its tensors are."""
+        microbatch, self.microbatch = self.microbatch, None
+        try:
+            yield
+        finally:
+            self.microbatch = microbatch
+
+    def kill(self, microbatches: Sequence[Microbatch]) -> None:
+        """End their code where it stands."""
+        self._is_aborting, self.microbatch = True, None
+        for microbatch in microbatches:
+            microbatch.kill()
+        self._is_aborting, self.microbatch = False, None
+
+    # Calls of layers --------------------------------------------------------------------------------------------------
+
+    def dispatch(self, site: Site, args: Any, kwargs: Any) -> Any:
+        """The user's code calls a module that has weights of its own."""
+        microbatch, plan = self.microbatch, self.state.plan
+        if self.state.depth or microbatch is None:
+            return site.run_plain(args, kwargs)
+        if self._is_aborting:
+            raise greenlet.GreenletExit
+        if site.has_hooks_inside() or not site.has_own_weights(self.state.parameters):
+            return site.run_plain(args, kwargs)  # as glue: the modules within are call sites of their own
+        if site.pack is not None:
+            if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
+                if microbatch.is_cut:
+                    leaves = pytree.tree_leaves((args, kwargs))
+                    microbatch.park(site.pack, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+                else:
+                    self._change_pack(microbatch, site.pack)
+            if microbatch.is_cut and not microbatch.is_in_backward:
+                self._trace().record(microbatch.index, site.layer)
+        try:
+            keeps = microbatch.is_cut and not microbatch.is_in_backward and site.name in plan.keep
+            result = call_layer(site, microbatch.segment, args, kwargs, keeps)
+        except Exception as error:
+            add_place(error, f"in layer {site.name}", microbatch.segment)
+            raise
+        return site.run_forward_hooks(args, kwargs, result)
+
+    def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
+        """A microbatch that is in one piece goes on to another pack without a switch."""
+        former = microbatch.segment
+        self.state.release(former.pack, former.device.index)
+        self.state.leave_pack()
+        self.state.departures.let_go()
+        if not torch.is_grad_enabled():
+            microbatch.segments.clear()
+        microbatch.open(pack)
+        microbatch.follow(microbatch.segment.device)
+
+    # Tensors ----------------------------------------------------------------------------------------------------------
+
+    def _current_segment(self) -> Segment | None:
+        return None if self.state.depth or self.microbatch is None else self.microbatch.segment
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The tensor as an autograd function of the user's gets it."""
+        segment, objects = self._current_segment(), self.state.objects
+        with torch._C.DisableTorchFunction():
+            if segment is not None:
+                return segment.bring(tensor)
+            return tensor if objects is None else objects.take(tensor)
+
+    def _before_write(self, target: torch.Tensor) -> None:
+        self.state.before_write(target)
+        self.stash.before_write(target)
+
+    def _is_checkpointing(self) -> bool:
+        """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
+        return self.state.depth > 0 or (self.microbatch is not None and self.microbatch.is_cut)
+
+    def _stashing_segment(self, tensor: torch.Tensor) -> Segment | None:
+        """The segment, if a tensor that it saves goes to the host. Nothing of the last pack does, as its backward is
+        next; but code that goes through many weights, as a penalty on their change does, may save as much."""
+        microbatch, state = self.microbatch, self.state
+        if microbatch is None or state.is_recomputing or microbatch.is_in_backward:
+            return None
+        segment = microbatch.segment
+        if state.glue and not state.depth and not state.cluster.host_is_device:
+            segment.saved_nbytes += tensor.nbytes
+        is_fused = microbatch.is_cut and segment.pack == len(state.plan.packs) - 1
+        goes = (state.plan.stash == "host" and not is_fused) or segment.saved_nbytes > state.spare_nbytes
+        return segment if goes else None
+
+    def _refer(self, tensor: torch.Tensor) -> WeightReference | None:
+        """What stands for a tensor that is saved, if that is a weight."""
+        if self.microbatch is None or not self.state.glue or self.state.is_recomputing:
+            return None
+        segment = self.microbatch.segment
+        return self.state.glue.refer(tensor, segment.device, segment.uses)
+
+
+def _steps_aside(pack: Any) -> bool:
+    """Whether a saved-tensor hook may be taken off for a while."""
+    return isinstance(getattr(pack, "__self__", None), Stash) or is_layer_hook(pack)

@@ -1,0 +1,41 @@
+"""Visits of packs: microbatches go through a pack on its devices, and then it makes room for the next one there."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.state import RuntimeState
+
+
+@contextmanager
+def visit(state: RuntimeState, pack: int, visitors: Sequence[Microbatch], upcoming: dict[int, int]) -> Iterator[None]:
+    """Some microbatches are in `pack`; `upcoming` tells the next pack by device, where it is known."""
+    devices = dict.fromkeys(state.plan.device(pack, m.index) for m in visitors)
+    leaving = [device for device in devices if upcoming.get(device, pack) != pack]
+    state.upcoming = {device: upcoming[device] for device in leaving}
+    yield
+    state.upcoming = {}
+    state.leave_pack()
+    for device in leaving:
+        state.release(pack, device)
+
+
+def next_in_forward(plan: Plan, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
+    """By device, the pack that follows in the plan."""
+    following: dict[int, int] = {}
+    for later in range(len(plan.packs) - 1, pack, -1):
+        for microbatch in waiting:
+            following[plan.device(later, microbatch.index)] = later
+    return following
+
+
+def next_in_backward(pack: int, left: Sequence[Microbatch]) -> dict[int, int]:
+    """By device, the pack whose segments come next there."""
+    following: dict[int, int] = {}
+    for microbatch in left:
+        for segment in microbatch.segments:
+            if segment.pack < pack and segment.has_graph:
+                device = segment.device.index
+                following[device] = max(segment.pack, following.get(device, -1))
+    return following
