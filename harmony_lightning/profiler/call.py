@@ -77,6 +77,14 @@ class _Activations:
         return made
 
 
+def memory_key(tensor: torch.Tensor) -> int:
+    """Equal for tensors that share memory, as far as torch tells."""
+    try:
+        return storage_key(tensor)
+    except RuntimeError:
+        return id(tensor)
+
+
 def nbytes_of(tensors: Sequence[torch.Tensor]) -> int:
     """Bytes of their memory, each storage once; of a tensor that repeats itself or is cut out, only what it shows."""
     by_storage: dict[int, int] = {}
@@ -84,7 +92,7 @@ def nbytes_of(tensors: Sequence[torch.Tensor]) -> int:
         shown = 1
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
             shown *= size if stride else 1
-        key = storage_key(tensor)
+        key = memory_key(tensor)
         by_storage[key] = max(by_storage.get(key, 0), shown * tensor.element_size())
     return sum(by_storage.values())
 

@@ -9,6 +9,7 @@ import gc
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -19,10 +20,12 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, HarmonyError, UnsupportedError
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
+from harmony_lightning.profiler.cache import fingerprint
 from harmony_lightning.profiler.profile import LayerKind, MicrobatchSizes, Profile
 from harmony_lightning.profiler.stopwatch import stopwatch_of
-from harmony_lightning.profiler.twin import make_twin
+from harmony_lightning.profiler.twin import describe, make_twin
 from harmony_lightning.profiler.visits import CallCache, Step, Visit, visit_layers
+from harmony_lightning.record import Record
 from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)
@@ -35,11 +38,11 @@ Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Measured:
+class Measured(Record):
     """A profile, and what the run has shown beside the costs."""
 
     profile: Profile
-    loops: tuple[frozenset[str], ...]
+    loops: tuple[tuple[str, ...], ...]
     """Layers that take turns."""
 
 
@@ -80,7 +83,7 @@ def measure_profile(
     twin = make_twin(root, has_numbers=not is_fake)
     for module in twin.modules():
         if isinstance(vars(module).get("_device"), torch.device):
-            module._device = device.torch_device  # where Lightning's modules and metrics say that they are
+            vars(module)["_device"] = device.torch_device  # where Lightning's modules and metrics say that they are
     names = [layer.name for layer in decomposition.layers]
     cache = CallCache()
 
@@ -89,15 +92,14 @@ def measure_profile(
         progress(size)
         try:
             batch = _to_device(batch_of(size), device.torch_device)
-            return visit_layers(twin, names, decomposition.glue, batch, step, device, stopwatch, cache)
+            return visit_layers(twin, names, batch, step, device, stopwatch, cache)
         except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
             log.info("harmony profile: microbatches of %d do not fit: %s", size, str(error).splitlines()[0])
         except HarmonyError:
             raise
         except Exception as error:
-            raise UnsupportedError(
-                f"the training step cannot be profiled: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            ) from error
+            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            raise UnsupportedError(f"the training step cannot be profiled: {what}") from error
         gc.collect()
         return None
 
@@ -112,6 +114,27 @@ def measure_profile(
     ordered = decomposition.reordered(tuple(order))
     profile = _build(type(root).__name__, ordered, by_size, root, update_seconds, state_bytes_per_weight, source)
     return Measured(profile=profile, loops=_loops(by_size[min(by_size)]))
+
+
+def fingerprint_of(root: nn.Module, decomposition: Decomposition, *more: str) -> str:
+    """The same for modules that cost the same, as far as can be seen from outside: structure, code, layers, torch.
+
+    `more` is what else counts: the device, the shapes of the batch, precision.
+    """
+    layers = [f"{layer.name}: {layer.weights}" for layer in decomposition.layers]
+    return fingerprint("profile", torch.__version__, describe(root), *_codes(root), *layers, *more)
+
+
+def _codes(root: nn.Module) -> list[str]:
+    kinds = {type(module) for module in root.modules() if not type(module).__module__.startswith("torch.")}
+    steps = [getattr(type(root), "training_step", None), *(kind.forward for kind in kinds)]
+    codes = (getattr(function, "__code__", None) for function in steps)
+    return sorted(_code_text(code) for code in codes if code is not None)
+
+
+def _code_text(code: CodeType) -> str:
+    inner = [_code_text(constant) if isinstance(constant, CodeType) else repr(constant) for constant in code.co_consts]
+    return "|".join((code.co_qualname, code.co_code.hex(), *code.co_names, *inner))
 
 
 def _at_sizes(attempt: Callable[[int], list[Visit] | None], smallest: int, largest: int) -> dict[int, list[Visit]]:
@@ -203,25 +226,26 @@ def _at_one_and_two(sizes: tuple[int, ...], nbytes: Sequence[int]) -> tuple[floa
     return max(0.0, one), max(0.0, one + slope)
 
 
-def _loops(visits: Sequence[Visit]) -> tuple[frozenset[str], ...]:
+def _loops(visits: Sequence[Visit]) -> tuple[tuple[str, ...], ...]:
     """Sets of layers between the first and the last call of one that is called again later."""
-    first, last = {}, {}
+    first: dict[str, int] = {}
+    last: dict[str, int] = {}
     for index, visit in enumerate(visits):
         first.setdefault(visit.layer, index)
         last[visit.layer] = index
     spans = sorted((first[name], last[name]) for name in first if last[name] > first[name])
-    loops: list[frozenset[str]] = []
+    loops: list[tuple[str, ...]] = []
     end = -1
     members: set[str] = set()
     for begin, until in spans:
         if begin > end:
             if len(members) > 1:
-                loops.append(frozenset(members))
+                loops.append(tuple(sorted(members)))
             members, end = set(), until
         end = max(end, until)
         members |= {visit.layer for visit in visits[begin : end + 1]}
     if len(members) > 1:
-        loops.append(frozenset(members))
+        loops.append(tuple(sorted(members)))
     return tuple(loops)
 
 

@@ -149,6 +149,7 @@ def _layer_kind(fields: Fields, sizes: MicrobatchSizes) -> LayerKind:
     forward, backward = len(sizes.forward), len(sizes.backward)
     first, second = fields.numbers("input_bytes", 2, "size 1 and 2")
     told = fields.tells
+    stash = fields.numbers("stash_bytes", 2, "size 1 and 2") if told("stash_bytes") else ()
     return LayerKind(
         weight_bytes=fields.count("weight_bytes"),
         buffer_bytes=fields.count("buffer_bytes", default=0),
@@ -159,7 +160,7 @@ def _layer_kind(fields: Fields, sizes: MicrobatchSizes) -> LayerKind:
         forward_peak_bytes=fields.numbers("forward_peak_bytes", forward, "microbatch size"),
         backward_peak_bytes=fields.numbers("backward_peak_bytes", backward, "microbatch size"),
         update_cpu_seconds=fields.number("update_cpu_seconds", default=0.0),
-        recompute_seconds=fields.numbers("recompute_seconds", backward, "microbatch size") if told("recompute_seconds") else (),
-        stash_bytes=fields.numbers("stash_bytes", 2, "size 1 and 2") if told("stash_bytes") else (),  # type: ignore[arg-type]
+        recompute_seconds=fields.numbers("recompute_seconds", backward, "size") if told("recompute_seconds") else (),
+        stash_bytes=(stash[0], stash[1]) if stash else (),
         gradient_bytes=fields.count("gradient_bytes") if told("gradient_bytes") else None,
     )

@@ -29,14 +29,18 @@ def make_twin(root: nn.Module, *, has_numbers: bool) -> nn.Module:
     try:
         return copy.deepcopy(root, memo)
     except Exception as error:
-        raise UnsupportedError(f"the module cannot be copied to be profiled: {type(error).__name__}: {error}") from error
+        raise UnsupportedError(
+            f"the module cannot be copied to be profiled: {type(error).__name__}: {error}"
+        ) from error
 
 
 def describe(module: nn.Module) -> str:
     """What two layers must share to cost the same: types, settings, shapes of weights and buffers, mode."""
     parts = []
     for name, inner in module.named_modules():
-        parts.append(f"{name}:{type(inner).__module__}.{type(inner).__qualname__}({inner.extra_repr()}){inner.training}")
+        parts.append(
+            f"{name}:{type(inner).__module__}.{type(inner).__qualname__}({inner.extra_repr()}){inner.training}"
+        )
     for name, tensor in (*module.named_parameters(), *module.named_buffers()):
         parts.append(f"{name}:{tuple(tensor.shape)}{tensor.stride()}{tensor.dtype}{tensor.requires_grad}")
     return "\n".join(parts)

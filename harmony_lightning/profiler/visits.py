@@ -18,8 +18,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from harmony_lightning.hardware.device import Device
-from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.profiler.call import CallCost, nbytes_of, run_call
+from harmony_lightning.profiler.call import CallCost, memory_key, nbytes_of, run_call
 from harmony_lightning.profiler.stopwatch import Stopwatch
 from harmony_lightning.profiler.twin import describe
 
@@ -76,7 +75,6 @@ class _Shape:
 def visit_layers(
     twin: nn.Module,
     layers: Sequence[str],
-    glue_weights: Sequence[str],
     batch: Any,
     step: Step,
     device: Device,
@@ -97,9 +95,6 @@ def visit_layers(
     with ExitStack() as stack:
         for name in layers:
             stack.callback(_interpose(modules[name], name, run))
-        for name in glue_weights:
-            owner, _, attribute = name.rpartition(".")
-            stack.callback(_bring(modules[owner], attribute, device.torch_device))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(device.torch_device)  # tensors that the user's code makes of nothing
         stack.enter_context(saved_tensors_hooks(run.note_saved, lambda tensor: tensor))
@@ -129,17 +124,6 @@ def _interpose(module: nn.Module, name: str, run: "_Run") -> Callable[[], None]:
     return restore
 
 
-def _bring(owner: nn.Module, attribute: str, device: torch.device) -> Callable[[], None]:
-    parameter = owner._parameters[attribute]
-    assert parameter is not None
-    owner._parameters[attribute] = nn.Parameter(_on(parameter, device), requires_grad=parameter.requires_grad)
-
-    def restore() -> None:
-        owner._parameters[attribute] = parameter
-
-    return restore
-
-
 def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     if tensor.is_meta:
         return torch.empty_like(tensor, device=device)
@@ -147,7 +131,8 @@ def _on(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class _Cut(TorchFunctionMode):
-    """Graphs of glue begin at the last layer: of what is older, only the value is used."""
+    """Graphs of glue begin at the last layer: of what is older, only the value is used. What glue takes from the host, such
+    as weights and buffers outside layers, comes to the device."""
 
     def __init__(self, run: "_Run") -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -157,9 +142,9 @@ class _Cut(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         kwargs = kwargs or {}
         run, name = self._run, getattr(func, "__name__", "")
-        if run.is_inside or name == "__get__" or not torch.is_grad_enabled():
+        if run.is_inside or name == "__get__":
             return func(*args, **kwargs)
-        is_in_place = name.endswith("_") and not name.endswith("__") or name.startswith("__i") or name == "__setitem__"
+        is_in_place = name.startswith("__i") or name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
         with torch._C.DisableTorchFunction():
             args, kwargs = pytree.tree_map_only(torch.Tensor, lambda t: run.cut(t, is_in_place), (args, kwargs))
         return func(*args, **kwargs)
@@ -205,12 +190,14 @@ class _Run:
 
     def note_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.is_inside and not isinstance(tensor, nn.Parameter):
-            self._glue.saved[storage_key(tensor)] = nbytes_of([tensor])
+            self._glue.saved[memory_key(tensor)] = nbytes_of([tensor])
         return tensor.detach()  # an operation that saves its own result would hold itself alive for ever
 
     def cut(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
+        if tensor.device != self._device.torch_device and (tensor.dim() or tensor.is_meta):
+            return self._bring(tensor)
         node = tensor.grad_fn
-        if node is None or node._sequence_nr() >= self._start:  # type: ignore[attr-defined]
+        if node is None or node._sequence_nr() >= self._start or not torch.is_grad_enabled():  # type: ignore[attr-defined]
             return tensor
         held = self._older.get(id(tensor))
         if held is None:
@@ -221,6 +208,15 @@ class _Run:
                 alias = _Older.apply(self._anchor, tensor.detach())  # type: ignore[no-untyped-call]
             self._edges.append(get_gradient_edge(alias))
             held = self._older[id(tensor)] = (tensor, alias)
+        return held[1]
+
+    def _bring(self, tensor: torch.Tensor) -> torch.Tensor:
+        held = self._older.get(id(tensor))
+        if held is None:
+            brought = _on(tensor, self._device.torch_device)
+            if tensor.requires_grad:
+                self._edges.append(get_gradient_edge(brought.requires_grad_()))
+            held = self._older[id(tensor)] = (tensor, brought)
         return held[1]
 
     def _begin_glue(self) -> None:
@@ -300,11 +296,13 @@ class _Run:
         return cost, shapes
 
     def _make_up(self, shape: _Shape) -> torch.Tensor:
+        device = self._device.torch_device
         if not shape.has_gradient:
-            made = _empty(shape, self._device.torch_device)
+            made = _empty(shape, device)
             return made if shape.dtype.is_floating_point else made.zero_()
-        made = _Made.apply(self._anchor, shape, self._device.torch_device)  # type: ignore[no-untyped-call]
-        self._edges.append(get_gradient_edge(made))
+        made = _Made.apply(self._anchor, shape, device)  # type: ignore[no-untyped-call]
+        if made.requires_grad:
+            self._edges.append(get_gradient_edge(made))
         return made
 
 
