@@ -8,7 +8,7 @@ the code behind a layer, up to the next one, counts with that layer, as it runs 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -300,7 +300,7 @@ class _Run:
         if not shape.has_gradient:
             made = _empty(shape, device)
             return made if shape.dtype.is_floating_point else made.zero_()
-        made = _Made.apply(self._anchor, shape, device)  # type: ignore[no-untyped-call]
+        made = cast(torch.Tensor, _Made.apply(self._anchor, shape, device))  # type: ignore[no-untyped-call]
         if made.requires_grad:
             self._edges.append(get_gradient_edge(made))
         return made

@@ -79,11 +79,11 @@ def make_plan(
     packs: list[Pack] = []
     members: Group = ()
     for group in groups:
-        if members and (one_layer_per_pack or not limit.admits(_pack(decomposition, members + group))):
-            packs.append(_pack(decomposition, members))
+        if members and (one_layer_per_pack or not limit.admits(pack_of_layers(decomposition, members + group))):
+            packs.append(pack_of_layers(decomposition, members))
             members = ()
         members += group
-    packs.append(_pack(decomposition, members))
+    packs.append(pack_of_layers(decomposition, members))
     return Plan(
         mode=mode,
         num_devices=num_devices,
@@ -97,7 +97,7 @@ def make_plan(
     )
 
 
-def _pack(decomposition: Decomposition, layers: Group) -> Pack:
+def pack_of_layers(decomposition: Decomposition, layers: Group) -> Pack:
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
@@ -137,7 +137,7 @@ class Limit:
 
     def shared(self, decomposition: Decomposition, groups: Sequence[Group], num_packs: int) -> "Limit":
         """So small that there are about `num_packs` packs, as far as groups allow."""
-        largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
+        largest = max((pack_of_layers(decomposition, group).slot_nbytes for group in groups), default=0)
         share = -(-decomposition.nbytes // num_packs)
         return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
 
@@ -150,13 +150,13 @@ def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: 
     glue = set(decomposition.glue)
     # A glue weight, and its gradient, is on a device while the code around some pack uses it.
     glue_nbytes = sum(w.nbytes * (1 + w.is_trainable) for w in decomposition.weights if w.name in glue)
-    layers = [_pack(decomposition, (layer,)) for layer in decomposition.layers]
+    layers = [pack_of_layers(decomposition, (layer,)) for layer in decomposition.layers]
     # One layer's gradients are there twice for a moment: as its backward makes them, and in the slot they are added to.
     passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
     offered = memory_bytes - glue_nbytes - passing_nbytes
-    packs = [_pack(decomposition, group) for group in groups]
+    packs = [pack_of_layers(decomposition, group) for group in groups]
     largest = max(
-        packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=_pack(decomposition, ())
+        packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=pack_of_layers(decomposition, ())
     )
     slot_nbytes = max((pack.slot_nbytes for pack in packs), default=0)
     gradient_slot_nbytes = max((pack.gradient_slot_nbytes for pack in packs), default=0)
