@@ -70,6 +70,13 @@ class Fields:
         """Whether there is anything under that name."""
         return self._values.get(name) not in (None, [], ())
 
+    def is_true(self, name: str) -> bool:
+        """A switch, off if it is missing. Raises ConfigurationError if it is none."""
+        value = self._values.get(name, False)
+        if not isinstance(value, bool):
+            raise self.error(name, f"must be true or false, got {_shown(value)}")
+        return value
+
     def texts(self, name: str) -> tuple[str, ...]:
         """Texts; none if the name is missing. Raises ConfigurationError otherwise."""
         values = self._sequence(name) if self.tells(name) else ()

@@ -29,6 +29,8 @@ class Machine(Record):
     release_seconds: float
     """What it costs to free a pack's weights where memory is not reused in place."""
     note: str = ""
+    peers_by_host: bool = False
+    """Copies between GPUs pass through the host and share its links."""
     link_bytes_per_second: float | None = None
     """What one GPU alone gets of the host link; None: all of it."""
     update_parameters_per_second: float | None = None
@@ -68,6 +70,7 @@ class Machine(Record):
             host_message_bytes_per_second=fields.number("host_message_bytes_per_second", above=0),
             release_seconds=fields.number("release_seconds", default=0.0),
             note=fields.text("note"),
+            peers_by_host=fields.is_true("peers_by_host"),
             link_bytes_per_second=_optional(fields, "link_bytes_per_second"),
             update_parameters_per_second=_optional(fields, "update_parameters_per_second"),
             host_memory_bytes=fields.count("host_memory_bytes") if fields.tells("host_memory_bytes") else None,
@@ -94,7 +97,7 @@ def preset_machine(num_gpus: int, gpu: GpuModel, host: HostModel, memory_bytes: 
         host_link_bytes_per_second=uplink or link,
         host_link_shared_by=num_gpus if uplink else 1,
         link_bytes_per_second=link,
-        # Without peer access copies pass through the host.
+        peers_by_host=gpu.peer_bytes_per_second is None,
         peer_bytes_per_second=gpu.peer_bytes_per_second or min(link, uplink or link),
         host_message_bytes_per_second=host.memory_bytes_per_second / 2,
         release_seconds=0.0,

@@ -94,6 +94,7 @@ def _measure(names: Sequence[str], progress: Progress) -> Machine:
         host_link_shared_by=len(devices) if is_shared else 1,
         link_bytes_per_second=alone,
         peer_bytes_per_second=peer,
+        peers_by_host=len(devices) > 1 and not torch.cuda.can_device_access_peer(devices[0], devices[1]),
         host_message_bytes_per_second=copy_rate,
         release_seconds=0.0,
         update_parameters_per_second=update_rate,

@@ -19,6 +19,9 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
         max(costs.weight_bytes(span) for span in packs) + max(costs.gradient_bytes(span) for span in packs)
     )
     fixed = slots + 2 * costs.profile.glue_bytes
+    if not is_pp and num_devices > 1:
+        # Gradients of the other devices come to the first one by one.
+        fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
     peak = 0.0
     for d in range(num_devices):
         mine = [p for p in range(last + 1) if not is_pp or p % num_devices == d]

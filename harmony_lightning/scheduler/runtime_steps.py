@@ -14,12 +14,15 @@ from dataclasses import dataclass, field
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
-from harmony_lightning.scheduler.clock import Clock, Event, Listener
+from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.fair import fair_times
 
 _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
-_NUM_STEPS = 3
+_UPDATE_ACCESSES = 7
+"""Of host memory in a step of Adam: four values are read, three written."""
+_NUM_STEPS = 4
 """The first steps are not in full flow."""
 
 
@@ -75,6 +78,8 @@ class RuntimeSteps:
         self.on_host: deque[Event] = deque()
         """Updates of the packs whose gradients take host buffers."""
         self.controller: Event = None
+        self.updates: list[tuple[Event, int]] = []
+        """With their priorities: of those whose gradients have come, the host does the lowest first."""
         self.starts: list[Event] = []
         """First computation of each step."""
         self._turn = 0
@@ -261,7 +266,10 @@ class RuntimeSteps:
         left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
         self.devices[home].gradients_left = left
         seconds = self.costs.update_seconds(span)
-        self.updated[pack] = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, 0, left)
+        touched = _UPDATE_ACCESSES * nbytes
+        updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
+        self.updates.append((updated, 0 if pack >= num_gradient_buffers(self.schedule) else 1 + pack))
+        self.updated[pack] = updated
         self.on_host.append(self.updated[pack])
 
     # Computations and copies ------------------------------------------------------------------------------------------
@@ -308,9 +316,20 @@ class RuntimeSteps:
 
 
 def runtime_seconds(schedule: Schedule, costs: Costs) -> float:
-    """From the start of one step to that of the next, in full flow."""
-    steps = RuntimeSteps(schedule, costs, Clock(schedule.num_devices))
+    """From the start of one step to that of the next, in full flow; each GPU has a fixed share of what they share."""
+    clock = Clock(schedule.num_devices)
+    steps = RuntimeSteps(schedule, costs, clock)
     for _ in range(_NUM_STEPS):
         steps.step()
     seconds: float = steps.starts[-1] - steps.starts[-2]
     return seconds
+
+
+def fair_seconds(schedule: Schedule, costs: Costs) -> float:
+    """The same, links and host memory being shared by those that use them: slower to find out, and closer to the truth."""
+    recorder = Recorder(schedule.num_devices)
+    steps = RuntimeSteps(schedule, costs, recorder)
+    for _ in range(_NUM_STEPS):
+        steps.step()
+    ends = fair_times(recorder.graph, costs.machine, dict(steps.updates)).ends
+    return ends[steps.starts[-1]] - ends[steps.starts[-2]]
