@@ -83,13 +83,10 @@ class Costs:
         """Of the weights that train."""
         return self.gradient_prefix[span[1] + 1] - self.gradient_prefix[span[0]]
 
-    def forward_working_bytes(self, size: int, layer: int) -> float:
-        """What a layer needs beside its weights and its input."""
-        return self._working("forward", size)[layer]
-
-    def backward_working_bytes(self, size: int, layer: int) -> float:
-        """The same, its weights' gradients as they are made included."""
-        return self._working("backward", size)[layer]
+    def working_bytes(self, direction: str, size: int, span: Span) -> float:
+        """What the layer of a pack that needs most needs beside its weights and its input; in backward the gradients of its
+        weights as they are made are part of it."""
+        return max(self._working(direction, size)[span[0] : span[1] + 1])
 
     def update_seconds(self, span: Span) -> float:
         return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]

@@ -25,6 +25,10 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
     peak = 0.0
     for d in range(num_devices):
         mine = [p for p in range(last + 1) if not is_pp or p % num_devices == d]
+        if d >= (len(packs) if is_pp else len(sizes)):
+            break
+        if not is_pp and d and len(sizes[d::num_devices]) == len(sizes[::num_devices]):
+            continue  # as the first device
         samples = schedule.minibatch if is_pp else sum(sizes[d::num_devices])
         kept = 0.0
         """Stashes that wait here."""
@@ -34,9 +38,9 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
             if p == last:
                 need = max(_fused(costs, size, packs[p]), 0.0) + entering + 3 * costs.input_bytes(size, packs[p][0])
             else:
-                need = _working(costs, "forward", size, packs[p]) + max(leaving, entering) + stash
+                need = costs.working_bytes("forward", size, packs[p]) + max(leaving, entering) + stash
                 need += 2 * costs.input_bytes(size, packs[p][0]) + (2 * stash if schedule.stash == "host" else 0)
-                back = _working(costs, "backward", size, packs[p]) + max(leaving, entering)
+                back = costs.working_bytes("backward", size, packs[p]) + max(leaving, entering)
                 back += 2 * stash if schedule.stash == "host" else 0
                 need = max(need, back)
             if schedule.stash == "device" and p != last:
@@ -52,13 +56,7 @@ def _boundary(costs: Costs, packs: tuple[Span, ...], pack: int, samples: int) ->
     return entering, leaving
 
 
-def _working(costs: Costs, direction: str, size: int, span: Span) -> float:
-    """Of the layer that needs most."""
-    of = costs.forward_working_bytes if direction == "forward" else costs.backward_working_bytes
-    return max(of(size, layer) for layer in range(span[0], span[1] + 1))
-
-
 def _fused(costs: Costs, size: int, span: Span) -> float:
     """The last pack: inputs of its layers wait on the device from forward to backward, which is next."""
     inputs = sum(costs.input_bytes(size, layer) for layer in range(span[0], span[1] + 1))
-    return inputs + max(_working(costs, way, size, span) for way in ("forward", "backward"))
+    return inputs + max(costs.working_bytes(way, size, span) for way in ("forward", "backward"))

@@ -90,10 +90,8 @@ class RuntimeSteps:
     def step(self) -> None:
         """Tell the next step."""
         last, count = len(self.packs) - 1, len(self.sizes)
-        for d in range(self.schedule.num_devices):
-            first = next((p for p in range(last + 1) if d in self._visitors(p)), None)
-            if first is not None:
-                self._load(d, first)
+        for d in range(min(self.schedule.num_devices, last + 1 if self.is_pp else count)):
+            self._load(d, d if self.is_pp else 0)
         self.outputs: list[Event] = [None] * count
         """By microbatch: its output is computed."""
         self.gradients: list[Event] = [None] * count
@@ -124,12 +122,14 @@ class RuntimeSteps:
     # Visits -----------------------------------------------------------------------------------------------------------
 
     def _visitors(self, pack: int) -> list[int]:
-        return sorted({self.device(pack, m) for m in range(len(self.sizes))})
+        if self.is_pp:
+            return [pack % self.schedule.num_devices]
+        return list(range(min(self.schedule.num_devices, len(self.sizes))))
 
     def _forward(self, pack: int) -> None:
         last = len(self.packs) - 1
         is_fused, turn = pack == last, self._next_turn()
-        upcoming = {d: self._next_forward(pack, d) for d in self._visitors(pack)}
+        upcoming = {d: self._next(pack, 1) for d in self._visitors(pack)}
         crosses = self.is_pp and pack > 0 and self.schedule.num_devices > 1
         sent: dict[int, Event] = {}
         if crosses:
@@ -181,7 +181,7 @@ class RuntimeSteps:
 
     def _backward(self, pack: int) -> None:
         turn = self._next_turn()
-        upcoming = {d: self._next_backward(pack, d) for d in self._visitors(pack)}
+        upcoming = {d: self._next(pack, -1) for d in self._visitors(pack)}
         fresh = set(self._visitors(pack))
         for m, size in enumerate(self.sizes):
             d = self.device(pack, m)
@@ -209,11 +209,10 @@ class RuntimeSteps:
                 if slot.pack == pack:
                     slot.pack, slot.released = None, self.devices[d].computed
 
-    def _next_forward(self, pack: int, d: int) -> int | None:
-        return next((p for p in range(pack + 1, len(self.packs)) if d in self._visitors(p)), None)
-
-    def _next_backward(self, pack: int, d: int) -> int | None:
-        return next((p for p in range(pack - 1, -1, -1) if d in self._visitors(p)), None)
+    def _next(self, pack: int, way: int) -> int | None:
+        """The pack that follows on the same device; None behind the last one."""
+        following = pack + way * (self.schedule.num_devices if self.is_pp else 1)
+        return following if 0 <= following < len(self.packs) else None
 
     def _next_turn(self) -> int:
         self._turn += 1
@@ -315,11 +314,11 @@ class RuntimeSteps:
         return self.run(NUM_LANES * d + lane, nbytes / self.host_share, kind, turn, m, nbytes, *after)
 
 
-def runtime_seconds(schedule: Schedule, costs: Costs) -> float:
+def runtime_seconds(schedule: Schedule, costs: Costs, num_steps: int = _NUM_STEPS) -> float:
     """From the start of one step to that of the next, in full flow; each GPU has a fixed share of what they share."""
     clock = Clock(schedule.num_devices)
     steps = RuntimeSteps(schedule, costs, clock)
-    for _ in range(_NUM_STEPS):
+    for _ in range(num_steps):
         steps.step()
     seconds: float = steps.starts[-1] - steps.starts[-2]
     return seconds
