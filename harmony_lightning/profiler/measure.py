@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, HarmonyError, UnsupportedError
+from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.profiler.cache import fingerprint
@@ -44,6 +44,7 @@ class Measured(Record):
     profile: Profile
     loops: tuple[tuple[str, ...], ...]
     """Layers that take turns."""
+    num_parameters: int = 0
 
 
 def measure_profile(
@@ -95,8 +96,6 @@ def measure_profile(
             return visit_layers(twin, names, batch, step, device, stopwatch, cache)
         except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
             log.info("harmony profile: microbatches of %d do not fit: %s", size, str(error).splitlines()[0])
-        except HarmonyError:
-            raise
         except Exception as error:
             what = f"{type(error).__name__}: {error}".splitlines()[0]
             raise UnsupportedError(f"the training step cannot be profiled: {what}") from error
@@ -113,7 +112,11 @@ def measure_profile(
     order = list(dict.fromkeys(visit.layer for visit in by_size[min(by_size)]))
     ordered = decomposition.reordered(tuple(order))
     profile = _build(type(root).__name__, ordered, by_size, root, update_seconds, state_bytes_per_weight, source)
-    return Measured(profile=profile, loops=_loops(by_size[min(by_size)]))
+    return Measured(
+        profile=profile,
+        loops=_loops(by_size[min(by_size)]),
+        num_parameters=sum(parameter.numel() for parameter in root.parameters()),
+    )
 
 
 def fingerprint_of(root: nn.Module, decomposition: Decomposition, *more: str) -> str:

@@ -160,4 +160,3 @@ class _Shares:
                     users[resource].remove(index)
                     left[resource] = max(0.0, left[resource] - rate)
         return rates
-

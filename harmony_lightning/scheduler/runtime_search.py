@@ -1,7 +1,7 @@
 """The search for a plan that the runtime can carry out now: the same packs both ways, one microbatch size.
 
-Few choices are left, so it is plain: of every packing (`packings`), microbatch size and mode, a lower bound from the busiest
-of compute, links and updates; then simulations in the order of the bounds, until those of the rest are above what was
+Few choices are left, so it is plain: of every packing (`packings`), microbatch size and mode, a lower bound from the
+busiest of compute, links and updates; then simulations in the order of the bounds, until those of the rest are above what was
 found. The best few are simulated once more with links that are shared fairly, and the fastest of these wins.
 """
 
@@ -158,9 +158,7 @@ def _bound(schedule: Schedule, costs: Costs) -> float:
     def seconds(span: Span) -> float:
         """Forward is run again for backward, but for the last pack."""
         repeated = 2 if span != packs[last] else 1
-        return sum(
-            n * (repeated * costs.forward_seconds(s, span) + costs.backward_seconds(s, span)) for s, n in counts
-        )
+        return sum(n * (repeated * costs.forward_seconds(s, span) + costs.backward_seconds(s, span)) for s, n in counts)
 
     if schedule.mode == "dp":
         compute, visitors = sum(map(seconds, packs)), min(gpus, len(sizes))
@@ -197,6 +195,6 @@ def _too_large(
     return (
         f"no plan fits: even {len(schedule.packs_backward)} packs with microbatches of {schedule.microbatch_backward} need "
         f"{format_nbytes(peak)}, but each GPU offers {format_nbytes(memory_bytes)}; the heaviest layer is {name} with "
-        f"{format_nbytes(costs.weight_bytes((heaviest, heaviest)))} of weights and as much of gradients. Raise memory, lower "
-        f"the microbatch size, or split that layer"
+        f"{format_nbytes(costs.weight_bytes((heaviest, heaviest)))} of weights and as much of gradients; raise memory, "
+        f"lower the microbatch size, or split that layer"
     )

@@ -261,8 +261,8 @@ class RuntimeSteps:
             return
         if len(self.on_host) >= num_gradient_buffers(self.schedule):
             self.controller = self.on_host.popleft()
-        waits = (self.devices[home].computed, self.controller)
-        left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
+        ready = self.devices[home].computed
+        left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
         self.devices[home].gradients_left = left
         seconds = self.costs.update_seconds(span)
         touched = _UPDATE_ACCESSES * nbytes
