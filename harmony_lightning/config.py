@@ -21,6 +21,10 @@ class HarmonyConfig:
     """pp deals packs over the GPUs, dp deals microbatches; auto is pp, which moves N times fewer bytes."""
     microbatch_size: int | Literal["auto"] = "auto"
     """Samples per microbatch; auto makes four microbatches per GPU, one where the host is the only device."""
+    microbatches_per_forward: int = 1
+    """Microbatches that go through a layer's forward in one call, where it treats samples independently: larger kernels,
+    for devices that small microbatches do not fill. Results are equal but for rounding; backward runs such a layer again
+    as a whole."""
     memory: str | int | Literal["auto"] = "auto"
     """What each GPU offers, such as "11GiB"; auto is all that is free, or an emulated GPU's own size."""
     stash: Literal["auto", "device", "host"] = "auto"
@@ -50,9 +54,10 @@ class HarmonyConfig:
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
-        batches = self.evaluation_batches
-        if not isinstance(batches, int) or isinstance(batches, bool) or batches < 1:
-            raise ConfigurationError(f"evaluation_batches must be a positive integer, got {batches!r}")
+        for name in ("evaluation_batches", "microbatches_per_forward"):
+            number = getattr(self, name)
+            if not isinstance(number, int) or isinstance(number, bool) or number < 1:
+                raise ConfigurationError(f"{name} must be a positive integer, got {number!r}")
         if self.memory != "auto":
             parse_nbytes(self.memory)
         if not isinstance(self.one_layer_per_pack, bool):

@@ -66,6 +66,7 @@ def prepare(
         memory_bytes=memory_bytes,
         microbatch_size=workload.microbatch_size,
         num_microbatches=workload.num_microbatches,
+        microbatches_per_forward=config.microbatches_per_forward,
         stash="device" if cluster.host_is_device or config.stash == "device" else "host",
         host_is_device=cluster.host_is_device,
         one_layer_per_pack=config.one_layer_per_pack,

@@ -352,7 +352,7 @@ def test_lambda_callback_and_hooks_that_collect_garbage():
     assert len(seen) == 2 * 2 * 5
 
 
-def test_early_stopping_and_learning_rate_monitor():
+def test_early_stopping_and_learning_rate_monitor(tmp_path):
     class Scheduled(Chain):
         def configure_optimizers(self):
             optimizer = super().configure_optimizers()
@@ -367,7 +367,7 @@ def test_early_stopping_and_learning_rate_monitor():
     runs = []
     for strategy in ("auto", one_piece()):
         module = fresh(Scheduled)
-        fitted = trainer(strategy, max_epochs=8, callbacks=watching(), logger=CSVLogger("unused"))
+        fitted = trainer(strategy, max_epochs=8, callbacks=watching(), logger=CSVLogger(tmp_path))
         fitted.logger.log_metrics = lambda metrics, step: None
         fitted.logger.save = lambda: None
         fitted.fit(module, loader(BATCH), loader(BATCH))

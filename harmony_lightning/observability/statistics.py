@@ -25,6 +25,8 @@ class Statistics:
     """Layer inputs that went to the host to wait for backward."""
     input_bytes: int
     """Minibatches and module buffers brought to devices."""
+    joint_forwards: int
+    """Calls of layers that served several microbatches at once."""
     updates_just_in_time: int
     """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
     updates_whole: int

@@ -56,6 +56,9 @@ class Plan(Record):
     """Where inputs of layers wait from forward to backward."""
     prefetch: int
     """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+    microbatches_per_forward: int = 1
+    """Microbatches that go through a layer's forward in one call, where it treats samples independently: Harmony's
+    U_fwd / U_bwd. Not in the last pack, whose backward is next."""
     keep: tuple[str, ...] = ()
     """Layers of the last pack that keep their activations until their backward, which is next, instead of making them
     again."""
@@ -67,7 +70,7 @@ class Plan(Record):
             raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
         if self.prefetch not in (0, 1):
             raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
-        for name in ("num_devices", "memory_bytes", "microbatch_size", "num_microbatches"):
+        for name in ("num_devices", "memory_bytes", "microbatch_size", "num_microbatches", "microbatches_per_forward"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:

@@ -15,5 +15,6 @@ class Counters:
     stash_in_bytes: int = 0
     stash_out_bytes: int = 0
     input_bytes: int = 0
+    joint_forwards: int = 0
     updates_just_in_time: int = 0
     updates_whole: int = 0

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.device import Cluster, Device, Lane
@@ -365,8 +364,7 @@ class Engine:
         """User code is about to work with these: what is still being updated must be finished first."""
         if self.has_settled:
             return
-        tensors = (leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.Tensor))
-        if not any(self.is_updated(tensor) for tensor in tensors):
+        if not any(self.is_updated(tensor) for tensor in _tensors(arguments)):
             return
         if self._microbatches:
             self._finish_updates()
@@ -394,6 +392,18 @@ def _wait_for_all() -> None:
 
 # Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.
 os.register_at_fork(before=_wait_for_all)
+
+
+def _tensors(value: Any) -> Iterator[torch.Tensor]:
+    """Those that a function is given. (`pytree` takes ten times as long, and there are many functions.)"""
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, tuple | list):
+        for item in value:
+            yield from _tensors(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from _tensors(item)
 
 
 def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:

@@ -29,6 +29,7 @@ from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.activations import Activations, TakesDerivative
 from harmony_lightning.runtime.derivatives import first_derivative_only, refuse_transforms
+from harmony_lightning.runtime.joint import Join, Joint, Part, Waiting
 from harmony_lightning.runtime.objects import ObjectTensors, Surroundings
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, Segment, add_place, reaches_weights
@@ -64,6 +65,11 @@ class LayerCall:
         self.arguments = self.objects.copy(arguments)
         self.given: list[torch.Tensor] = []
         """The user's tensors, while the layer's forward runs."""
+        self.waiting: Waiting | None = None
+        self.joint: Joint | None = None
+        """The call for several microbatches that this one is part of, until its part is taken."""
+        self.is_part = False
+        """The joint call has given the results, so there is no graph of the forward."""
         self.mutated: list[int] = []
         """Input tensors that the layer writes; their new values follow the results."""
 
@@ -86,10 +92,13 @@ class LayerCall:
             )
 
 
-def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool = False) -> Any:
+def call_layer(
+    site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool = False, join: Join | None = None
+) -> Any:
     """Run a layer in its segment; the result is part of the microbatch's autograd graph.
 
     Args:
+        join: waits for other microbatches' calls, if the layer may be called for several at once.
         keeps: its activations stay on the device until its backward, or until the microbatch leaves the pack.
     """
     refuse_transforms(site.name)
@@ -109,7 +118,10 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
         segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
-    with state.inside_layer(segment.device):
+    if join is not None and not objects and _may_join(site):
+        call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, call.autocast)
+        call.joint = join(call.waiting)
+    with state.inside_layer(segment.device, is_watched=bool(objects)):
         results = LayerFunction.apply(state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
     call.result_leaves, call.given = [], []
@@ -121,10 +133,17 @@ def call_layer(site: Site, segment: Segment, args: Any, kwargs: Any, keeps: bool
     return pytree.tree_unflatten(leaves, call.result_spec)
 
 
+def _may_join(site: Site) -> bool:
+    """Whether what the layer was seen to do by itself is all that it must do in a joint call."""
+    writes_buffers = site.written_buffers.get(site.training_flags()) != frozenset()
+    learned = site.mutated_inputs == frozenset() and not writes_buffers
+    return learned and not (site.draws or site.differentiates or site.joins is False)
+
+
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with state.inside_layer(device):
+    with state.inside_layer(device, is_watched=bool(call.objects)):
         buffers = _Buffers(call)
         with call.objects.opened(_as_it_is):
             result = site.run(state.weights_of(site, device, call.trained), buffers.tensors, args, kwargs)
@@ -269,6 +288,10 @@ class LayerFunction(torch.autograd.Function):
 
         # Which inputs a layer writes is learned from its first call, which therefore gets copies of all.
         copied = site.mutated_inputs
+        if call.joint is not None and call.waiting is not None:
+            fetched = [state.buffers.fetch(place, device) for place in site.buffer_places]
+            if (part := call.joint.part_of(call.waiting, fetched)) is not None:
+                return _take_part(ctx, call, arguments, tensors, part)
 
         def begin(value: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
@@ -289,7 +312,7 @@ class LayerFunction(torch.autograd.Function):
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights_of(site, device, call.trained)
-                    call.weight_edges = {name: get_gradient_edge(weights[name]) for name in call.trained}
+                    call.weight_edges = {name: weights.edge(name) for name in call.trained}
                     result = site.run(weights, buffers.tensors, args, kwargs)
                 break
             except TakesDerivative:
@@ -301,6 +324,7 @@ class LayerFunction(torch.autograd.Function):
                 objects.forget_uses()
         replay.keep_what_was_drawn(device)
         call.replay = replay
+        site.draws |= not replay.is_empty
 
         call.buffers_before = buffers.report_written()
         inner += objects.inner
@@ -329,6 +353,9 @@ class LayerFunction(torch.autograd.Function):
         ctx.mark_non_differentiable(
             *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
         )
+        if call.joint is not None and call.waiting is not None:
+            call.joint.compare(call.waiting, detached)
+            call.joint = call.waiting = None
         for position in call.tensor_positions:
             leaves[position] = None
         call.result_leaves = leaves
@@ -361,6 +388,27 @@ class LayerFunction(torch.autograd.Function):
             raise
         finally:
             call.stash = None
+
+
+def _take_part(
+    ctx: Any, call: LayerCall, arguments: Arguments, tensors: Sequence[torch.Tensor], part: Part
+) -> tuple[torch.Tensor, ...]:
+    """The results, where a joint call has made them."""
+    call.joint, call.waiting, call.is_part = None, None, True
+    state, device = call.segment.state, call.segment.device
+    call.replay = Replay(device)
+    call.replay.keep_what_was_drawn(device)
+    some_edge = get_gradient_edge(state.anchor)
+    call.input_edges = [some_edge if tensor.requires_grad else None for tensor in tensors]
+    call.result_spec, call.tensor_positions, call.result_leaves = part.spec, part.positions, part.leaves
+    results = part.results
+    for position in part.positions:
+        part.leaves[position] = None
+    ctx.mark_non_differentiable(*(r for r, needs in zip(results, part.need_gradient, strict=True) if not needs))
+    ctx.save_for_backward(*tensors)
+    ctx.reaches_back = False
+    arguments.hand_over()
+    return tuple(results)
 
 
 def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch.Tensor:
@@ -449,7 +497,8 @@ def _differentiate(
     call: LayerCall, gradients: tuple[torch.Tensor | None, ...], trained: tuple[str, ...]
 ) -> list[torch.Tensor | None]:
     """Gradients of the input tensors; those of the `trained` weights go to the segment."""
-    values = (_values_by_second_run if call.site.differentiates else _values)(call, gradients, trained)
+    is_without_graph = call.site.differentiates or call.is_part
+    values = (_values_by_second_run if is_without_graph else _values)(call, gradients, trained)
     is_on_host = call.segment.state.cluster.host_is_device
     ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
     num_inputs = len(values) - len(trained)

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.hardware.device import Device, Lane
+from harmony_lightning.runtime.joint import Joint, Waiting
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Moved, Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
@@ -47,6 +48,10 @@ class Microbatch:
         self.replaced: Replaced = {}
         self.pending: dict[tuple[Any, int], tuple[GradientEdge, list[Arrival]]] = {}
         """Gradients that have arrived for edges of older segments, to be added up in this order."""
+        self.waiting: Waiting | None = None
+        """The call of a layer in front of which it is parked, for others to join."""
+        self.joint: Joint | None = None
+        """What came of that."""
         self._in_backward: Segment | None = None
         self._function = function
         self._stream = stream
@@ -97,6 +102,14 @@ class Microbatch:
         self.open(pack)
         self.segment.expect(self._luggage.sent)
         self._luggage = None
+
+    def join(self, waiting: Waiting) -> Joint | None:
+        """Called within the greenlet: wait until the engine has brought the rest of the group to this layer, or past it."""
+        assert self._greenlet is not None and self._greenlet.parent is not None
+        self.waiting = waiting
+        self._greenlet.parent.switch()
+        joint, self.joint, self.waiting = self.joint, None, None
+        return joint
 
     def send_ahead(self) -> None:
         """Called by the engine while the microbatch is parked: what it needs next may set out to the device it goes to."""
@@ -156,7 +169,7 @@ class Microbatch:
             segment.close()
         self.segments.clear()
         self.pending.clear()
-        self._luggage = None
+        self._luggage = self.waiting = self.joint = None
         self.replaced.clear()
         self.result = None
 

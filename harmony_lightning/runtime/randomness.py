@@ -39,8 +39,9 @@ def microbatch_seed(step_seed: int, microbatch: int) -> int:
 
 
 class _Numpy:
-    """NumPy's global generator. Reading it costs 80 us, so its raw memory is looked at first, and only programs that
-    really draw from it pay. (The raw memory does not tell of a second normal number that the generator keeps for later.)
+    """NumPy's global generator. Reading or setting it costs 60 us, so its raw memory is looked at and written, and only
+    programs that really draw from it pay. (The raw memory does not tell of a second normal number that the generator keeps
+    for later; as long as nobody draws there is none.)
     """
 
     def __init__(self) -> None:
@@ -53,8 +54,8 @@ class _Numpy:
         """The generator has been set; moves from here on are draws."""
         self._expected = self._memory()
 
-    def before(self) -> Any:
-        """What `drawn` will need."""
+    def state(self) -> Any:
+        """For `restore`, and for `drawn`."""
         memory = self._memory()
         if self._expected is None and self._state()[3]:  # a normal number is kept
             self._is_used = True
@@ -68,11 +69,18 @@ class _Numpy:
             if before == self._expected:
                 return None
             self._is_used = True
-            raw = numpy.frombuffer(before, dtype=numpy.uint32)
-            return ("MT19937", raw[:624].copy(), int(raw[624]), 0, 0.0)
+            return _in_full(before)
         now = self._state()
         same = now[2:] == before[2:] and numpy.array_equal(now[1], before[1])
         return None if same else before
+
+    def restore(self, state: Any) -> None:
+        """Set what `state` has given, or `numpy.random.get_state`."""
+        if isinstance(state, bytes) and not self._is_used and self._expected == self._memory():
+            ctypes.memmove(self._address, state, len(state))
+        else:
+            numpy.random.set_state(_in_full(state) if isinstance(state, bytes) else state)
+        self.expect()
 
     @staticmethod
     def _state() -> tuple[Any, ...]:
@@ -80,6 +88,12 @@ class _Numpy:
 
     def _memory(self) -> bytes:
         return ctypes.string_at(self._address, 2500)  # 624 words and the position of a Mersenne Twister
+
+
+def _in_full(memory: bytes) -> tuple[Any, ...]:
+    """The state in NumPy's own form, of a generator that keeps no normal number."""
+    words = numpy.frombuffer(memory, dtype=numpy.uint32)
+    return ("MT19937", words[:624].copy(), int(words[624]), 0, 0.0)
 
 
 _numpy = _Numpy()
@@ -95,12 +109,12 @@ class HostState:
 
     @classmethod
     def capture(cls) -> "HostState":
-        return cls(torch.get_rng_state(), random.getstate(), numpy.random.get_state())
+        return cls(torch.get_rng_state(), random.getstate(), _numpy.state())
 
     def restore(self) -> None:
         torch.set_rng_state(self.torch)
         random.setstate(self.python)
-        numpy.random.set_state(self.numpy)
+        _numpy.restore(self.numpy)
 
 
 class Stream:
@@ -143,7 +157,7 @@ class Replay:
     def __init__(self, device: Device) -> None:
         self._torch: torch.Tensor | None = torch.get_rng_state()
         self._python: Any = random.getstate()
-        self._numpy: Any = _numpy.before()
+        self._numpy: Any = _numpy.state()
         self._device_state = device.random_state()
 
     def keep_what_was_drawn(self, device: Device) -> None:

@@ -7,9 +7,11 @@ are never copied back: the host's are the masters, and only gradients leave (`gr
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
@@ -18,8 +20,21 @@ from harmony_lightning.runtime.arena import HostArena, Layout, lay_out, return_f
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
-Weights = dict[str, torch.Tensor]
-"""Device-resident weights by name: leaves over slot memory, valid until the slot is released."""
+
+class Weights(dict[str, torch.Tensor]):
+    """Device-resident weights by name: leaves over slot memory, valid until the slot is released."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._edges: dict[str, tuple[torch.Tensor, GradientEdge]] = {}
+
+    def edge(self, name: str) -> GradientEdge:
+        """Where gradients of a weight that requires one end. Torch makes a view of the leaf to find out."""
+        weight, (of, edge) = self[name], self._edges.get(name, (None, None))
+        if of is not weight or edge is None:
+            edge = get_gradient_edge(weight)
+            self._edges[name] = (weight, edge)
+        return edge
 
 
 class WeightStore:
@@ -84,8 +99,9 @@ class DeviceWeights:
         self._slots: list[_Slot] = []
         self._last: _Slot | None = None
 
-    def acquire(self, pack: int) -> Weights:
-        """Weights of `pack`, brought in if they are not there; compute enqueued from now on may use them."""
+    def acquire(self, pack: int, names: Iterable[str]) -> Weights:
+        """Weights of `pack`, brought in if they are not there; compute enqueued from now on may use them. Only `names` will
+        be asked for, which makes no difference here."""
         if self._last is not None and self._last.pack == pack:
             return self._last.views[pack]
         slot = self._last = self._load(pack)
@@ -156,7 +172,7 @@ class DeviceWeights:
                 read.synchronize()
             arena.move_in()
         if pack not in slot.views:
-            slot.views[pack] = {name: region.view(slot.bytes).detach() for name, region in layout.items()}
+            slot.views[pack] = Weights((name, region.view(slot.bytes).detach()) for name, region in layout.items())
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
         slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released))
         return slot
@@ -189,12 +205,11 @@ class HostWeights:
 
     def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
         self._parameters = parameters
-        self._views: list[Weights] = [{} for _ in plan.packs]
-        self._plan = plan
+        self._views = [Weights() for _ in plan.packs]
 
-    def acquire(self, pack: int) -> Weights:
+    def acquire(self, pack: int, names: Iterable[str]) -> Weights:
         weights = self._views[pack]
-        for name in self._plan.packs[pack].parameters:
+        for name in names:
             parameter = self._parameters[name]
             if name not in weights or weights[name].data_ptr() != parameter.data_ptr():
                 with torch.inference_mode(False), torch.no_grad():

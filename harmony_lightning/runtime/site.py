@@ -60,6 +60,10 @@ class Site:
         """Whether a forward was seen to take derivatives by itself."""
         self.has_functions: bool | None = None
         """Whether Python autograd functions of the user's were seen in a forward's graph."""
+        self.draws = False
+        """Whether a forward was seen to draw random numbers."""
+        self.joins: bool | None = None
+        """Whether it may be called for several microbatches at once; None: nobody has tried."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._derived = [(one.owner, one.attribute) for one in find_derived(module)]
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]

@@ -6,11 +6,12 @@ from visit to visit.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
@@ -38,6 +39,7 @@ class RuntimeState:
         slot_nbytes: of the largest pack's weights.
         upcoming: by device, the pack to swap in behind the running one.
         objects: what the running layer has been given within objects.
+        watcher: the function mode that user code runs under.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
 
@@ -61,6 +63,7 @@ class RuntimeState:
         self.is_holding = False
         self.upcoming: dict[int, int] = {}
         self.objects: Any = None
+        self.watcher: TorchFunctionMode | None = None
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
@@ -125,8 +128,8 @@ class RuntimeState:
     def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
         """Device-resident weights of a layer; those in `trained` require a gradient."""
         if site.pack is None:
-            return {}
-        weights = self._weights[device.index].acquire(site.pack)
+            return Weights()
+        weights = self._weights[device.index].acquire(site.pack, site.weight_names)
         upcoming = self.upcoming.pop(device.index, None)
         if upcoming is not None:
             self._weights[device.index].prefetch(upcoming)
@@ -162,14 +165,15 @@ class RuntimeState:
     # What is running --------------------------------------------------------------------------------------------------
 
     @contextmanager
-    def inside_layer(self, device: Device) -> Iterator[None]:
-        """The code within is a layer's own, on `device`: calls are not interposed and tensors are not imported."""
+    def inside_layer(self, device: Device, *, is_watched: bool = False) -> Iterator[None]:
+        """The code within is a layer's own, on `device`: calls are not interposed, tensors are not imported. `is_watched`
+        if somebody must see all the same what functions get."""
         self.depth += 1
         is_cached = torch.is_autocast_cache_enabled()
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
         try:
-            with device.lane(Lane.COMPUTE):
+            with device.lane(Lane.COMPUTE), nullcontext() if is_watched else _unseen_by(self.watcher):
                 yield
         finally:
             torch.set_autocast_cache_enabled(is_cached)
@@ -281,3 +285,13 @@ class RuntimeState:
         for loader in self._loaders:
             loader.drain()
         self.gradients.discard()
+
+
+@contextmanager
+def _unseen_by(mode: TorchFunctionMode | None) -> Iterator[None]:
+    """A function mode costs microseconds for every function, and a layer calls a hundred."""
+    if mode is None or torch.overrides._get_current_function_mode() is not mode:  # type: ignore[no-untyped-call]
+        yield
+        return
+    with torch.overrides._pop_mode_temporarily():
+        yield

@@ -9,14 +9,16 @@ Which pack comes next is read off the microbatches themselves: the foremost pack
 skipped layers and other orders than the plan's need no special case, only more swapping.
 """
 
+import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge
 
 from harmony_lightning.runtime.gradients import OnComplete
+from harmony_lightning.runtime.joint import Joint
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.transfer import Arrival
@@ -25,6 +27,8 @@ from harmony_lightning.runtime.visits import next_in_backward, next_in_forward, 
 
 Settle = Callable[[Any], tuple[torch.Tensor | None, Any]]
 """Takes a microbatch's result apart: its loss, and the result with that loss detached."""
+
+Group = Sequence[Microbatch]
 
 
 class TrainingStep:
@@ -70,17 +74,17 @@ class TrainingStep:
                 state.release_all()
         else:
             with visit(state, 0, microbatches, next_in_forward(state.plan, 0, microbatches)):
-                for microbatch in microbatches:
-                    self._run(microbatch)
+                for group, _ in self._groups(0, microbatches):
+                    self._run_group(group)
         while waiting := [m for m in microbatches if not m.is_done]:
             pack = min(m.waits_for for m in waiting if m.waits_for is not None)
             visitors = [m for m in waiting if m.waits_for == pack]
             with visit(state, pack, visitors, next_in_forward(state.plan, pack, waiting)):
                 visitors[0].send_ahead()
-                for microbatch, following in zip(visitors, [*visitors[1:], None], strict=True):
-                    if following is not None and state.plan.prefetch:
-                        following.send_ahead()
-                    self._run(microbatch)
+                for group, following in self._groups(pack, visitors):
+                    for microbatch in following if state.plan.prefetch else ():
+                        microbatch.send_ahead()
+                    self._run_group(group)
 
     def backward(self, factor: float, on_complete: OnComplete) -> None:
         """What is left of it; arguments are those of `Engine.backward`."""
@@ -103,6 +107,31 @@ class TrainingStep:
             if not self._segments_left[pack]:
                 self._send(pack, on_complete)
         state.gradients.finish(on_complete)
+
+    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterator[tuple[Group, Group]]:
+        """Those that go through a pack together, on one device, each time with those that follow."""
+        plan = self._state.plan
+        size = plan.microbatches_per_forward if pack + 1 < len(plan.packs) else 1
+        groups: list[Group] = [[microbatch] for microbatch in visitors]
+        if size > 1:
+            by_device: dict[int, list[Microbatch]] = {}
+            for microbatch in visitors:
+                by_device.setdefault(microbatch.device.index, []).append(microbatch)
+            columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in by_device.values()]
+            groups = [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
+        return zip(groups, [*groups[1:], ()], strict=True)
+
+    def _run_group(self, group: Group) -> None:
+        """Let microbatches go on to the next pack; those that come to a layer with inputs of one kind call it together."""
+        for microbatch in group:
+            self._run(microbatch)
+        while waiting := [(m, m.waiting) for m in group if m.waiting is not None]:
+            first = waiting[0][1]
+            together = [(m, call) for m, call in waiting if call is first or first.is_joinable_with(call)]
+            joint = Joint([call for _, call in together]) if len(together) > 1 else None
+            for microbatch, _ in together:
+                microbatch.joint = joint
+                self._run(microbatch)
 
     def _run(self, microbatch: Microbatch) -> None:
         """Let a microbatch go on; if it comes to its end, differentiate its last segment."""

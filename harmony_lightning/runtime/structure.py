@@ -104,6 +104,11 @@ def is_opaque(value: Any) -> bool:
     return not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module | _FUNCTIONS)
 
 
+def is_plain(leaf: Any) -> bool:
+    """Whether a leaf is a value, which nobody can write."""
+    return isinstance(leaf, _PLAIN)
+
+
 def without_repetition(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with one element along each dimension of stride 0, as `expand` makes them."""
     for dim, stride in enumerate(tensor.stride()):
@@ -194,6 +199,19 @@ class Arguments:
                 own.clear()
                 own.extend(new)
         self._own, self._containers = None, []
+
+    def is_like(self, other: "Arguments") -> bool:
+        """Whether the two differ in their tensors only, and hold nothing that a call could write."""
+        return (
+            self._spec == other._spec
+            and self._places == other._places
+            and not (self._opaque or other._opaque)
+            and next(_pairs(self._own, self._own), None) is None
+            and all(
+                one is another or (is_plain(one) and one == another)
+                for one, another in zip(self._rest, other._rest, strict=True)
+            )
+        )
 
     def snapshot(self, put: Put = lambda tensor: tensor) -> "Arguments":
         """The same with copies of objects that the call may write, and `put(tensor)` for each tensor in them; `self` if

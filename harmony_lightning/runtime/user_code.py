@@ -64,7 +64,7 @@ class UserCode:
             stack.enter_context(watched_functions(self._bring))
             glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self._notice)
             glue.host_arithmetic = host_arithmetic
-            stack.enter_context(glue)
+            state.watcher = stack.enter_context(glue)
             yield
 
     @contextmanager
@@ -116,8 +116,16 @@ class UserCode:
             if microbatch.is_cut and not microbatch.is_in_backward:
                 self._trace().record(microbatch.index, site.layer)
         try:
-            keeps = microbatch.is_cut and not microbatch.is_in_backward and site.name in plan.keep
-            result = call_layer(site, microbatch.segment, args, kwargs, keeps)
+            is_forward = microbatch.is_cut and not microbatch.is_in_backward
+            keeps = is_forward and site.name in plan.keep
+            joins = (
+                is_forward
+                and not keeps
+                and plan.microbatches_per_forward > 1
+                and site.pack is not None
+                and site.pack + 1 < len(plan.packs)
+            )
+            result = call_layer(site, microbatch.segment, args, kwargs, keeps, microbatch.join if joins else None)
         except Exception as error:
             add_place(error, f"in layer {site.name}", microbatch.segment)
             raise

@@ -50,6 +50,7 @@ def make_plan(
     memory_bytes: int,
     microbatch_size: int,
     num_microbatches: int,
+    microbatches_per_forward: int = 1,
     stash: Literal["device", "host"],
     host_is_device: bool = False,
     one_layer_per_pack: bool = False,
@@ -64,6 +65,7 @@ def make_plan(
         memory_bytes: what each offers.
         microbatch_size: samples.
         num_microbatches: of one minibatch.
+        microbatches_per_forward: in one call of a layer.
         stash: where layer inputs wait.
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
@@ -90,6 +92,7 @@ def make_plan(
         memory_bytes=memory_bytes,
         microbatch_size=microbatch_size,
         num_microbatches=num_microbatches,
+        microbatches_per_forward=microbatches_per_forward,
         packs=tuple(packs),
         stash=stash,
         prefetch=limit.prefetch,

@@ -36,6 +36,7 @@ class HarmonyMixin(Training, Evaluation):
         *,
         mode: Literal["auto", "pp", "dp"] | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
+        microbatches_per_forward: int | None = None,
         memory: str | int | None = None,
         stash: Literal["auto", "device", "host"] | None = None,
         one_layer_per_pack: bool | None = None,
@@ -64,6 +65,7 @@ class HarmonyMixin(Training, Evaluation):
         given = {
             "mode": mode,
             "microbatch_size": microbatch_size,
+            "microbatches_per_forward": microbatches_per_forward,
             "memory": memory,
             "stash": stash,
             "one_layer_per_pack": one_layer_per_pack,

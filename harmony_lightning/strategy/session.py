@@ -97,6 +97,7 @@ class Session:
             stash_in_bytes=counters.stash_in_bytes,
             stash_out_bytes=counters.stash_out_bytes,
             input_bytes=counters.input_bytes,
+            joint_forwards=counters.joint_forwards,
             updates_just_in_time=counters.updates_just_in_time,
             updates_whole=counters.updates_whole,
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),

@@ -112,3 +112,23 @@ def test_presets_have_what_a_model_needs():
         EmulatedCluster(preset="9090")
     with pytest.raises(ConfigurationError, match="nothing is timed"):
         EmulatedCluster().activities()
+
+
+def test_a_host_thread_takes_the_job_of_the_lowest_number_that_is_ready():
+    """Whatever the order in which this process came to them."""
+    cluster = cluster_of()
+    jobs = {"waits": (0, 100_000), "second": (2, 300_000), "first": (1, 200_000)}
+    with cluster.activate(continues=True):
+        copy_in(cluster, 0, torch.empty(MIB, dtype=torch.uint8))  # which takes a second
+        arrived = cluster.devices[0].record(Lane.SWAP_IN)
+        for name, (priority, size) in jobs.items():
+            weight = torch.nn.Parameter(torch.zeros(size))
+            weight.grad = torch.ones_like(weight)
+            optimizer = torch.optim.AdamW([weight], fused=True)
+            cluster.begin_job(priority)
+            if name == "waits":
+                arrived.synchronize()
+            optimizer.step()
+    updates = [a for a in cluster.activities() if a.name == "update"]
+    assert [a.end - a.start for a in updates] == pytest.approx([0.2, 0.3, 0.1], rel=0.05)
+    assert updates[1].end < 1 < updates[2].start

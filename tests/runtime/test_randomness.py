@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from harmony_lightning.hardware.host import HostDevice
-from harmony_lightning.runtime.randomness import HostState, Replay, Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.randomness import HostState, Replay, Stream, _Numpy, draw_step_seed, microbatch_seed
 
 DEVICE = HostDevice()
 
@@ -100,6 +100,43 @@ def test_a_stream_without_seed_goes_on_with_the_process_s_numbers():
     draw_all()
     stream.resume()
     assert drawn + draw_all() == expected
+
+
+@pytest.mark.parametrize("between", [lambda: None, numpy.random.rand, numpy.random.randn, lambda: numpy.random.seed(5)])
+@pytest.mark.parametrize("before", [lambda: None, numpy.random.rand, numpy.random.randn])
+def test_numpy_s_generator_comes_back_whatever_was_drawn(before, between):
+    """Whether its memory is written or all of its state is set; with the normal number that it keeps."""
+    numpy.random.seed(3)
+    before()
+    expected = [numpy.random.randn(3), numpy.random.rand(2)]
+    numpy.random.seed(3)
+    before()
+    generator = _Numpy()
+    state = generator.state()
+    generator.expect()
+    numpy.random.seed(4)
+    generator.expect()
+    for _ in range(2):
+        between()
+        generator.restore(state)
+        assert numpy.array_equal(numpy.random.randn(3), expected[0])
+        assert numpy.array_equal(numpy.random.rand(2), expected[1])
+
+
+def test_where_nobody_draws_numpy_s_generator_is_only_copied(monkeypatch):
+    numpy.random.seed(3)
+    generator = _Numpy()
+    generator.expect()
+    first = generator.state()
+    numpy.random.seed(4)
+    generator.expect()
+    monkeypatch.setattr(numpy.random, "set_state", None)
+    monkeypatch.setattr(numpy.random, "get_state", None)
+    for _ in range(3):
+        second = generator.state()
+        generator.restore(first)
+        assert generator.state() == first != second
+        generator.restore(second)
 
 
 def test_the_device_s_part_of_a_stream_follows_it_to_other_devices():

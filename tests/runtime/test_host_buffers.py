@@ -1,0 +1,74 @@
+"""Host memory in which gradients arrive: as much as the plan says, whatever runs ahead."""
+
+import threading
+
+import pytest
+import torch
+
+from harmony_lightning import EmulatedCluster
+from harmony_lightning.runtime.arena import lay_out
+from harmony_lightning.runtime.host_buffers import HostBuffers
+from harmony_lightning.runtime.worker import HostWorker
+
+LAYOUT = lay_out({"weight": torch.nn.Parameter(torch.zeros(16))}, ["weight"])
+NBYTES = 64
+
+
+@pytest.fixture
+def cluster():
+    return EmulatedCluster()
+
+
+@pytest.fixture
+def worker(cluster):
+    worker = HostWorker(cluster)
+    yield worker
+    worker.close()
+
+
+def arrive(buffers, worker, job=lambda lent: lent.clear()):
+    """A gradient arrives, and a job deals with it; returns the buffer's address."""
+    buffer = buffers.take(NBYTES)
+    lent = buffers.lend(buffer, LAYOUT, ["weight"])
+    buffers.follow(buffer, worker.submit(lambda: job(lent)))
+    return buffer.data_ptr()
+
+
+def test_buffers_go_round(cluster, worker):
+    buffers = HostBuffers(cluster, worker, limit=2)
+    assert len({arrive(buffers, worker) for _ in range(20)}) <= 3
+
+
+def test_whoever_runs_ahead_waits_for_those_who_deal_with_gradients(cluster, worker):
+    buffers, go_on, taken = HostBuffers(cluster, worker, limit=2), threading.Event(), []
+
+    def run_ahead():
+        for _ in range(3):
+            taken.append(arrive(buffers, worker, lambda lent: (go_on.wait(), lent.clear())))
+
+    ahead = threading.Thread(target=run_ahead)
+    ahead.start()
+    ahead.join(0.2)
+    assert ahead.is_alive() and len(taken) == 2
+    go_on.set()
+    ahead.join()
+    assert len(taken) == 3
+
+
+def test_a_gradient_that_somebody_keeps_is_not_overwritten(cluster, worker):
+    buffers, kept = HostBuffers(cluster, worker, limit=1), []
+    arrive(buffers, worker, lambda lent: kept.append(lent.pop("weight").fill_(7)))
+    for _ in range(5):
+        arrive(buffers, worker, lambda lent: (lent["weight"].zero_(), lent.clear()))
+    assert torch.equal(kept[0], torch.full((16,), 7.0))
+
+
+def test_an_error_of_the_job_before_is_raised_where_the_next_one_asks(cluster, worker):
+    buffers = HostBuffers(cluster, worker, limit=1)
+
+    def fail(lent):
+        raise ValueError("broken")
+
+    arrive(buffers, worker, fail)
+    with pytest.raises(ValueError, match="broken"):
+        arrive(buffers, worker)
