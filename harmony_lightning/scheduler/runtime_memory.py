@@ -34,13 +34,19 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
         """Stashes that wait here."""
         for p in mine:
             entering, leaving = _boundary(costs, packs, p, samples)
+            # What has been sent from here is held until the device is visited again: outputs, until the next pack, or the
+            # backward of this one; gradients, until the backward of the pack before.
+            sent = _boundary(costs, packs, p - num_devices, samples)[1] if is_pp and p >= num_devices else 0.0
+            sent_back = 0.0
+            if is_pp and num_devices > 1:
+                sent_back = _boundary(costs, packs, p + num_devices, samples)[0] if p + num_devices <= last else leaving
             stash = 0.0 if p == last else costs.stash_bytes(size, packs[p])
             if p == last:
-                need = max(_fused(costs, size, packs[p]), 0.0) + entering + 3 * costs.input_bytes(size, packs[p][0])
+                need = _fused(costs, size, packs[p]) + max(entering, sent) + 3 * costs.input_bytes(size, packs[p][0])
             else:
-                need = costs.working_bytes("forward", size, packs[p]) + max(leaving, entering) + stash
+                need = costs.working_bytes("forward", size, packs[p]) + max(leaving, entering, sent) + stash
                 need += 2 * costs.input_bytes(size, packs[p][0]) + (2 * stash if schedule.stash == "host" else 0)
-                back = costs.working_bytes("backward", size, packs[p]) + max(leaving, entering)
+                back = costs.working_bytes("backward", size, packs[p]) + max(leaving + sent_back, entering)
                 back += 2 * stash if schedule.stash == "host" else 0
                 need = max(need, back)
             if schedule.stash == "device" and p != last:

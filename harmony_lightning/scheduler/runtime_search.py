@@ -1,8 +1,8 @@
 """The search for a plan that the runtime can carry out now: the same packs both ways, one microbatch size.
 
 Few choices are left, so it is plain: of every packing (`packings`), microbatch size and mode, a lower bound from the
-busiest of compute, links and updates; then simulations in the order of the bounds, until those of the rest are above what was
-found. The best few are simulated once more with links that are shared fairly, and the fastest of these wins.
+busiest of compute, links and updates; then simulations in the order of the bounds, until those of the rest are above
+what was found. The best few are simulated once more with links that are shared fairly, and the fastest of these wins.
 """
 
 import time

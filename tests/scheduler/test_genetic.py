@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_profiles import SCHEDULED, kind, machine, machines, profile, profiles, published, published_machine, published_profile
+from small_profiles import (
+    SCHEDULED,
+    kind,
+    machine,
+    machines,
+    profile,
+    profiles,
+    published,
+    published_machine,
+    published_profile,
+)
 
 from harmony_lightning import CapacityError
 from harmony_lightning.scheduler.costs import Costs
@@ -19,7 +29,11 @@ def question(**changes):
 
 
 @given(
-    profiles(max_layers=5), machines(), st.sampled_from(("pp", "dp", "auto")), st.sampled_from(SCHEDULED), st.integers(1, 5)
+    profiles(max_layers=5),
+    machines(),
+    st.sampled_from(("pp", "dp", "auto")),
+    st.sampled_from(SCHEDULED),
+    st.integers(1, 5),
 )
 @settings(max_examples=8, deadline=None)
 def test_what_is_bred_fits_and_takes_what_it_says(layers, server, mode, rules, minibatch):

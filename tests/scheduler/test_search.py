@@ -166,7 +166,12 @@ def test_nothing_in_the_family_is_better(layers, server, mode, rules, minibatch,
 
 
 @given(
-    profiles(), machines(), st.sampled_from(("pp", "dp", "auto")), st.sampled_from(SCHEDULED), st.integers(1, 8), st.data()
+    profiles(),
+    machines(),
+    st.sampled_from(("pp", "dp", "auto")),
+    st.sampled_from(SCHEDULED),
+    st.integers(1, 8),
+    st.data(),
 )
 @settings(max_examples=40, deadline=None)
 def test_more_memory_and_faster_links_never_give_a_worse_plan(layers, server, mode, rules, minibatch, data):

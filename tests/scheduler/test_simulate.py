@@ -21,6 +21,7 @@ from small_profiles import (
 
 from harmony_lightning import ConfigurationError
 from harmony_lightning.plan import Kind, Lane, Schedule
+from harmony_lightning.plan.graph import NUM_LANES
 from harmony_lightning.scheduler.clock import Clock
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.own import OwnSteps
@@ -152,7 +153,7 @@ def test_the_graph_takes_what_the_clock_says(case):
     timeline = simulate(graph)
     assert timeline.seconds == pytest.approx(seconds(planned, costs, rules))
     # One lane does one thing at a time, in order, and nothing starts before what it waits for.
-    ends = dict.fromkeys(range(6 * planned.num_devices), 0.0)
+    ends = dict.fromkeys(range(NUM_LANES * planned.num_devices), 0.0)
     for task, start, end in zip(graph.tasks, timeline.starts, timeline.ends, strict=True):
         assert start >= max([ends[lane] for lane in task.lanes] + [timeline.ends[a] for a in task.after]) - 1e-9
         ends.update(dict.fromkeys(task.lanes, end))
