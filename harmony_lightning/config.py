@@ -35,6 +35,8 @@ class HarmonyConfig:
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
+    searches: bool = False
+    """Profile the module and search the plan when the first minibatch is there: `HarmonyStrategy(plan="auto")`."""
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean

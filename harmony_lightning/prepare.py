@@ -52,11 +52,7 @@ def prepare(
                 f"weight {name} is on {parameter.device}; the strategy needs the module on the host, because there its "
                 f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
-    memory_bytes = min(device.memory_bytes for device in cluster.devices)
-    if config.memory_bytes is not None:
-        memory_bytes = min(memory_bytes, config.memory_bytes)
-    nbytes = sum(parameter.nbytes for parameter in root.parameters())
-    decomposition = decompose(root, unit_nbytes(nbytes, memory_bytes), config.layers)
+    decomposition, memory_bytes = layers_of(root, cluster, config)
     if call_order is not None:
         decomposition = decomposition.reordered(call_order.layers)
     plan = make_plan(
@@ -83,3 +79,16 @@ def prepare(
         plan.stash,
     )
     return decomposition, plan
+
+
+def layers_of(root: nn.Module, cluster: Cluster, config: HarmonyConfig) -> tuple[Decomposition, int]:
+    """The layers of `root` in the order of registration, and the bytes that each device offers.
+
+    Raises:
+        ConfigurationError: a choice of layers matches nothing.
+    """
+    memory_bytes = min(device.memory_bytes for device in cluster.devices)
+    if config.memory_bytes is not None:
+        memory_bytes = min(memory_bytes, config.memory_bytes)
+    nbytes = sum(parameter.nbytes for parameter in root.parameters())
+    return decompose(root, unit_nbytes(nbytes, memory_bytes), config.layers), memory_bytes

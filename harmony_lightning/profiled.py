@@ -53,8 +53,6 @@ class Question:
     microbatch_size: int | None = None
     """None: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
-    min_samples: int = 1
-    """That a microbatch must have."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
