@@ -29,6 +29,10 @@ class HarmonyConfig:
     """What each GPU offers, such as "11GiB"; auto is all that is free, or an emulated GPU's own size."""
     stash: Literal["auto", "device", "host"] = "auto"
     """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device."""
+    update: Literal["auto", "host", "device"] = "auto"
+    """Where the optimizer steps weights whose gradients are complete: on the host, or on the GPU that has the gradients,
+    where the states of the optimizer are swapped in and out. Auto is the host. What must see all gradients first (clipping
+    by norm, a scaler, hooks) is done on the host in any case."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())
@@ -53,6 +57,12 @@ class HarmonyConfig:
             raise ConfigurationError(f"mode must be 'auto', 'pp' or 'dp', got {self.mode!r}")
         if self.stash not in ("auto", "device", "host"):
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
+        if self.update not in ("auto", "host", "device"):
+            raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
+        if self.searches and self.update == "device":
+            raise ConfigurationError(
+                "plan='auto' knows updates on the host only; leave update as it is, or give no plan"
+            )
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
@@ -86,7 +96,7 @@ class HarmonyConfig:
 class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
-    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH set the knobs of those names;
+    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0) and HARMONY_EVALUATION_BATCHES too, and HARMONY_CHECK=1 sets check_microbatches.
     HARMONY_EMULATED_GPUS=4 trains on
     that many emulated GPUs of HARMONY_MEMORY each; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
@@ -96,6 +106,7 @@ class Environment:
     microbatch_size: str | None
     memory: str | None
     stash: str | None
+    update: str | None
     one_layer_per_pack: bool | None
     emulated_gpus: int | None
     check_microbatches: bool | None
@@ -116,6 +127,7 @@ class Environment:
             microbatch_size=variables.get("HARMONY_MICROBATCH_SIZE"),
             memory=variables.get("HARMONY_MEMORY"),
             stash=variables.get("HARMONY_STASH"),
+            update=variables.get("HARMONY_UPDATE"),
             one_layer_per_pack=_switch(variables, "HARMONY_ONE_LAYER_PER_PACK"),
             emulated_gpus=int(gpus) if gpus else None,
             check_microbatches=_switch(variables, "HARMONY_CHECK"),
@@ -125,7 +137,7 @@ class Environment:
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
-        names = ("mode", "microbatch_size", "memory", "stash", "one_layer_per_pack", "check_microbatches")
+        names = ("mode", "microbatch_size", "memory", "stash", "update", "one_layer_per_pack", "check_microbatches")
         knobs: dict[str, Any] = {
             name: value for name in (*names, "evaluation_batches") if (value := getattr(self, name)) is not None
         }

@@ -1,6 +1,7 @@
 """From a module to a plan: decompose, then pack. Strategy and command line both come through here."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from torch import nn
@@ -39,8 +40,12 @@ def prepare(
     config: HarmonyConfig,
     workload: Workload,
     call_order: CallOrder | None = None,
+    state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Decomposition, Plan]:
     """The layers of `root` and the plan for one step of this workload.
+
+    `state_nbytes` has, by weight, the bytes of each tensor that the optimizer will remember; None if the host is to update
+    all packs, whatever the configuration says.
 
     Raises:
         ConfigurationError: a weight is not on the host, or a knob fits nothing.
@@ -53,6 +58,8 @@ def prepare(
                 f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
     decomposition, memory_bytes = layers_of(root, cluster, config)
+    if state_nbytes is not None:
+        decomposition = decomposition.with_states(state_nbytes)
     if call_order is not None:
         decomposition = decomposition.reordered(call_order.layers)
     plan = make_plan(
@@ -64,12 +71,14 @@ def prepare(
         num_microbatches=workload.num_microbatches,
         microbatches_per_forward=config.microbatches_per_forward,
         stash="device" if cluster.host_is_device or config.stash == "device" else "host",
+        update="device" if updates_there and state_nbytes is not None else "host",
         host_is_device=cluster.host_is_device,
         one_layer_per_pack=config.one_layer_per_pack,
         together=call_order.loops if call_order is not None else (),
     )
     log.info(
-        "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s",
+        "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "
+        "%d packs updated on devices",
         plan.mode,
         len(decomposition.layers),
         len(plan.packs),
@@ -77,6 +86,7 @@ def prepare(
         plan.num_devices,
         format_nbytes(plan.memory_bytes),
         plan.stash,
+        sum(pack.update == "device" for pack in plan.packs),
     )
     return decomposition, plan
 
@@ -91,4 +101,5 @@ def layers_of(root: nn.Module, cluster: Cluster, config: HarmonyConfig) -> tuple
     if config.memory_bytes is not None:
         memory_bytes = min(memory_bytes, config.memory_bytes)
     nbytes = sum(parameter.nbytes for parameter in root.parameters())
-    return decompose(root, unit_nbytes(nbytes, memory_bytes), config.layers), memory_bytes
+    updates_there = config.update == "device" and not cluster.host_is_device
+    return decompose(root, unit_nbytes(nbytes, memory_bytes, updates_there), config.layers), memory_bytes

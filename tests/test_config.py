@@ -25,6 +25,7 @@ def test_memory_is_a_size(memory):
     [
         ({"mode": "tp"}, r"mode must be 'auto', 'pp' or 'dp', got 'tp'"),
         ({"stash": "disk"}, r"stash must be 'auto', 'device' or 'host', got 'disk'"),
+        ({"update": "gpu"}, r"update must be 'auto', 'host' or 'device', got 'gpu'"),
         ({"microbatch_size": 0}, r"microbatch_size must be 'auto' or a positive integer, got 0"),
         ({"microbatch_size": -2}, r"got -2"),
         ({"microbatch_size": 2.0}, r"got 2\.0"),
@@ -56,6 +57,7 @@ def test_variables_are_read():
             "HARMONY_MICROBATCH_SIZE": "3",
             "HARMONY_MEMORY": "1GiB",
             "HARMONY_STASH": "device",
+            "HARMONY_UPDATE": "device",
             "HARMONY_EVALUATION_BATCHES": "5",
             "HARMONY_EMULATED_GPUS": "4",
             "MODE": "pp",
@@ -67,6 +69,7 @@ def test_variables_are_read():
         "microbatch_size": 3,
         "memory": "1GiB",
         "stash": "device",
+        "update": "device",
         "evaluation_batches": 5,
     }
 

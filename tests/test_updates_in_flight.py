@@ -30,6 +30,16 @@ def swap_ins(request, monkeypatch):
         monkeypatch.setattr(DeviceWeights, "_swap_in", late)
 
 
+@pytest.fixture(params=["host", "device", "stays"])
+def place(request, monkeypatch):
+    """Where packs are updated. On a device that takes more memory; with much more, they stay there."""
+    if request.param != "host":
+        monkeypatch.setenv("HARMONY_UPDATE", "device")
+        memory = "230KiB" if request.param == "device" else "1MiB"
+        monkeypatch.setattr(harmony, "__defaults__", (2, memory, 2))
+    return request.param
+
+
 def fit(strategy=None, callbacks=(), make=Chain, optimizer=torch.optim.AdamW, **options):
     torch.manual_seed(0)
     module = make(depth=6, optimizer=optimizer)
@@ -73,10 +83,13 @@ LOOKS = {
 
 
 @pytest.mark.parametrize("look", LOOKS)
-def test_what_is_looked_at_is_that_of_the_end_of_the_step(look):
+def test_what_is_looked_at_is_that_of_the_end_of_the_step(look, place):
     plain, ours = Looking(LOOKS[look]), Looking(LOOKS[look])
-    assert same_weights(fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours]))
+    strategy = harmony(2)
+    assert same_weights(fit(callbacks=[plain]), fit(strategy, callbacks=[ours]))
     assert len(plain.seen) == len(ours.seen) == NUM_STEPS - 1
+    assert (place == "host") == (strategy.statistics().updates_on_devices == 0)
+    assert bool(strategy.plan.updates_stay) == (place == "stays")
     assert ours.num_in_flight == NUM_STEPS - 2  # the first update makes the optimizer's states
     for expected, found in zip(plain.seen, ours.seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
@@ -111,7 +124,7 @@ class Counting(torch.optim.Optimizer):
         return loss
 
 
-def test_a_checkpoint_holds_the_numbers_of_the_end_of_the_step():
+def test_a_checkpoint_holds_the_numbers_of_the_end_of_the_step(place):
     def counts(trainer, module):
         state = trainer.strategy.optimizer_state(trainer.optimizers[0])["state"]
         return [entry["step"] for entry in state.values()]
@@ -135,7 +148,7 @@ class Growing(Chain):
         return super().training_step(batch, batch_idx)
 
 
-def test_a_group_of_parameters_may_be_added_within_a_step():
+def test_a_group_of_parameters_may_be_added_within_a_step(place):
     plain, ours = fit(make=Growing), fit(harmony(2), make=Growing)
     assert same_weights(plain, ours) and torch.equal(plain.extra, ours.extra)
 
@@ -150,7 +163,7 @@ class Writing(L.Callback):
                     parameter.clamp_(-0.05, 0.05)
 
 
-def test_weights_may_be_written_between_steps():
+def test_weights_may_be_written_between_steps(place):
     assert same_weights(fit(callbacks=[Writing()]), fit(harmony(2), callbacks=[Writing()]))
 
 
@@ -169,12 +182,12 @@ class Remembering(Chain):
         return super().training_step(batch, batch_idx)
 
 
-def test_views_of_weights_are_watched_too():
+def test_views_of_weights_are_watched_too(place):
     plain, ours = fit(make=Remembering), fit(harmony(2), make=Remembering)
     assert ours.norms[::4] == plain.norms[::4]
 
 
-def test_a_process_that_is_forked_finds_finished_weights():
+def test_a_process_that_is_forked_finds_finished_weights(place):
     """As workers of a data loader are, between epochs."""
 
     def child_sees(trainer, module):
@@ -230,7 +243,7 @@ class Exchanging(Chain):
         return super().training_step(batch, batch_idx)
 
 
-def test_the_memory_of_weights_may_be_exchanged():
+def test_the_memory_of_weights_may_be_exchanged(place):
     assert same_weights(fit(make=Exchanging), fit(harmony(2), make=Exchanging))
 
 
@@ -251,7 +264,7 @@ class Decaying(Chain):
                 parameter.mul_(0.99)
 
 
-def test_weights_may_be_written_within_the_step():
+def test_weights_may_be_written_within_the_step(place):
     # One microbatch: each further one would find weights that the one before has written.
     plain = Decaying(depth=6)
     ours = copy.deepcopy(plain)

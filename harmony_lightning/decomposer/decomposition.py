@@ -1,6 +1,7 @@
 """What a module consists of, as names and bytes. No torch in here: the planner reads it too."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -10,6 +11,8 @@ class Weight:
     name: str
     nbytes: int
     is_trainable: bool
+    state_nbytes: tuple[int, ...] = ()
+    """Bytes of each tensor that the optimizer remembers of it and needs where it steps it; empty as long as unknown."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,8 +47,9 @@ class Decomposition:
         """The same with `names` first and in that order; layers that are not named follow in their old order."""
         by_name = {layer.name: layer for layer in self.layers}
         first = [by_name.pop(name) for name in names]
-        return Decomposition(
-            layers=(*first, *by_name.values()),
-            weights=self.weights,
-            has_batch_statistics=self.has_batch_statistics,
-        )
+        return replace(self, layers=(*first, *by_name.values()))
+
+    def with_states(self, state_nbytes: Mapping[str, tuple[int, ...]]) -> "Decomposition":
+        """The same, with what is known by now of the optimizer's states of the weights."""
+        weights = (replace(weight, state_nbytes=state_nbytes.get(weight.name, ())) for weight in self.weights)
+        return replace(self, weights=tuple(weights))

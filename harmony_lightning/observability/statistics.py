@@ -14,9 +14,9 @@ class Statistics:
     num_packs: int
     """Packs of the plan; 0 before the first step."""
     swap_in_bytes: int
-    """Weights brought to devices."""
+    """Weights, and states of the optimizer where devices update, brought to devices."""
     swap_out_bytes: int
-    """Gradients brought to the host."""
+    """Gradients brought to the host; weights and states of the optimizer where devices update."""
     p2p_bytes: int
     """Activations and gradients moved from device to device."""
     stash_in_bytes: int
@@ -31,5 +31,7 @@ class Statistics:
     """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
     updates_whole: int
     """Optimizer steps over all weights at once, because something had to see all gradients first."""
+    updates_on_devices: int
+    """Updates of one pack each that were taken on a device."""
     peak_device_bytes: tuple[int, ...]
     """The most bytes that were alive at once, per device."""

@@ -36,6 +36,26 @@ class Pack(Record):
     """Bytes of the weights as they lie in an arena, alignment included."""
     gradient_slot_nbytes: int
     """Bytes of the gradients as they lie in an arena, alignment included."""
+    update: Literal["host", "device"] = "host"
+    """Where the optimizer steps the weights: on the host, where gradients go to it, or on the device that has the
+    gradients, where what it remembers of the weights goes in, and leaves again with the weights."""
+    state_nbytes: int = 0
+    """Bytes of the tensors that the optimizer remembers of the weights, as far as they go to the device; 0 for host."""
+    state_slot_nbytes: int = 0
+    """The same as they lie in an arena, alignment included."""
+
+    def __post_init__(self) -> None:
+        if self.update not in ("host", "device"):
+            raise ConfigurationError(f"update must be 'host' or 'device', got {self.update!r}")
+        if not 0 <= self.state_nbytes <= self.state_slot_nbytes:
+            raise ConfigurationError(
+                f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes}; 0 is the least"
+            )
+
+    @property
+    def update_slot_nbytes(self) -> int:
+        """Bytes that a device needs beside weights and gradients to update the pack: new weights, and states."""
+        return self.gradient_slot_nbytes + self.state_slot_nbytes if self.update == "device" else 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,6 +76,9 @@ class Plan(Record):
     """Where inputs of layers wait from forward to backward."""
     prefetch: int
     """Packs that are swapped in ahead of the running one, per device: 0 or 1."""
+    updates_stay: tuple[int, ...] = ()
+    """Packs whose states, and new weights if no other device needs them, stay on the device that has updated them, until
+    somebody looks at them on the host."""
     microbatches_per_forward: int = 1
     """Microbatches that go through a layer's forward in one call, where it treats samples independently: Harmony's
     U_fwd / U_bwd. Not in the last pack, whose backward is next."""
@@ -75,6 +98,9 @@ class Plan(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
             raise ConfigurationError("a plan needs at least one pack")
+        for index in self.updates_stay:
+            if not 0 <= index < len(self.packs) or self.packs[index].update != "device":
+                raise ConfigurationError(f"updates_stay names pack {index}, which is not updated on a device")
         for name in self.keep:
             if name not in self.packs[-1].layers:
                 raise ConfigurationError(
@@ -107,22 +133,33 @@ class Plan(Record):
 
     @property
     def swap_in_bytes_per_step(self) -> int:
-        """Bytes of weights that one step must bring in when every pack is called once.
+        """Bytes of weights, and of states of the optimizer, that one step must bring in when every pack is called once.
 
-        Once for each pack and visited device, and once more for each that has a backward, less the packs at which forward
-        and backward meet: the last pack on each device is still there when its backward begins.
+        Weights once for each pack and visited device, and once more for each that has a backward, less the packs at which
+        forward and backward meet: the last pack on each device is still there when its backward begins.
         """
-        total = 0
+        total = self._state_bytes
         for index, pack in enumerate(self.packs):
+            nbytes = pack.nbytes - (pack.trainable_nbytes if self.weights_stay(index) else 0)
             for device in self.visitors(index):
                 is_last = not any(device in self.visitors(later) for later in range(index + 1, len(self.packs)))
-                total += pack.nbytes * (1 if is_last or not self.has_backward(index) else 2)
+                total += nbytes * (1 if is_last or not self.has_backward(index) else 2)
         return total
 
     @property
     def swap_out_bytes_per_step(self) -> int:
-        """Bytes of gradients that one step must bring out: each once, none of frozen weights."""
-        return sum(pack.trainable_nbytes for pack in self.packs)
+        """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
+        each once, none of frozen weights."""
+        leaving = (pack for index, pack in enumerate(self.packs) if not self.weights_stay(index))
+        return sum(pack.trainable_nbytes for pack in leaving) + self._state_bytes
+
+    @property
+    def _state_bytes(self) -> int:
+        return sum(pack.state_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
+
+    def weights_stay(self, pack: int) -> bool:
+        """Whether new weights of a pack stay on the only device that needs them."""
+        return pack in self.updates_stay and len(self.visitors(pack)) == 1
 
     @property
     def num_gradient_buffers(self) -> int:
@@ -136,7 +173,30 @@ class Plan(Record):
         return 0 if pack >= self.num_gradient_buffers else 1 + pack
 
     def arena_nbytes(self) -> int:
-        """Bytes that the weight and gradient slots take on each device."""
+        """Bytes that the slots for weights, gradients and updates take on the device that has most of them."""
         per_slot = max(pack.slot_nbytes for pack in self.packs)
         per_gradient_slot = max(pack.gradient_slot_nbytes for pack in self.packs)
-        return (1 + self.prefetch) * (per_slot + per_gradient_slot)
+        return (1 + self.prefetch) * (per_slot + per_gradient_slot) + self.updates_nbytes
+
+    @property
+    def updates_nbytes(self) -> int:
+        """Bytes of slots for updates alone."""
+        return max(map(self.update_slots_nbytes, range(self.num_devices)))
+
+    def update_device(self, pack: int) -> int:
+        """The device that updates a pack, if one does: the first that has gradients of it."""
+        return self.visitors(pack)[0]
+
+    @property
+    def shared_update_slot_nbytes(self) -> int:
+        """Bytes of each slot in which packs that do not stay are updated, one after the other."""
+        shared = (pack.update_slot_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
+        return max(shared, default=0)
+
+    def update_slots_nbytes(self, device: int) -> int:
+        """Bytes that the slots for updates take on a device: one for each pack that stays, and as many for all others as
+        there are for weights."""
+        here = [index for index in range(len(self.packs)) if self.update_device(index) == device]
+        own = sum(self.packs[index].update_slot_nbytes for index in here if index in self.updates_stay)
+        is_shared = any(self.packs[i].update == "device" and i not in self.updates_stay for i in here)
+        return own + is_shared * (1 + self.prefetch) * self.shared_update_slot_nbytes

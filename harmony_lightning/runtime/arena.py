@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.plan import aligned
@@ -81,10 +80,10 @@ def return_freed_memory() -> None:
 
 
 class HostArena:
-    """The host memory of one pack's weights."""
+    """The host memory of one pack's weights, or of the optimizer's states for them."""
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], names: Iterable[str], cluster: Cluster) -> None:
-        """Moves the memory of the named parameters, which must be on the host, into a new arena."""
+    def __init__(self, parameters: Mapping[str, torch.Tensor], names: Iterable[str], cluster: Cluster) -> None:
+        """Moves the memory of the named parameters, or other tensors, which must be on the host, into a new arena."""
         self.layout = lay_out(parameters, names)
         self.bytes = cluster.host_buffer(layout_nbytes(self.layout))
         self._parameters = [parameters[name] for name in self.layout]

@@ -18,3 +18,4 @@ class Counters:
     joint_forwards: int = 0
     updates_just_in_time: int = 0
     updates_whole: int = 0
+    updates_on_devices: int = 0

@@ -30,6 +30,7 @@ from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.step import Settle, TrainingStep
 from harmony_lightning.runtime.together import SharedPass, Together
 from harmony_lightning.runtime.trace import Trace
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
 from harmony_lightning.runtime.worker import HostWorker
 
@@ -66,6 +67,7 @@ class Engine:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
         self.settle()
         if self._code is not None:
+            self.bring_home()
             self.state.close()
             self._code = None
         with self.cluster.activate():
@@ -131,6 +133,10 @@ class Engine:
         self.abort()
         self._interposition.remove()
         if self._code is not None:
+            try:
+                self.bring_home()
+            except Exception:
+                log.exception("the newest weights could not be brought to the host")
             self.state.close()
         self.worker.close()
         self.cluster.close()
@@ -204,7 +210,7 @@ class Engine:
                 step.forward()
                 self._finish_updates()  # of packs that nobody has called
                 self.state.buffers.flush()
-            derive_on_host(self._derived)
+            self._derive()
         except Uncuttable:
             self._interrupted_seed = step_seed
             if not self.trace.is_complete:
@@ -226,17 +232,18 @@ class Engine:
             microbatch.result = None
         return results
 
-    def backward(self, factor: float, on_complete: OnComplete) -> None:
+    def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None = None) -> None:
         """Run what is left of the backward of the step; `settle` waits for gradients and updates still on their way then.
 
         Args:
             factor: gradient of the minibatch's loss.
             on_complete: called on the worker thread with the names of weights whose `.grad` has become complete.
+            on_device: the update to be taken on devices, where the plan says so; None if all are the host's.
         """
         assert self._step is not None, "backward comes behind forward"
         self.has_settled = False
         with self._user_code.active(continues=True), self._guarded():
-            self._step.backward(factor, on_complete)
+            self._step.backward(factor, on_complete, on_device)
             self.state.buffers.flush()
             self._end()
 
@@ -253,7 +260,7 @@ class Engine:
                 result = function()
             self.state.buffers.flush()
             self._end()
-        derive_on_host(self._derived)
+        self._derive()
         return result
 
     def run_together(self, functions: Sequence[Callable[[], Any]]) -> Together:
@@ -269,7 +276,7 @@ class Engine:
                 self._end()
         finally:
             self._shared_pass, self.trace = None, trace
-        derive_on_host(self._derived)
+        self._derive()
         return together
 
     def _end(self) -> None:
@@ -351,10 +358,21 @@ class Engine:
             with self.cluster.activate():
                 pass  # an emulated one looks whether that is so
 
+    def bring_home(self) -> None:
+        """Bring what has stayed on devices, and is newer there, to the host: anybody may look at it, and write it."""
+        if self._code is not None and self.state.is_behind:
+            with self.cluster.activate(continues=bool(self._microbatches)), torch._C.DisableTorchFunction():
+                self.state.bring_home()
+
     @property
     def updated(self) -> Collection[str]:
         """Names of weights whose gradients the last backward has made complete."""
         return self.state.gradients.completed
+
+    def _derive(self) -> None:
+        if self._derived:
+            self.bring_home()
+            derive_on_host(self._derived)
 
     def _finish_updates(self) -> None:
         self.has_settled = True
@@ -362,7 +380,7 @@ class Engine:
 
     def notice(self, arguments: Any) -> None:
         """User code is about to work with these: what is still being updated must be finished first."""
-        if self.has_settled:
+        if self.has_settled and (self._code is None or not self.state.is_behind):
             return
         if not any(self.is_updated(tensor) for tensor in _tensors(arguments)):
             return
@@ -371,6 +389,7 @@ class Engine:
         else:
             self.settle()
             self.state.release_all()  # the user may write them
+        self.bring_home()
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""
@@ -388,6 +407,7 @@ def _wait_for_all() -> None:
     for engine in list(_engines):
         if not engine.has_settled:
             engine.state.wait()  # an error would be lost here; it is raised where the engine settles
+        engine.bring_home()
 
 
 # Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.

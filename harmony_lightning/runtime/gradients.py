@@ -19,7 +19,9 @@ from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.host_buffers import HostBuffers
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 LAST = sys.maxsize
@@ -84,6 +86,8 @@ class GradientStore:
         self._in_parts: set[str] = set()
         """Weights of which some part has been sent in this backward."""
         self._clock = 0
+        self.updates: DeviceUpdates | None = None
+        """Takes complete gradients where they are; None if there are no such devices."""
 
     @torch.no_grad()
     def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
@@ -160,7 +164,24 @@ class GradientStore:
         if holders:
             assert pack is not None
             self._reduce(holders)
+            self._update_there(*holders[0], is_complete)
             self._swap_out(*holders[0], is_complete, on_complete)
+
+    def _update_there(self, device: int, slot: _Slot, is_complete: Callable[[str], bool]) -> None:
+        """Let weights be updated where their gradients are complete; the gradients are used up."""
+        if self.updates is None or slot.pack is None:
+            return
+        elsewhere = {name for name, _ in self._loose} | self._in_parts
+        complete = {
+            name: gradient
+            for name, gradient in slot.written.items()
+            if name not in elsewhere and is_complete(name) and _is_plain(self._parameters[name], gradient)
+        }
+        updated, arrival = self.updates.step(slot.pack, device, complete)
+        if updated:
+            self._updates.update(dict.fromkeys(updated, self._worker.follow(arrival)))
+        for name in updated:
+            del slot.written[name]
 
     def hold(self) -> None:
         """Bring everything to the host; nothing becomes complete."""
@@ -269,6 +290,9 @@ class GradientStore:
     @torch.no_grad()
     def _swap_out(self, device: int, slot: _Slot, is_complete: Callable[[str], bool], on_complete: OnComplete) -> None:
         assert slot.pack is not None
+        if not slot.written:
+            slot.pack = None
+            return
         layout = self._layouts[slot.pack]
         nbytes = layout_nbytes(layout)
         buffer = self._buffers.take(nbytes)
@@ -319,6 +343,8 @@ class GradientStore:
         priority: int = 0,
     ) -> Ticket:
         """Have the worker deal with gradients that reach the host at `arrival`; those in `complete` get no more parts."""
+        if self.updates is not None and isinstance(on_complete, JustInTimeUpdate):
+            self.updates.slots.bring_home(complete)
         events = [*self._reads(complete), *([arrival] if arrival is not None else [])]
 
         def receive() -> None:
@@ -357,6 +383,13 @@ class GradientStore:
 def has_hooks(parameter: nn.Parameter) -> bool:
     """Whether the user watches the gradient of this parameter, and it trains at present."""
     return parameter.requires_grad and bool(parameter._backward_hooks or parameter._post_accumulate_grad_hooks)  # type: ignore[attr-defined]
+
+
+def _is_plain(parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
+    """Whether nobody sees the gradient before the weight is updated, and what has come before can be added to it."""
+    before = parameter.grad
+    is_alike = before is None or (before.layout, before.dtype) == (torch.strided, gradient.dtype)
+    return is_alike and not has_hooks(parameter)
 
 
 def _payload_nbytes(gradient: torch.Tensor) -> int:

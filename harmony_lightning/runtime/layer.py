@@ -107,8 +107,9 @@ def call_layer(
     with torch._C.DisableTorchFunction():
         tensors = [segment.bring(segment.state.buffers.come_home(tensor)) for tensor in originals]
         call = LayerCall(site, segment, arguments, is_kept=keeps)
-    state, objects = segment.state, call.objects
-    trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
+        state, objects = segment.state, call.objects
+        # Not a look at the weights, which would wait for their updates.
+        trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
     if not torch.is_grad_enabled() or not (trained or objects or any(tensor.requires_grad for tensor in tensors)):
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained

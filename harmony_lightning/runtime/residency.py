@@ -37,6 +37,10 @@ class Weights(dict[str, torch.Tensor]):
         return edge
 
 
+Newer = tuple[dict[str, torch.Tensor], Event]
+"""Weights on a device that are newer than the masters, and the point behind what has made them."""
+
+
 class WeightStore:
     """The masters on the host, one arena per pack. A tied weight lies in the arena of the first pack that has it."""
 
@@ -98,6 +102,8 @@ class DeviceWeights:
         """By pack: behind the last swap-in."""
         self._slots: list[_Slot] = []
         self._last: _Slot | None = None
+        self.find_newer: Callable[[int], Newer | None] = lambda pack: None
+        """Tells of a pack whose newest weights are on this device (`update_slots`)."""
 
     def acquire(self, pack: int, names: Iterable[str]) -> Weights:
         """Weights of `pack`, brought in if they are not there; compute enqueued from now on may use them. Only `names` will
@@ -173,20 +179,27 @@ class DeviceWeights:
             arena.move_in()
         if pack not in slot.views:
             slot.views[pack] = Weights((name, region.view(slot.bytes).detach()) for name, region in layout.items())
-        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes
-        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, released))
+        newer, made = self.find_newer(pack) or ({}, None)
+        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(weight.nbytes for weight in newer.values())
+        slot.loading = self._loads[pack] = self._worker.submit(
+            lambda: self._swap_in(slot, pack, [event for event in (released, made) if event is not None], newer)
+        )
         return slot
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _swap_in(self, slot: _Slot, pack: int, released: Event | None) -> None:
+    def _swap_in(self, slot: _Slot, pack: int, after: Iterable[Event], newer: Mapping[str, torch.Tensor]) -> None:
         """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
         self._await_updates(layout)
-        if released is not None:
-            self._device.wait(Lane.SWAP_IN, released)
+        for event in after:
+            self._device.wait(Lane.SWAP_IN, event)
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
-            slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
+            if not newer:
+                slot.bytes[: arena.bytes.numel()].copy_(arena.bytes, non_blocking=True)
+            for name in arena.layout if newer else ():
+                source = newer.get(name, self._store.parameters[name])
+                layout[name].view(slot.bytes).copy_(source, non_blocking=True)
             for name in self._store.borrowed[pack]:
                 layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)

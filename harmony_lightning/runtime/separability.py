@@ -61,27 +61,35 @@ class Separability:
         """
         if (reason := _observer(optimizer) or _list_for_parameters(optimizer)) is not None:
             return reason
+        return self._look_up(optimizer, moves=False)
+
+    def reason_against_moving(self, optimizer: Optimizer) -> str | None:
+        """Why parameters of a separable optimizer must be stepped where they are; None if copies may be."""
+        return self._look_up(optimizer, moves=True)
+
+    def _look_up(self, optimizer: Optimizer, *, moves: bool) -> str | None:
         known = self._known.setdefault(optimizer, {})
-        signature = _signature(optimizer)
-        if signature not in known:
-            known[signature] = probe(optimizer)
-        return known[signature]
+        question = _signature(optimizer), moves
+        if question not in known:
+            known[question] = probe(optimizer, moves=moves)
+        return known[question]
 
 
-def probe(optimizer: Optimizer) -> str | None:
-    """Why stepping parameters one by one is not the optimizer's own step; None if it is. Nothing real is touched."""
+def probe(optimizer: Optimizer, *, moves: bool = False) -> str | None:
+    """Why stepping parameters one by one is not the optimizer's own step; None if it is. Nothing real is touched. `moves`:
+    what is stepped are copies of parameters and of what is remembered of them."""
     streams = HostState.capture()
     try:
         with torch.enable_grad():
-            return _try(optimizer)
+            return _try(optimizer, _step_in_place if not moves else _step_copies)
     except Exception as error:
         return f"a trial step on copies failed ({type(error).__name__}: {error})"
     finally:
         streams.restore()
 
 
-def _try(optimizer: Optimizer) -> str | None:
-    together, apart = _clone(optimizer), _clone(optimizer)
+def _try(optimizer: Optimizer, step: Callable[[Optimizer, nn.Parameter], None]) -> str | None:
+    together, apart = clone_small(optimizer), clone_small(optimizer)
     ours, theirs = _parameters(together), _parameters(apart)
     generator = torch.Generator().manual_seed(0)
     for round_, (scale, has_missing, has_leftovers) in enumerate(_ROUNDS):
@@ -95,7 +103,7 @@ def _try(optimizer: Optimizer) -> str | None:
         _seed(round_)
         if has_leftovers:
             _give(theirs, gradients)
-        _step_once(apart, theirs, functools.partial(_step_one_by_one, apart, theirs, gradients))
+        _step_once(apart, theirs, functools.partial(_step_one_by_one, apart, theirs, gradients, step))
         if not all(_is_equal(a, b) for a, b in zip(ours, theirs, strict=True)):
             return "its update of one parameter depends on the others"
         if not _is_equal(_remembered(together, ours), _remembered(apart, theirs)):
@@ -126,16 +134,38 @@ def _give(parameters: list[nn.Parameter], gradients: list[torch.Tensor | None]) 
 
 
 def _step_one_by_one(
-    optimizer: Optimizer, parameters: list[nn.Parameter], gradients: list[torch.Tensor | None]
+    optimizer: Optimizer,
+    parameters: list[nn.Parameter],
+    gradients: list[torch.Tensor | None],
+    step: Callable[[Optimizer, nn.Parameter], None],
 ) -> None:
     """As packs are, from last to first. The whole step finds no gradient any more then."""
     for parameter, gradient in reversed(list(zip(parameters, gradients, strict=True))):
         if gradient is not None:
             parameter.grad = gradient.clone()
-            step_part(
-                optimizer, [part_of_group(g, [parameter]) for g in optimizer.param_groups if _holds(g, parameter)]
-            )
+            step(optimizer, parameter)
             parameter.grad = None
+
+
+def _step_in_place(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    step_part(optimizer, _groups_with(optimizer, parameter, parameter))
+
+
+def _step_copies(optimizer: Optimizer, parameter: nn.Parameter) -> None:
+    """As devices update."""
+    remembered = optimizer.state.get(parameter, {})
+    state = {key: value.clone() if isinstance(value, torch.Tensor) else value for key, value in remembered.items()}
+    with torch.no_grad():
+        copied = nn.Parameter(parameter.clone())
+        copied.grad = parameter.grad
+        step_part(optimizer, _groups_with(optimizer, parameter, copied), {copied: state})
+        parameter.copy_(copied)
+        if state or remembered:
+            optimizer.state[parameter] = state
+
+
+def _groups_with(optimizer: Optimizer, parameter: nn.Parameter, stepped: nn.Parameter) -> list[Group]:
+    return [part_of_group(group, [stepped]) for group in optimizer.param_groups if _holds(group, parameter)]
 
 
 def _observer(optimizer: Optimizer) -> str | None:
@@ -180,7 +210,7 @@ def _list_for_parameters(optimizer: Optimizer) -> str | None:
 # Clones ---------------------------------------------------------------------------------------------------------------
 
 
-def _clone(optimizer: Optimizer) -> Optimizer:
+def clone_small(optimizer: Optimizer) -> Optimizer:
     """The optimizer over tiny parameters. Optimizers within it (as wrappers have) are cloned along."""
     sample = _sample(optimizer.param_groups)
     generator = torch.Generator().manual_seed(1)
@@ -255,7 +285,7 @@ def _sample(groups: Iterable[Group]) -> list[nn.Parameter]:
     chosen: list[nn.Parameter] = []
     seen: defaultdict[Any, int] = defaultdict(int)
     for group in groups:
-        options = _options(group)
+        options = options_of(group)
         if seen[options] >= _PER_KIND or len(seen) > _MAX_GROUPS:
             continue
         seen[options] += 1
@@ -274,10 +304,11 @@ def _sample(groups: Iterable[Group]) -> list[nn.Parameter]:
 def _signature(optimizer: Optimizer) -> Any:
     """What of the options may change the answer. Sizes of numbers are not looked at, schedulers change them all the time;
     whether they are zero is."""
-    return frozenset(_options(group) for group in optimizer.param_groups)
+    return frozenset(options_of(group) for group in optimizer.param_groups)
 
 
-def _options(group: Group) -> Any:
+def options_of(group: Group) -> Any:
+    """What of a group's options may change the answer, to be compared."""
     return tuple((key, _kind(value)) for key, value in group.items() if key not in ("params", "param_names", "lr"))
 
 

@@ -5,6 +5,7 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -18,11 +19,13 @@ from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker
 
 
@@ -81,19 +84,33 @@ class RuntimeState:
             self.parameters.keys() - layered,
             counters,
             self.spare_nbytes,
-            self.gradients.await_updates,
+            self._await_masters,
             host_is_device=cluster.host_is_device,
         )
+        self._updates: DeviceUpdates | None = None
         self._weights: list[DeviceWeights] | list[HostWeights]
         if cluster.host_is_device:
             self._weights = [HostWeights(self.parameters, plan)]
         else:
             store = WeightStore(self.parameters, plan, cluster)
             self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
-            self._weights = [
+            weights = self._weights = [
                 DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
                 for device, loader in zip(cluster.devices, self._loaders, strict=True)
             ]
+            self._updates = self.gradients.updates = DeviceUpdates(
+                self.parameters,
+                plan,
+                cluster,
+                counters,
+                store,
+                weights,
+                self._loaders,
+                self.gradients.await_updates,
+                self._reads,
+            )
+            for device, one in enumerate(weights):
+                one.find_newer = functools.partial(self._updates.slots.newer, device=device)
 
     # Where things are -------------------------------------------------------------------------------------------------
 
@@ -233,6 +250,35 @@ class RuntimeState:
             if first is not None:
                 self._weights[device].prefetch(first)
 
+    def begin_updates(self, update: JustInTimeUpdate | None) -> None:
+        """A backward begins; `update` is to be taken on devices for the packs of which the plan says so."""
+        if self._updates is not None:
+            self._updates.begin(update)
+
+    def prefetch_states(self, pack: int) -> None:
+        """The backward of a pack begins, and its update will come behind."""
+        if self._updates is not None:
+            self._updates.prefetch(pack)
+
+    def end_updates(self) -> None:
+        """No gradient will be complete on a device any more."""
+        if self._updates is not None:
+            self._updates.end()
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether devices have newer weights, or states of the optimizer, than the host."""
+        return self._updates is not None and self._updates.slots.is_behind()
+
+    def bring_home(self, names: Iterable[str] | None = None) -> None:
+        """Return when the host has the newest weights and states: of all, or of these weights at least."""
+        if self._updates is not None:
+            self._updates.slots.bring_home(names)
+
+    def _await_masters(self, names: Iterable[str]) -> None:
+        self.gradients.await_updates(names)
+        self.bring_home(names)
+
     def finish_enqueuing(self) -> None:
         """Return when all swap-ins that were asked for are in their lanes."""
         for loader in self._loaders:
@@ -253,6 +299,9 @@ class RuntimeState:
         for loader in self._loaders:
             loader.close()
         self._weights = []
+        if self._updates is not None:
+            self._updates.slots.close()
+        self._updates = self.gradients.updates = None
         self.gradients.close()
 
     def leave_pack(self) -> None:
@@ -284,6 +333,7 @@ class RuntimeState:
         self.release_all()
         for loader in self._loaders:
             loader.drain()
+        self.end_updates()
         self.gradients.discard()
 
 

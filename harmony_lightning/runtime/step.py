@@ -3,7 +3,8 @@
     forward     all microbatches go through pack 0, then through pack 1, ...; in the last pack each one finishes and
                 runs its backward at once (fused), so that logits of only one microbatch are ever alive
     backward    all microbatches go back through the last but one pack, ..., pack 0; a pack whose last segment is done
-                sends its gradients to the host, where `on_complete` may update its weights while others still compute
+                sends its gradients to the host, where `on_complete` may update its weights while others still compute,
+                or is updated where it is
 
 Which pack comes next is read off the microbatches themselves: the foremost pack that one of them waits for. So loops,
 skipped layers and other orders than the plan's need no special case, only more swapping.
@@ -22,6 +23,7 @@ from harmony_lightning.runtime.joint import Joint
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.transfer import Arrival
+from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
 from harmony_lightning.runtime.visits import next_in_backward, next_in_forward, visit
 
@@ -86,12 +88,13 @@ class TrainingStep:
                         microbatch.send_ahead()
                     self._run_group(group)
 
-    def backward(self, factor: float, on_complete: OnComplete) -> None:
+    def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None) -> None:
         """What is left of it; arguments are those of `Engine.backward`."""
         state, microbatches = self._state, self._microbatches
         if factor != self._factor:
             self._rescale(factor / self._factor)
         state.gradients.begin()
+        state.begin_updates(on_device)
         for pack in reversed(range(len(state.plan.packs))):
             if not self._segments_left[pack]:
                 self._send(pack, on_complete)
@@ -100,12 +103,14 @@ class TrainingStep:
             pack = max(m.segment.pack for m in left)
             visitors = [m for m in left if m.segment.pack == pack]
             with visit(state, pack, visitors, next_in_backward(pack, left)):
+                state.prefetch_states(pack)
                 for microbatch in visitors:
                     while microbatch.segments and microbatch.segment.pack == pack:
                         ahead.begin(microbatch.segment)
                         self._backward_segment(microbatch)
-            if not self._segments_left[pack]:
-                self._send(pack, on_complete)
+                if not self._segments_left[pack]:
+                    self._send(pack, on_complete)  # while the weights are there, for an update on the device
+        state.end_updates()
         state.gradients.finish(on_complete)
 
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterator[tuple[Group, Group]]:

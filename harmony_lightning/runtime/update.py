@@ -1,12 +1,15 @@
 """Just-in-time updates: a pack's weights are stepped as soon as its gradients are complete.
 
-The user's own optimizer does it, on the host worker, while other packs still compute. The step runs on a shadow of the
-optimizer: the same class, the same state, the hyper-parameters of this moment, but only the weights at hand. For an
+The user's own optimizer does it while other packs still compute: on the host worker, or on the device that has the
+gradients (`device_update`). The step runs on a shadow of the optimizer: the same class, the hyper-parameters of this
+moment, but only the weights at hand, or what stands in for them on a device, and what is remembered of these. For an
 optimizer whose update is separable per parameter this is its ordinary step to the bit; `separability` finds out.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +19,16 @@ from torch.optim import Optimizer
 Group = dict[str, Any]
 Prepare = Callable[[Sequence[nn.Parameter]], None]
 """Done to weights between their backward and their step, such as clipping by value."""
+
+
+@dataclass(slots=True)
+class StandIn:
+    """What is stepped in the place of a weight, such as its copy on a device."""
+
+    parameter: nn.Parameter
+    """With its gradient."""
+    state: dict[str, Any]
+    """What the optimizer remembers of the weight; the step changes it."""
 
 
 class JustInTimeUpdate:
@@ -28,8 +41,11 @@ class JustInTimeUpdate:
         *,
         prepare: Prepare | None = None,
         keeps_gradients: bool = False,
+        stepped: Collection[str] = (),
     ) -> None:
-        """`keeps_gradients`: hold what was stepped with, for `give_back`, instead of freeing it."""
+        """`keeps_gradients`: hold what was stepped with, for `give_back`, instead of freeing it. `stepped`: weights that
+        the optimizer has stepped before."""
+        self.stepped = stepped
         self._optimizer = optimizer
         self._parameters = parameters
         self._prepare = prepare
@@ -56,6 +72,33 @@ class JustInTimeUpdate:
                 self._kept.append((weight, weight.grad))
             weight.grad = None
 
+    def step_there(self, stand_ins: Mapping[str, StandIn]) -> None:
+        """Step these, in place of the weights of these names; weights and what is remembered of them stay as they are.
+
+        Large ones are stepped one after the other, as steps make temporary tensors of their size, small ones together."""
+        for part in _parts(stand_ins, max((one.parameter.nbytes for one in stand_ins.values()), default=0)):
+            groups: list[Group] = []
+            for group, members in self._groups:
+                ours = [one.parameter for name, one in part.items() if id(self._parameters[name]) in members]
+                if ours:
+                    groups.append(part_of_group(group, ours))
+            if self._prepare is not None:
+                self._prepare([one.parameter for one in part.values()])
+            step_part(self._optimizer, groups, {one.parameter: one.state for one in part.values()})
+
+    def options(self, name: str) -> Group | None:
+        """Of the group that has the weight; None if the optimizer does not know it."""
+        weight = id(self._parameters[name])
+        return next((group for group, members in self._groups if weight in members), None)
+
+    def remembered(self, name: str) -> dict[str, Any]:
+        """What the optimizer remembers of a weight: its own entries."""
+        return self._optimizer.state.get(self._parameters[name], {})  # type: ignore[no-any-return]
+
+    def remember(self, name: str, entries: dict[str, Any]) -> None:
+        """Have the optimizer remember this of a weight, of which it has remembered nothing so far."""
+        self._optimizer.state[self._parameters[name]] = entries
+
     def leaves_gradients(self, updated: Iterable[str]) -> bool:
         """Whether there are weights with a gradient that are neither stepped here nor among those being `updated`, or some
         of these that the optimizer does not know."""
@@ -70,18 +113,37 @@ class JustInTimeUpdate:
             weight.grad = gradient
 
 
+def _parts(stand_ins: Mapping[str, StandIn], limit_nbytes: int) -> Iterator[dict[str, StandIn]]:
+    """All of them, as many at once as the limit allows."""
+    part: dict[str, StandIn] = {}
+    nbytes = 0
+    for name, one in stand_ins.items():
+        if part and nbytes + one.parameter.nbytes > limit_nbytes:
+            yield part
+            part, nbytes = {}, 0
+        part[name] = one
+        nbytes += one.parameter.nbytes
+    if part:
+        yield part
+
+
 def part_of_group(group: Group, members: Sequence[nn.Parameter]) -> Group:
     """A parameter group with some of its parameters."""
     part = {**group, "params": list(members)}
     return part | _HOST_OPTIONS if part.get("capturable") else part
 
 
-def step_part(optimizer: Optimizer, groups: list[Group]) -> None:
-    """One step of the optimizer on these groups alone: its state is shared, its own groups are left as they are."""
+def step_part(
+    optimizer: Optimizer, groups: list[Group], state: Mapping[torch.Tensor, dict[str, Any]] | None = None
+) -> None:
+    """One step of the optimizer on these groups alone; its own groups are left as they are, and so is its state if another
+    one is given."""
     shadow = object.__new__(type(optimizer))
     shadow.__dict__.update(optimizer.__dict__)
     shadow.__dict__.pop("step", None)  # schedulers wrap the instance's step to count calls
     shadow.param_groups = groups
+    if state is not None:
+        shadow.state = defaultdict(dict, state)
     type(optimizer).step(shadow)
 
 

@@ -9,7 +9,7 @@ import heapq
 import threading
 from collections.abc import Callable
 
-from harmony_lightning.hardware.device import Cluster, Mark
+from harmony_lightning.hardware.device import Cluster, Event, Mark
 
 Job = Callable[[], None]
 
@@ -21,9 +21,9 @@ class Ticket:
 
     def __init__(self) -> None:
         self._has_ended = threading.Event()
-        self._done: Mark | None = None
+        self._done: Event | None = None
 
-    def end(self, done: Mark | None) -> None:
+    def end(self, done: Event | None) -> None:
         self._done = done
         self._has_ended.set()
 
@@ -74,6 +74,14 @@ class HostWorker:
             self._num_submitted += 1
             self._open.append(ticket)
             self._changed.notify()
+        return ticket
+
+    def follow(self, event: Event | None) -> Ticket:
+        """Have what devices do until `event` waited for like a job; None if nobody needs to wait."""
+        ticket = Ticket()
+        ticket.end(event)
+        with self._changed:
+            self._open.append(ticket)
         return ticket
 
     def wait(self) -> None:

@@ -6,6 +6,8 @@ layer is too large for that, double buffering goes first, then the share grows, 
 its gradients does not fit, an error says so.
 """
 
+import functools
+import logging
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,21 +18,31 @@ from harmony_lightning.errors import CapacityError
 from harmony_lightning.plan import Pack, Plan, aligned
 from harmony_lightning.units import format_nbytes
 
+log = logging.getLogger(__name__)
+
 ARENA_SHARE = 0.5
 """Share of a device's memory that slots may take while there is a choice."""
 LAST_RESORT_SHARE = 0.9
 """Share that they may take when the largest layer leaves no choice."""
+STEP_TEMPORARIES = 2
+"""Tensors of a weight's size that an optimizer makes for a moment while a device steps the weight, as Adam does for the
+root of the second moment and its quotient. Weights are stepped one by one there, small ones together."""
 PACKS_PER_DEVICE = 2
 """In pp mode: at least so many packs for each device, as far as there are layers, so that all devices have work."""
 MICROBATCHES_PER_DEVICE = 4
 """The wrap-around pipeline of N devices idles (N - 1) of (M + N - 1) turns."""
 
+_CHOICES = ((1, ARENA_SHARE), (0, ARENA_SHARE), (0, LAST_RESORT_SHARE))
+"""Packs that are prefetched, and the share of the memory that slots may take, best first."""
+
 Group = tuple[Layer, ...]
 
 
-def unit_nbytes(total_nbytes: int, memory_bytes: int) -> int:
-    """The most bytes of weights that a layer should have: two of them with gradients fit `ARENA_SHARE` of the memory."""
-    return max(1, min(int(memory_bytes * ARENA_SHARE / 4), total_nbytes // 4))
+def unit_nbytes(total_nbytes: int, memory_bytes: int, updates_on_device: bool = False) -> int:
+    """The most bytes of weights that a layer should have: two of them with gradients fit `ARENA_SHARE` of the memory. Where
+    devices update them, they have a second copy there, and two states of their size: a moment and its square, say."""
+    copies = 2 if not updates_on_device else 5
+    return max(1, min(int(memory_bytes * ARENA_SHARE / (2 * copies)), total_nbytes // 4))
 
 
 def automatic_microbatch_size(
@@ -52,6 +64,7 @@ def make_plan(
     num_microbatches: int,
     microbatches_per_forward: int = 1,
     stash: Literal["device", "host"],
+    update: Literal["device", "host"] = "host",
     host_is_device: bool = False,
     one_layer_per_pack: bool = False,
     together: Sequence[frozenset[str]] = (),
@@ -67,6 +80,7 @@ def make_plan(
         num_microbatches: of one minibatch.
         microbatches_per_forward: in one call of a layer.
         stash: where layer inputs wait.
+        update: where packs are updated; on the host, too, if the device has no room for that.
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
@@ -75,18 +89,21 @@ def make_plan(
         CapacityError: some layer cannot fit, with its name and the bytes.
     """
     groups = _groups(decomposition.layers, together)
-    limit = Limit(sys.maxsize, sys.maxsize, 0) if host_is_device else _limit(decomposition, groups, memory_bytes)
+    limit = Limit(sys.maxsize, sys.maxsize, None, 0)
+    if not host_is_device:
+        limit = _limit(decomposition, groups, memory_bytes, update)
+    pack = functools.partial(_pack, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
     if mode == "pp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
     members: Group = ()
     for group in groups:
-        if members and (one_layer_per_pack or not limit.admits(pack_of_layers(decomposition, members + group))):
-            packs.append(pack_of_layers(decomposition, members))
+        if members and (one_layer_per_pack or not limit.admits(pack(members + group))):
+            packs.append(pack(members))
             members = ()
         members += group
-    packs.append(pack_of_layers(decomposition, members))
-    return Plan(
+    packs.append(pack(members))
+    plan = Plan(
         mode=mode,
         num_devices=num_devices,
         memory_bytes=memory_bytes,
@@ -98,12 +115,17 @@ def make_plan(
         prefetch=limit.prefetch,
         keep=packs[-1].layers[-1:],
     )
+    return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
-def pack_of_layers(decomposition: Decomposition, layers: Group) -> Pack:
+def pack_of_layers(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
+    # One that other packs use, too, has gradients in several places; the host adds them up and updates it.
+    tied = {name for layer in decomposition.layers if layer not in layers for name in layer.weights}
+    states = [nbytes for weight in trainable if weight.name not in tied for nbytes in weight.state_nbytes]
+    is_updated_there &= any(weight.name not in tied for weight in trainable)
     return Pack(
         layers=tuple(layer.name for layer in layers),
         parameters=tuple(weight.name for weight in weights),
@@ -111,6 +133,9 @@ def pack_of_layers(decomposition: Decomposition, layers: Group) -> Pack:
         trainable_nbytes=sum(weight.nbytes for weight in trainable),
         slot_nbytes=sum(aligned(weight.nbytes) for weight in weights),
         gradient_slot_nbytes=sum(aligned(weight.nbytes) for weight in trainable),
+        update="device" if is_updated_there else "host",
+        state_nbytes=sum(states) if is_updated_there else 0,
+        state_slot_nbytes=sum(map(aligned, states)) if is_updated_there else 0,
     )
 
 
@@ -133,10 +158,16 @@ class Limit:
 
     slot_nbytes: int
     gradient_slot_nbytes: int
+    update_slot_nbytes: int | None
+    """None if the host updates all packs."""
     prefetch: int
 
     def admits(self, pack: Pack) -> bool:
-        return pack.slot_nbytes <= self.slot_nbytes and pack.gradient_slot_nbytes <= self.gradient_slot_nbytes
+        return (
+            pack.slot_nbytes <= self.slot_nbytes
+            and pack.gradient_slot_nbytes <= self.gradient_slot_nbytes
+            and pack.update_slot_nbytes <= (self.update_slot_nbytes or 0)
+        )
 
     def shared(self, decomposition: Decomposition, groups: Sequence[Group], num_packs: int) -> "Limit":
         """So small that there are about `num_packs` packs, as far as groups allow."""
@@ -145,10 +176,27 @@ class Limit:
         return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
 
 
-def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int) -> Limit:
+def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
+    """Packs that have room to stay where they are updated, within what slots may take; the first ones, if not all."""
+    nbytes_per_slot = limit.slot_nbytes + limit.gradient_slot_nbytes + (limit.update_slot_nbytes or 0)
+    room = (1 + plan.prefetch) * nbytes_per_slot - (plan.arena_nbytes() - plan.updates_nbytes)
+    staying: list[int] = []
+    for device in range(plan.num_devices):
+        here = [index for index, pack in enumerate(plan.packs) if pack.update == "device"]
+        here = [index for index in here if plan.update_device(index) == device]
+        for number in range(len(here), 0, -1):
+            if replace(plan, updates_stay=tuple(here[:number])).update_slots_nbytes(device) <= room:
+                staying += here[:number]
+                break
+    return tuple(sorted(staying))
+
+
+def _limit(
+    decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int, update: Literal["device", "host"]
+) -> Limit:
     """The largest packs that fit, with as much prefetch as fits.
 
-    All slots of a device are equal, so the largest weights and the largest gradients count, whichever packs have them.
+    All slots of a device are equal, so the largest weights, gradients and updates count, whichever packs have them.
     """
     glue = set(decomposition.glue)
     # A glue weight, and its gradient, is on a device while the code around some pack uses it.
@@ -157,19 +205,39 @@ def _limit(decomposition: Decomposition, groups: Sequence[Group], memory_bytes: 
     # One layer's gradients are there twice for a moment: as its backward makes them, and in the slot they are added to.
     passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
     offered = memory_bytes - glue_nbytes - passing_nbytes
-    packs = [pack_of_layers(decomposition, group) for group in groups]
+    packs = [pack_of_layers(decomposition, group, is_updated_there=True) for group in groups]
     largest = max(
         packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=pack_of_layers(decomposition, ())
     )
     slot_nbytes = max((pack.slot_nbytes for pack in packs), default=0)
     gradient_slot_nbytes = max((pack.gradient_slot_nbytes for pack in packs), default=0)
-    for prefetch, share in ((1, ARENA_SHARE), (0, ARENA_SHARE), (0, LAST_RESORT_SHARE)):
+    if update == "device":
+        update_slot_nbytes = max((pack.update_slot_nbytes for pack in packs), default=0)
+        nbytes = max(1, slot_nbytes + gradient_slot_nbytes + update_slot_nbytes)
+        largest_weight = max((w.nbytes for w in decomposition.weights if w.is_trainable), default=0)
+        temporary_nbytes = max(passing_nbytes, STEP_TEMPORARIES * largest_weight)
+        for prefetch, share in _CHOICES:
+            scale = share * (memory_bytes - glue_nbytes - temporary_nbytes) / (1 + prefetch) / nbytes
+            if scale >= 1:
+                return Limit(
+                    slot_nbytes=int(scale * slot_nbytes),
+                    gradient_slot_nbytes=int(scale * gradient_slot_nbytes),
+                    update_slot_nbytes=int(scale * update_slot_nbytes),
+                    prefetch=prefetch,
+                )
+        log.warning(
+            "harmony: the host updates all packs: for layer %s to be updated on a device that must offer %s, each has %s",
+            " + ".join(largest.layers),
+            format_nbytes(glue_nbytes + temporary_nbytes + int(nbytes / LAST_RESORT_SHARE)),
+            format_nbytes(memory_bytes),
+        )
+    for prefetch, share in _CHOICES:
         budget = int(share * offered / (1 + prefetch))
         if 0 <= slot_nbytes + gradient_slot_nbytes <= budget:
             # Half for each while the largest layers allow; nothing is set aside for gradients if there are none.
             for_gradients = min(budget // 2, budget - slot_nbytes) if gradient_slot_nbytes else 0
             for_gradients = max(for_gradients, gradient_slot_nbytes)
-            return Limit(budget - for_gradients, for_gradients, prefetch)
+            return Limit(budget - for_gradients, for_gradients, None, prefetch)
     raise CapacityError(
         f"layer {' + '.join(largest.layers) or '(none)'} needs "
         f"{format_nbytes(slot_nbytes + gradient_slot_nbytes + passing_nbytes)} (weights {format_nbytes(slot_nbytes)}, "

@@ -39,6 +39,7 @@ class HarmonyMixin(Training, Evaluation):
         microbatches_per_forward: int | None = None,
         memory: str | int | None = None,
         stash: Literal["auto", "device", "host"] | None = None,
+        update: Literal["auto", "host", "device"] | None = None,
         one_layer_per_pack: bool | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
@@ -69,6 +70,7 @@ class HarmonyMixin(Training, Evaluation):
             "microbatches_per_forward": microbatches_per_forward,
             "memory": memory,
             "stash": stash,
+            "update": update,
             "one_layer_per_pack": one_layer_per_pack,
             "check_microbatches": check_microbatches,
             "evaluation_batches": evaluation_batches,
@@ -129,6 +131,7 @@ class HarmonyMixin(Training, Evaluation):
         """In the order of the parameters, though packs were first updated from the last to the first."""
         if self._engine is not None:
             self._engine.settle()
+            self._engine.bring_home()
         state: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
         if isinstance(state.get("state"), dict):
             positions = [parameter for group in state.get("param_groups", ()) for parameter in group["params"]]

@@ -5,6 +5,7 @@ once when the first step has shown that layers are called in another order than 
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from torchmetrics import Metric
@@ -30,9 +31,15 @@ class Planning:
     """
 
     def __init__(
-        self, engine: Engine, config: HarmonyConfig, given: Plan | None, automatic: AutomaticPlan | None = None
+        self,
+        engine: Engine,
+        config: HarmonyConfig,
+        given: Plan | None,
+        state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+        automatic: AutomaticPlan | None = None,
     ) -> None:
-        """Makes and loads the first plan; `given` is the user's own, `automatic` finds a better one.
+        """Makes and loads the first plan; `given` is the user's own, `automatic` finds a better one. `state_nbytes` has the
+        bytes of each tensor that the optimizer will remember of a weight, by weight; None if devices are not to update any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -44,6 +51,7 @@ class Planning:
         self._is_searched = False
         self.searched: Plan | None = None
         """The plan that the search has found, while it is in use."""
+        self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
         self._min_samples = 1
@@ -52,7 +60,9 @@ class Planning:
 
     def _load(self, workload: Workload) -> None:
         engine = self._engine
-        decomposition, plan = prepare(engine.root, engine.cluster, self._config, workload, self._call_order)
+        decomposition, plan = prepare(
+            engine.root, engine.cluster, self._config, workload, self._call_order, self._state_nbytes
+        )
         if self._given is not None:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))

@@ -101,6 +101,7 @@ class Session:
             joint_forwards=counters.joint_forwards,
             updates_just_in_time=counters.updates_just_in_time,
             updates_whole=counters.updates_whole,
+            updates_on_devices=counters.updates_on_devices,
             peak_device_bytes=tuple(device.peak_bytes() for device in self._engine.cluster.devices),
         )
         return self._last_statistics
@@ -159,7 +160,11 @@ class Session:
                     self._updates.probe(optimizer)
         self.setup_precision_plugin()
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))
-        self._planning = Planning(self._engine, self._config, self._given_plan, self._automatic_plan(self._engine))
+        states = None
+        if self._config.update == "device" and trainer.state.fn == "fit" and not self._engine.cluster.host_is_device:
+            states = self._updates.state_nbytes(self.optimizers, self.lightning_module, self.precision_plugin, self._pl)
+        automatic = self._automatic_plan(self._engine)
+        self._planning = Planning(self._engine, self._config, self._given_plan, states, automatic)
         name_as_on_one_device(trainer.profiler)
 
     def _automatic_plan(self, engine: Engine) -> AutomaticPlan | None:

@@ -219,10 +219,12 @@ class Training(Session):
             )
             return
         on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)
-        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete)
-        if self._updates.may_go_on(engine):
+        on_device = self._updates.on_device(engine)
+        engine.backward(self._factor(root.grad) * self._loss_scale, on_complete, on_device)
+        may_go_on = self._updates.may_go_on(engine)
+        if may_go_on or engine.state.is_behind:
             engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
-        else:
+        if not may_go_on:
             engine.settle()
 
     def _factor(self, gradient: torch.Tensor) -> float:

@@ -9,7 +9,8 @@ and have no gradient left when the closure returns, and the optimizer's own step
 
 import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -20,6 +21,7 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.separability import Separability
+from harmony_lightning.runtime.state_sizes import predict_state_nbytes
 from harmony_lightning.runtime.update import JustInTimeUpdate, stepping_on_host
 from harmony_lightning.strategy import overrides
 
@@ -34,7 +36,9 @@ class Updates:
         self._optimizer: Optimizer | None = None
         self._just_in_time: JustInTimeUpdate | None = None
         self._stepped: frozenset[str] = frozenset()
-        """Weights that the last just-in-time update has stepped."""
+        """Weights that just-in-time updates have stepped, so that the optimizer has its states of them."""
+        self._stepped_by: Callable[[], Optimizer | None] = lambda: None
+        """The optimizer that has."""
         self._told: set[str] = set()
 
     def probe(self, optimizer: Optimizer) -> None:
@@ -47,6 +51,8 @@ class Updates:
     ) -> Iterator[Callable[[], Any]]:
         """Around one step of the optimizer, which is to be called with the closure that is given back."""
         clip_value = trainer.gradient_clip_val
+        if self._stepped_by() is not optimizer:
+            self._stepped, self._stepped_by = frozenset(), weakref.ref(optimizer)
         self._optimizer, self._just_in_time = optimizer, None
         hidden: list[tuple[Any, Any]] = []
         try:
@@ -54,7 +60,7 @@ class Updates:
 
                 def closure_with_updates() -> Any:
                     result = user_code()
-                    if self._just_in_time is not None and not self._just_in_time.leaves_gradients(engine.updated):
+                    if self._just_in_time is not None and not (engine.has_settled and _has_gradients(optimizer)):
                         trainer.gradient_clip_val = None  # done; torch cannot clip nothing
                     if not engine.has_settled:  # the worker steps them
                         for group in optimizer.param_groups:
@@ -68,7 +74,7 @@ class Updates:
             else:
                 engine.counters.updates_just_in_time += 1
                 self._just_in_time.give_back()
-                self._stepped = frozenset(engine.updated)
+                self._stepped |= frozenset(engine.updated)
         finally:
             for group, members in hidden:
                 group["params"] = members
@@ -81,6 +87,7 @@ class Updates:
         if optimizer is None:
             return _wait
         if (reason := self._reason_for_whole(optimizer, module, precision_plugin, pl)) is not None:
+            engine.bring_home()
             self._tell_once(f"{type(optimizer).__name__} updates all weights in one go behind backward: {reason}")
             return _wait
         clip_value = trainer.gradient_clip_val
@@ -90,8 +97,42 @@ class Updates:
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
             # A training_step that works with gradients may find those of the step before.
             keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
+            stepped=self._stepped,
         )
         return self._just_in_time
+
+    def state_nbytes(
+        self, optimizers: Sequence[Optimizer], module: Any, precision_plugin: Any, pl: Any
+    ) -> dict[str, tuple[int, ...]] | None:
+        """By weight, the bytes that the optimizer will remember of it; None if devices cannot update weights."""
+        if not module.automatic_optimization or not optimizers:
+            reason: str | None = "optimization is manual"
+        else:
+            reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
+            reason = reason or self._separability.reason_against_moving(optimizers[0])
+        if reason is not None:
+            self._tell_once(f"update='device' is left out, weights are updated on the host: {reason}")
+            return None
+        return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
+
+    def on_device(self, engine: Engine) -> JustInTimeUpdate | None:
+        """The update of the coming backward, if it may be taken on devices for the packs of which the plan says so."""
+        if self._optimizer is None or all(pack.update == "host" for pack in engine.plan.packs):
+            return None
+        if (reason := self._reason_for_host(engine)) is not None:
+            self._tell_once(f"packs that the plan wants to be updated on devices are updated on the host: {reason}")
+            return None
+        return self._just_in_time
+
+    def _reason_for_host(self, engine: Engine) -> str | None:
+        if self._just_in_time is None:
+            return "all weights are updated in one go"
+        if engine.cluster.host_is_device:
+            return "the host is the only device"
+        if self._just_in_time.keeps_gradients:
+            return "the user's code may look at gradients when the step is over"
+        assert self._optimizer is not None
+        return self._separability.reason_against_moving(self._optimizer)
 
     def may_go_on(self, engine: Engine) -> bool:
         """Whether the updates of this backward may go on while the next step begins: everything they write is there, and
@@ -127,6 +168,10 @@ class Updates:
         if text not in self._told:
             self._told.add(text)
             log.info("harmony: %s", text)
+
+
+def _has_gradients(optimizer: Optimizer) -> bool:
+    return any(weight.grad is not None for group in optimizer.param_groups for weight in group["params"])
 
 
 def _wait(names: list[str]) -> None:

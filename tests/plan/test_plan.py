@@ -171,3 +171,27 @@ def test_updates_come_in_the_order_of_the_next_forward():
     assert many.num_gradient_buffers == 2 + 3 + 12 // 4
     priorities = [many.update_priority(index) for index in range(12)]
     assert priorities[8:] == [0] * 4 and priorities[:8] == list(range(1, 9))
+
+
+def updated_there(name, nbytes, states):
+    return dataclasses.replace(
+        pack(name, nbytes), update="device", state_nbytes=states, state_slot_nbytes=aligned(states)
+    )
+
+
+def test_states_come_in_and_leave_where_devices_update():
+    there = plan(updated_there("a", 100, 130), pack("b", 200), updated_there("c", 400, 0))
+    on_host = plan()
+    assert there.swap_in_bytes_per_step == on_host.swap_in_bytes_per_step + 130
+    assert there.swap_out_bytes_per_step == on_host.swap_out_bytes_per_step + 130
+    assert there.shared_update_slot_nbytes == 448  # of c; a takes 128 for its weights and 192 for states
+    assert there.arena_nbytes() == on_host.arena_nbytes() + 2 * 448
+    assert Plan.from_json(there.to_json()) == there
+
+
+@pytest.mark.parametrize(
+    "changes", [{"update": "gpu"}, {"state_nbytes": 65, "state_slot_nbytes": 64}, {"state_nbytes": -1}]
+)
+def test_impossible_updates_are_refused(changes):
+    with pytest.raises(ConfigurationError, match=r"must be 'host' or 'device', got 'gpu'|bytes of optimizer states"):
+        dataclasses.replace(pack("a", 100), **changes)

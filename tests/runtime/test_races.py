@@ -61,20 +61,22 @@ SCENARIOS = {
     "tied": (_Tied, {}),
     "manual": (_Manual, {}),
     "update fails": (_BreakingChain, {}),
+    "updates on devices": (Chain, {"update": "device"}),
+    "updates stay": (Chain, {"update": "device", "memory": "1MiB"}),
 }
 
 
 def run(scenario, ignored=None):
-    """Two steps of training, validation and prediction; returns where the runtime waited."""
+    """Three steps of training, validation and prediction; returns where the runtime waited."""
     make, options = SCENARIOS[scenario]
     torch.manual_seed(0)
     module = make(depth=6)
-    cluster = EmulatedCluster(2, "500KiB" if make in (_Tied, _Manual) else "200KiB")
+    cluster = EmulatedCluster(2, options.get("memory", "500KiB" if make in (_Tied, _Manual) else "230KiB"))
     cluster.machine.waits, cluster.machine.ignored = {}, ignored
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
-    with_harmony = trainer(strategy, limit_train_batches=2, limit_val_batches=1, limit_predict_batches=1)
+    with_harmony = trainer(strategy, limit_train_batches=3, limit_val_batches=1, limit_predict_batches=1)
     with contextlib.suppress(_Broken):
-        with_harmony.fit(module, loader(8, 16), loader(8, 8))
+        with_harmony.fit(module, loader(8, 24), loader(8, 8))
     with_harmony.predict(module, loader(8, 8))
     return cluster.machine.waits
 

@@ -193,3 +193,33 @@ def test_a_layer_is_at_most_an_eighth_of_the_memory_or_a_quarter_of_the_model():
 )
 def test_automatic_microbatches_are_four_per_device(samples, devices, options, size):
     assert automatic_microbatch_size(samples, devices, **options) == size
+
+
+def remembering(parts, *states):
+    """With states of these shares of each weight's bytes."""
+    return parts.with_states({weight.name: tuple(int(weight.nbytes * n) for n in states) for weight in parts.weights})
+
+
+def test_devices_that_update_have_room_for_new_weights_and_states():
+    parts = remembering(decomposition(KB, KB, KB, KB), 1, 1)
+    plan = packed(parts, 42 * KB, update="device")
+    assert [pack.update for pack in plan.packs] == ["device"] * 2
+    assert [(pack.state_nbytes, pack.update_slot_nbytes) for pack in plan.packs] == [(4 * KB, 6 * KB)] * 2
+    assert plan.prefetch == 1
+    assert plan.arena_nbytes() == 2 * (2 + 2 + 6) * KB == 0.5 * (42 - 2) * KB  # less what a step makes for a moment
+    assert layers_of(packed(parts, 42 * KB)) == ["l0 l1 l2 l3"]
+
+
+def test_the_host_updates_where_devices_have_no_room(caplog):
+    parts = remembering(decomposition(KB, KB), 1, 1)
+    assert [pack.update for pack in packed(parts, 6 * KB, update="device").packs] == ["host"] * 2
+    assert "for layer l0 to be updated on a device that must offer 47.22 KiB, each has 37.5 KiB" in caplog.text
+    enough = int(47.23 * 1024)
+    assert [pack.update for pack in packed(parts, enough, update="device").packs] == ["device"] * 2
+
+
+def test_tied_and_frozen_weights_have_no_states_on_devices():
+    parts = remembering(decomposition(KB, KB, KB, KB, frozen={3}, tied={2}), 1)
+    plan = packed(parts, 100 * KB, update="device", one_layer_per_pack=True)
+    assert [pack.state_nbytes for pack in plan.packs] == [0, KB, KB, 0]
+    assert [pack.update for pack in plan.packs] == ["host", "device", "device", "host"]

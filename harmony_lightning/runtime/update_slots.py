@@ -1,0 +1,244 @@
+"""Device memory in which packs are updated: new weights, and behind them what the optimizer remembers.
+
+A slot is shared by packs that come one after the other, each of which leaves for the host when it has been updated. Or it
+belongs to one pack that stays: what is newest is then there only, and the host is behind until somebody asks for it
+(`bring_home`). He may write it, too, so that what was here is good no longer. Where other devices need the weights, as in
+dp, they leave all the same, and only the states stay.
+"""
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import nn
+
+from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
+from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.arena import Layout, layout_nbytes
+from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.optimizer_states import StateArena, region_name
+from harmony_lightning.runtime.residency import Newer, WeightStore
+from harmony_lightning.runtime.worker import HostWorker, Ticket
+
+
+@dataclass(slots=True, eq=False)
+class UpdateSlot:
+    bytes: torch.Tensor
+    owner: int | None = None
+    """The pack that stays here; None if packs share the slot."""
+    pack: int | None = None
+    states: StateArena | None = None
+    """Those that lie here now, or are on their way."""
+    loading: Ticket | None = None
+    """Of the job that enqueues the swap-in of the states."""
+    ready: Event | None = None
+    """Behind that swap-in."""
+    released: Event | None = None
+    """Behind the last use of the former content."""
+    updated: Event | None = None
+    """Behind the last update of what stays here."""
+    views: dict[str, torch.Tensor] = field(default_factory=dict)
+    """The states by their names in the arena."""
+    newer: frozenset[str] = frozenset()
+    """Names of weights of which the host has old values; they lie here as in the pack's layout."""
+    newer_states: frozenset[str] = frozenset()
+    """Names of weights of whose states the host has old values."""
+
+
+class UpdateSlots:
+    """The slots of all devices."""
+
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        layouts: Mapping[int, Layout],
+        plan: Plan,
+        cluster: Cluster,
+        counters: Counters,
+        store: WeightStore,
+        loaders: Sequence[HostWorker],
+        await_updates: Callable[[Iterable[str]], None],
+        reads: Callable[[Iterable[str]], Iterable[Event]],
+    ) -> None:
+        """`layouts`, by pack, of the weights that are updated on devices. `loaders`, by device, enqueue swap-ins, each
+        behind the last update of the weights: `await_updates`. `reads` tells the points behind their last swap-ins."""
+        self._parameters = parameters
+        self._layouts = layouts
+        self._plan = plan
+        self._devices = cluster.devices
+        self._counters = counters
+        self._store = store
+        self._loaders = loaders
+        self._await_updates = await_updates
+        self._reads = reads
+        self._slots: list[list[UpdateSlot]] = [[] for _ in cluster.devices]
+
+    def end(self) -> None:
+        """States that were brought in and not asked for are needed no more, but those that stay."""
+        for slot in self._all():
+            if slot.owner is None:
+                slot.pack = slot.states = None
+
+    def close(self) -> None:
+        """Free the slots."""
+        for slots in self._slots:
+            slots.clear()
+
+    def load(self, pack: int, device: int, states: StateArena) -> UpdateSlot:
+        """The slot where these states of a pack are, or into which they come."""
+        found = next((slot for slot in self._slots[device] if slot.pack == pack), None)
+        if found is not None and found.states is states:
+            return found
+        start = layout_nbytes(self._layouts[pack])
+        nbytes = max(start + states.bytes.numel(), self._plan.packs[pack].update_slot_nbytes)
+        slot = found or self._free_slot(pack, device, nbytes)
+        if slot.bytes.numel() < nbytes:
+            self._grow(slot, device, nbytes)
+        memory = slot.bytes[start:]
+        slot.pack, slot.states, slot.newer_states = pack, states, frozenset()
+        slot.views = {name: region.view(memory) for name, region in states.layout.items()}
+        released, slot.released = slot.released, None
+        self._counters.swap_in_bytes += states.nbytes
+        slot.loading = self._loaders[device].submit(lambda: self._swap_in(slot, pack, states, memory, device, released))
+        return slot
+
+    def arrived(self, slot: UpdateSlot, device: int) -> Event:
+        """The point from which on the states are there."""
+        if slot.loading is not None:
+            slot.loading.wait()
+            self._loaders[device].raise_error()
+            slot.loading = None
+        assert slot.ready is not None
+        return slot.ready
+
+    def keep_or_leave(self, slot: UpdateSlot, pack: int, device: int, names: frozenset[str]) -> Event | None:
+        """These weights have been updated in the slot. Returns the point from which on the host has them; None if the slot
+        keeps them."""
+        if slot.owner is None:
+            slot.released = self._swap_out(slot, pack, device, names, names)
+            slot.pack = None
+            return slot.released
+        slot.updated = self._devices[device].record(Lane.COMPUTE)
+        slot.newer_states |= names
+        if len(self._plan.visitors(pack)) > 1:
+            return self._swap_out(slot, pack, device, names, frozenset())
+        slot.newer |= names
+        return None
+
+    # What stays -------------------------------------------------------------------------------------------------------
+
+    def newer(self, pack: int, device: int) -> Newer | None:
+        """Weights of a pack that are newer here than on the host; None if there are none."""
+        slot = next((slot for slot in self._slots[device] if slot.owner == pack and slot.newer), None)
+        if slot is None or slot.updated is None:
+            return None
+        return {name: self._layouts[pack][name].view(slot.bytes) for name in slot.newer}, slot.updated
+
+    def is_behind(self, names: Iterable[str] | None = None) -> bool:
+        """Whether the host has old values of something, or of one of these weights."""
+        slots = [slot for slot in self._all() if slot.newer or slot.newer_states]
+        if names is None or not slots:
+            return bool(slots)
+        wanted = frozenset(names)
+        return any(not wanted.isdisjoint(slot.newer | slot.newer_states) for slot in slots)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def bring_home(self, names: Iterable[str] | None = None) -> None:
+        """Return when the host has the newest values, of these weights and their packs at least: anybody may write them."""
+        wanted = None if names is None else frozenset(names)
+        ends: list[Event] = []
+        for device, slots in enumerate(self._slots):
+            for slot in slots:
+                newer = slot.newer | slot.newer_states
+                if newer and slot.pack is not None and (wanted is None or not wanted.isdisjoint(newer)):
+                    self.arrived(slot, device)
+                    slot.released = self._swap_out(slot, slot.pack, device, slot.newer, slot.newer_states)
+                    ends.append(slot.released)
+                    slot.newer = slot.newer_states = frozenset()
+                    slot.states = None
+        for end in ends:
+            end.synchronize()
+
+    # Copies -----------------------------------------------------------------------------------------------------------
+
+    def _all(self) -> Iterable[UpdateSlot]:
+        return (slot for slots in self._slots for slot in slots)
+
+    def _free_slot(self, pack: int, device: int, nbytes: int) -> UpdateSlot:
+        slots, here = self._slots[device], self._devices[device]
+        if pack in self._plan.updates_stay:
+            slots.append(UpdateSlot(_device_bytes(nbytes, here), pack, released=here.record(Lane.COMPUTE)))
+            return slots[-1]
+        shared = [slot for slot in slots if slot.owner is None]
+        if not shared:
+            nbytes = max(nbytes, self._plan.shared_update_slot_nbytes)
+            for _ in range(1 + self._plan.prefetch):
+                # The allocator may hand out memory that compute has freed and still uses.
+                shared.append(UpdateSlot(_device_bytes(nbytes, here), released=here.record(Lane.COMPUTE)))
+            slots += shared
+        slot = next((slot for slot in shared if slot.pack is None), shared[0])
+        slots.remove(slot)
+        slots.append(slot)  # least recently used first
+        return slot
+
+    def _grow(self, slot: UpdateSlot, device: int, nbytes: int) -> None:
+        """The optimizer remembers more than was foreseen."""
+        here = self._devices[device]
+        self.bring_home()
+        if slot.released is not None:
+            slot.released.synchronize()  # the memory goes back to the allocator
+        slot.views = {}
+        slot.bytes = _device_bytes(0, here)
+        slot.bytes = _device_bytes(nbytes, here)
+        slot.released = here.record(Lane.COMPUTE)
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def _swap_in(
+        self, slot: UpdateSlot, pack: int, states: StateArena, memory: torch.Tensor, device: int, released: Event | None
+    ) -> None:
+        """On the worker."""
+        here = self._devices[device]
+        self._await_updates(self._layouts[pack])
+        if released is not None:
+            here.wait(Lane.SWAP_IN, released)
+        with here.lane(Lane.SWAP_IN, f"states of pack {pack}"):
+            memory[: states.bytes.numel()].copy_(states.bytes, non_blocking=True)
+        slot.ready = here.record(Lane.SWAP_IN)
+
+    def _swap_out(
+        self, slot: UpdateSlot, pack: int, device: int, weights: Collection[str], states_of: Collection[str]
+    ) -> Event:
+        """Bring weights, and states of weights, to the host, behind all copies that still read them there."""
+        here, layout = self._devices[device], self._layouts[pack]
+        masters, states = self._store.arenas[pack], slot.states
+        for event in (here.record(Lane.COMPUTE), *self._reads(weights)):
+            here.wait(Lane.SWAP_OUT, event)
+        start = layout_nbytes(layout)
+        with torch._C.DisableTorchFunction(), here.lane(Lane.SWAP_OUT, f"weights and states of pack {pack}"):
+            if layout == masters.layout and len(weights) == len(layout):
+                masters.bytes.copy_(slot.bytes[:start], non_blocking=True)
+            else:
+                for name in weights:
+                    masters.layout[name].view(masters.bytes).copy_(layout[name].view(slot.bytes), non_blocking=True)
+            if states is not None and states_of:
+                self._swap_out_states(slot, states, start, states_of)
+                self._counters.swap_out_bytes += states.nbytes_of(states_of)
+        self._counters.swap_out_bytes += sum(self._parameters[name].nbytes for name in weights)
+        return here.record(Lane.SWAP_OUT)
+
+    @staticmethod
+    def _swap_out_states(slot: UpdateSlot, states: StateArena, start: int, weights: Collection[str]) -> None:
+        if all(weight in weights for weight, _ in states.keys):
+            nbytes = states.bytes.numel()
+            states.bytes.copy_(slot.bytes[start : start + nbytes], non_blocking=True)
+            return
+        for weight, key in states.keys:
+            if weight in weights:
+                name = region_name(weight, key)
+                states.layout[name].view(states.bytes).copy_(slot.views[name], non_blocking=True)
+
+
+def _device_bytes(nbytes: int, device: Device) -> torch.Tensor:
+    return torch.empty(nbytes, dtype=torch.uint8, device=device.torch_device)

@@ -1,0 +1,40 @@
+"""What an optimizer will remember is known before its first step."""
+
+import pytest
+import torch
+from torch import nn
+
+from harmony_lightning.runtime.optimizer_states import find_states
+from harmony_lightning.runtime.state_sizes import predict_state_nbytes
+from harmony_lightning.runtime.update import JustInTimeUpdate
+
+KINDS = {
+    "SGD": (torch.optim.SGD, {}),
+    "momentum": (torch.optim.SGD, {"momentum": 0.9}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "amsgrad": (torch.optim.Adam, {"amsgrad": True}),
+    "fused": (torch.optim.Adam, {"fused": True}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.9}),
+    "ASGD": (torch.optim.ASGD, {}),
+}
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_prediction_is_what_comes(name):
+    kind, options = KINDS[name]
+    net = nn.Sequential(nn.Conv2d(3, 8, 5), nn.Linear(20, 7), nn.LayerNorm(7), nn.Linear(2, 3).bfloat16())
+    parameters = dict(net.named_parameters())
+    groups = [{"params": list(net[:2].parameters())}, {"params": list(net[2:].parameters()), "weight_decay": 0.1}]
+    optimizer = kind(groups, lr=1e-2, **options)
+    before = torch.random.get_rng_state()
+    predicted = predict_state_nbytes(optimizer, parameters)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    for parameter in net.parameters():
+        parameter.grad = torch.ones_like(parameter)
+    optimizer.step()
+    update = JustInTimeUpdate(optimizer, parameters)
+    for weight in parameters:
+        found = find_states(update, [weight])
+        assert sorted(predicted[weight]) == sorted(tensor.nbytes for tensor in found.values())

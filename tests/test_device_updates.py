@@ -1,0 +1,313 @@
+"""Packs that are updated on devices: what the host would have made of them to the bit, and finished for all who look."""
+
+import dataclasses
+import itertools
+import logging
+
+import lightning as L
+import pytest
+import torch
+from chain import Chain, assert_same_optimizers, loader, same_weights, trainer
+from torch.optim import lr_scheduler
+
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
+
+NUM_STEPS = 4
+MEMORY = "500KiB"
+
+
+def planned(which=lambda index: True, stay=(), **options):
+    """The plan that is made for the chain, with some of its packs updated on devices."""
+    strategy = HarmonyStrategy(
+        microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True, **options
+    )
+    torch.manual_seed(0)
+    trainer(strategy, limit_train_batches=1).fit(Chain(depth=6), loader(8))
+    packs = strategy.plan.packs
+    packs = [dataclasses.replace(pack, update="device" if which(i) else "host") for i, pack in enumerate(packs)]
+    assert len(packs) > 2
+    stay = [index for index, pack in enumerate(packs) if pack.update == "device" and (stay == "all" or index in stay)]
+    return dataclasses.replace(strategy.plan, packs=tuple(packs), updates_stay=tuple(stay))
+
+
+def on_devices(which=lambda index: True, stay=(), **options):
+    return HarmonyStrategy(
+        plan=planned(which, stay, **options), microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), **options
+    )
+
+
+def fit(strategy=None, make=Chain, accumulate=1, num_steps=NUM_STEPS, ckpt_path=None, max_steps=-1, **options):
+    torch.manual_seed(0)
+    module = make(depth=6)
+    parts = (1 if strategy else 4) * accumulate
+    fitted = trainer(
+        strategy or "auto",
+        limit_train_batches=num_steps * parts,
+        **({"accumulate_grad_batches": parts} if parts > 1 else {}),
+        **options,
+    )
+    fitted.fit(module, loader(8 if strategy else 2, 80), ckpt_path=ckpt_path)
+    return module, fitted
+
+
+def assert_same(ours, plain):
+    assert same_weights(ours[0], plain[0])
+    assert_same_optimizers(ours[1].optimizers, plain[1].optimizers)
+
+
+def updates(strategy):
+    return strategy.statistics().updates_on_devices
+
+
+OPTIMIZERS = {
+    "SGD": (torch.optim.SGD, {}),
+    "SGD with momentum": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),
+    "Adam": (torch.optim.Adam, {}),
+    "AdamW": (torch.optim.AdamW, {}),
+    "amsgrad": (torch.optim.AdamW, {"amsgrad": True}),
+    "fused": (torch.optim.AdamW, {"fused": True}),
+    "foreach": (torch.optim.Adam, {"foreach": True}),
+    "Adagrad": (torch.optim.Adagrad, {}),
+    "RMSprop": (torch.optim.RMSprop, {"momentum": 0.5, "centered": True}),
+    "Adafactor": (torch.optim.Adafactor, {}),
+    "NAdam": (torch.optim.NAdam, {}),
+    "ASGD": (torch.optim.ASGD, {}),
+}
+
+
+@pytest.mark.parametrize("stay", [(), (1, 4), "all"], ids=["swapped", "some stay", "all stay"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_equal_to_the_host(name, stay):
+    kind, options = OPTIMIZERS[name]
+
+    def make(depth):
+        return Chain(depth=depth, optimizer=kind, **options)
+
+    strategy = on_devices(stay=stay)
+    assert_same(fit(strategy, make), fit(make=make))
+    num_packs = len(strategy.plan.packs)
+    assert updates(strategy) == (NUM_STEPS - 1) * num_packs  # the first step makes the states
+    assert max(strategy.statistics().peak_device_bytes) <= 500 * 1024
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_packs_may_differ_in_where_they_are_updated(mode):
+    mixed, on_host = on_devices(lambda index: index % 2 == 0, mode=mode), on_devices(lambda index: False, mode=mode)
+    assert_same(fit(mixed), fit(on_host))
+    num_packs = len(mixed.plan.packs)
+    assert updates(mixed) == (NUM_STEPS - 1) * -(-num_packs // 2)
+    assert updates(on_host) == 0
+    assert sum(pack.update == "device" for pack in mixed.plan.packs) == -(-num_packs // 2)
+
+
+def test_in_dp_the_device_with_the_sum_updates():
+    there, on_host = on_devices(mode="dp"), on_devices(lambda index: False, mode="dp")
+    assert_same(fit(there), fit(on_host))
+    assert updates(there) == (NUM_STEPS - 1) * len(there.plan.packs)
+
+
+class Scheduled(Chain):
+    """Two groups with options of their own, and rates that change with every step. Some weights are frozen."""
+
+    def configure_optimizers(self):
+        for parameter in self.net[2].parameters():
+            parameter.requires_grad_(False)
+        groups = [
+            {"params": [*self.net[:3].parameters(), self.head.bias], "lr": 1e-3, "betas": (0.8, 0.9)},
+            {"params": [*self.net[3:].parameters()], "weight_decay": 0.3},
+        ]  # nobody steps the head's weight
+        optimizer = torch.optim.AdamW(groups, lr=1e-2)
+        schedule = lr_scheduler.LambdaLR(optimizer, [lambda step: 0.9**step, lambda step: 1 / (1 + step)])
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("stay", [(), "all"], ids=["swapped", "all stay"])
+def test_groups_schedules_and_accumulation(accumulate, stay):
+    strategy = on_devices(stay=stay)
+    options = {"accumulate": accumulate, "gradient_clip_val": 1e-3, "gradient_clip_algorithm": "value"}
+    ours = fit(strategy, Scheduled, **options)
+    # Several minibatches are added up in another order than their microbatches in plain training.
+    on_host = on_devices(lambda index: False) if accumulate > 1 else None
+    assert_same(ours, fit(on_host, Scheduled, **options))
+    assert updates(strategy) == (NUM_STEPS - 1) * (len(strategy.plan.packs) - 1)
+
+
+@pytest.mark.parametrize("first", ["host", "device", "stays"])
+@pytest.mark.parametrize("second", ["host", "device"])
+def test_training_is_resumed_in_the_middle(tmp_path, first, second):
+    plain = fit()
+    stay = "all" if first == "stays" else ()
+    half = trainer(on_devices(lambda index: first != "host", stay), limit_train_batches=2)
+    torch.manual_seed(0)
+    half.fit(Chain(depth=6), loader(8, 80))
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    strategy = on_devices(lambda index: second == "device")
+    rest = trainer(strategy, max_epochs=2, limit_train_batches=2)
+    module = Chain(depth=6)
+    rest.fit(module, Again(loader(8, 80)), ckpt_path=tmp_path / "half.ckpt")
+    assert_same((module, rest), plain)
+    assert updates(strategy) == (len(strategy.plan.packs) if second == "device" else 0)
+
+
+class Again:
+    """Goes on where the epoch before ended."""
+
+    def __init__(self, batches):
+        self.batches = list(batches)[2:]
+
+    def __iter__(self):
+        return iter(self.batches)
+
+
+@pytest.mark.parametrize("stays", [False, True])
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_bytes_are_those_of_the_plan(stays, mode):
+    options = {"microbatch_size": 2, "mode": mode, "stash": "device"}
+    strategy = HarmonyStrategy(
+        update="device",
+        one_layer_per_pack=True,
+        cluster=EmulatedCluster(2, MEMORY if mode == "pp" else "1MiB"),
+        **options,
+    )
+    fit(strategy, num_steps=1)
+    plan = strategy.plan
+    assert plan.updates_stay == tuple(range(len(plan.packs)))  # there is room
+    if not stays:
+        plan = dataclasses.replace(plan, updates_stay=())
+    strategy = HarmonyStrategy(plan=plan, cluster=EmulatedCluster(2, plan.memory_bytes), **options)
+    counts = []
+
+    class Counting(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            statistics = strategy.statistics()
+            counts.append((statistics.swap_in_bytes, statistics.swap_out_bytes))
+
+    ours = fit(strategy, callbacks=[Counting()])
+    assert_same(ours, fit(HarmonyStrategy(cluster=EmulatedCluster(2, MEMORY), **options)))
+    weights = sum(pack.nbytes for pack in plan.packs)
+    assert sum(pack.state_nbytes for pack in plan.packs) == 2 * weights
+    for before, after in itertools.pairwise(counts[2:]):  # the first step is the host's, the second brings states in
+        assert after[0] - before[0] == plan.swap_in_bytes_per_step
+        assert after[1] - before[1] == plan.swap_out_bytes_per_step
+    assert plan.swap_out_bytes_per_step == (0 if mode == "pp" else weights) if stays else 3 * weights
+    assert (plan.swap_in_bytes_per_step == 0) == (stays and mode == "pp")
+    assert max(strategy.statistics().peak_device_bytes) <= plan.memory_bytes
+
+
+def test_packs_are_updated_on_the_host_where_the_device_has_no_room(caplog):
+    strategy = HarmonyStrategy(update="device", microbatch_size=2, cluster=EmulatedCluster(2, "120KiB"))
+    with caplog.at_level(logging.WARNING):
+        assert_same(fit(strategy), fit())
+    assert updates(strategy) == 0
+    assert "the host updates all packs" in caplog.text
+
+
+class Hooked(Chain):
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.seen = []
+        self.head.weight.register_hook(lambda gradient: self.seen.append(gradient.clone()))
+
+
+def test_weights_whose_gradients_are_watched_stay_with_the_host():
+    strategy = on_devices()
+    ours, plain = fit(strategy, Hooked), fit(make=Hooked)
+    assert_same(ours, plain)
+    # The head's bias is updated on a device all the same.
+    assert updates(strategy) == (NUM_STEPS - 1) * len(strategy.plan.packs)
+
+
+OBSERVERS = {
+    "clipping by norm": {"gradient_clip_val": 0.1},
+    "a hook": {"callbacks": lambda: [type("Sees", (L.Callback,), {"on_after_backward": lambda *args: None})()]},
+    "looking back": {"callbacks": lambda: [type("Sees", (L.Callback,), {"on_train_batch_end": lambda *args: None})()]},
+}
+
+
+@pytest.mark.parametrize("observer", OBSERVERS)
+def test_what_sees_gradients_has_the_host_update(observer, caplog):
+    options = OBSERVERS[observer]
+    options = {name: value() if callable(value) else value for name, value in options.items()}
+    strategy = on_devices()
+    with caplog.at_level(logging.INFO):
+        assert_same(fit(strategy, **options), fit(**options))
+    assert updates(strategy) == 0
+    assert caplog.text.count("are updated on the host: ") == 1
+
+
+class Renewing(torch.optim.Optimizer):
+    """Makes its states anew in each step, counts in numbers, and forgets one of them."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is None:
+                    continue
+                state = self.state[parameter]
+                state["step"] = state.get("step", 0) + 1
+                state["mean"] = state["mean"] * 0.9 + parameter.grad if "mean" in state else parameter.grad.clone()
+                state["rows"] = (
+                    torch.cat([state["rows"], parameter.grad[:1].clone()])
+                    if "rows" in state
+                    else (parameter.grad[:1].clone())
+                )
+                if state["step"] == 2:
+                    state["old"] = parameter.clone()
+                if state["step"] == 4:
+                    del state["old"]
+                parameter.sub_(state["mean"], alpha=group["lr"])
+        return loss
+
+
+def test_an_optimizer_may_make_its_states_anew():
+    strategy = on_devices()
+    assert_same(
+        fit(strategy, lambda depth: Chain(depth, optimizer=Renewing)),
+        fit(make=lambda depth: Chain(depth, optimizer=Renewing)),
+    )
+    assert updates(strategy) == (NUM_STEPS - 1) * len(strategy.plan.packs)
+
+
+class Listing(torch.optim.SGD):
+    """Remembers a list."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, lr=lr, momentum=0.9)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                self.state[parameter]["notes"] = [1, 2]
+
+
+class Elsewhere(torch.optim.Optimizer):
+    """Remembers beside `state`."""
+
+    def __init__(self, parameters, lr):
+        super().__init__(parameters, {"lr": lr})
+        self.momenta = {p: torch.zeros_like(p) for group in self.param_groups for p in group["params"]}
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        with torch.enable_grad():
+            loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    parameter.sub_(self.momenta[parameter].mul_(0.9).add_(parameter.grad), alpha=group["lr"])
+        return loss
+
+
+@pytest.mark.parametrize("kind", [Listing, Elsewhere])
+def test_what_cannot_move_is_updated_on_the_host(kind, caplog):
+    strategy = on_devices()
+    with caplog.at_level(logging.INFO):
+        ours = fit(strategy, lambda depth: Chain(depth, optimizer=kind))
+    assert same_weights(ours[0], fit(make=lambda depth: Chain(depth, optimizer=kind))[0])
+    assert updates(strategy) == 0
+    assert "updated on the host" in caplog.text
