@@ -59,9 +59,10 @@ class HarmonyConfig:
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
         if self.update not in ("auto", "host", "device"):
             raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
-        if self.searches and self.update == "device":
+        if self.searches and (self.update == "device" or self.microbatches_per_forward > 1):
             raise ConfigurationError(
-                "plan='auto' knows updates on the host only; leave update as it is, or give no plan"
+                "plan='auto' knows updates on the host and one microbatch per forward only; leave update and "
+                "microbatches_per_forward as they are, or the plan"
             )
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):

@@ -58,6 +58,7 @@ def prepare(
                 f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
     decomposition, memory_bytes = layers_of(root, cluster, config)
+    updates_there = config.update == "device" and not cluster.host_is_device
     if state_nbytes is not None:
         decomposition = decomposition.with_states(state_nbytes)
     if call_order is not None:

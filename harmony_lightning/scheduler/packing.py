@@ -92,7 +92,7 @@ def make_plan(
     limit = Limit(sys.maxsize, sys.maxsize, None, 0)
     if not host_is_device:
         limit = _limit(decomposition, groups, memory_bytes, update)
-    pack = functools.partial(_pack, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
+    pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
     if mode == "pp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
