@@ -3,7 +3,7 @@
 import logging
 import warnings
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
 
 import lightning as L
 import torch
@@ -122,7 +122,7 @@ def sweep(case, num_layers):
             for count in range(num_layers):
                 for cuts in combinations(range(1, num_layers), count):
                     edges = (0, *cuts, num_layers)
-                    packs = tuple((first, last - 1) for first, last in zip(edges, edges[1:], strict=False))
+                    packs = tuple((first, last - 1) for first, last in pairwise(edges))
                     for prefetch, stash in ((1, "device"), (1, "host"), (0, "device"), (0, "host")):
                         yield Schedule(
                             mode=mode, num_devices=case.num_gpus, minibatch=case.minibatch, microbatch_forward=size,
@@ -166,7 +166,9 @@ def best_of_sweep(case, layers, costs):
     most = costs.profile.microbatch_sizes.backward[-1]
     family = [schedule for schedule in sweep(case, len(layers.layers)) if schedule.microbatch_backward <= most]
     predicted = [fair_seconds(schedule, costs) for schedule in family]
-    fitting = [p for s, p in zip(family, predicted, strict=True) if runtime_peak_bytes(s, costs) <= costs.machine.memory_bytes]
+    fitting = [
+        p for s, p in zip(family, predicted, strict=True) if runtime_peak_bytes(s, costs) <= costs.machine.memory_bytes
+    ]
     for schedule, prediction in zip(family, predicted, strict=True):
         kind = (schedule.mode, schedule.microbatch_backward, schedule.packs_backward)
         if kind in done or prediction > MARGIN * min(fitting):

@@ -9,7 +9,7 @@ from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.runtime_steps import fair_seconds
 
 HEADER = (
-    "| case | machine | automatic plan | predicted | it takes | best of a sweep | plans tried | automatic / best | sweep took |\n"
+    "| case | machine | automatic plan | predicted | it takes | best of a sweep | plans tried | automatic / best | took |\n"
     "|---|---|---|---|---|---|---|---|---|"
 )
 
@@ -24,8 +24,8 @@ def row(case) -> str:
     took = time.perf_counter() - begin
     return (
         f"| {case.name} | {case.num_gpus}x {case.gpu} of {case.memory}, {case.host} | {describe(schedule)} | "
-        f"{1e3 * predicted:.2f} ms | {1e3 * taken:.2f} ms | {1e3 * seconds:.2f} ms | {tried} of {count} | {taken / seconds:.3f} | "
-        f"{took:.0f} s |"
+        f"{1e3 * predicted:.2f} ms | {1e3 * taken:.2f} ms | {1e3 * seconds:.2f} ms | {tried} of {count} | "
+        f"{taken / seconds:.3f} | {took:.0f} s |"
     )
 
 

@@ -74,7 +74,9 @@ def everything_there(costs, gpu, minibatch):
     count = minibatch // size
     layers = range(costs.num_layers)
     seconds = count * sum(
-        costs.forward_seconds(size, (q, q)) * 2 + costs.backward_seconds(size, (q, q)) - costs.recompute_seconds(size, q)
+        costs.forward_seconds(size, (q, q)) * 2
+        + costs.backward_seconds(size, (q, q))
+        - costs.recompute_seconds(size, q)
         for q in layers
     )
     weights = costs.weight_bytes((0, costs.num_layers - 1))
@@ -159,7 +161,11 @@ def draw(curves, path):
         rows = curve["rows"]
         axes.plot([row["factor"] for row in rows], [100 * row["share"] for row in rows], "o-", label=curve["label"])
     axes.axhspan(53, 99, color="tab:gray", alpha=0.15, label="SwapAdvisor's 53 to 99 % at 1/12")
-    axes.set(xlabel="memory that training needs / memory of the GPU", ylabel="% of the throughput with all memory", ylim=(0, 105))
+    axes.set(
+        xlabel="memory that training needs / memory of the GPU",
+        ylabel="% of the throughput with all memory",
+        ylim=(0, 105),
+    )
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()

@@ -139,9 +139,9 @@ def test_what_cannot_fit_says_what_is_needed():
 def test_two_hundred_layers_on_eight_gpus_take_a_moment():
     layers = (kind(100), *(kind(200, 2.0) for _ in range(198)), kind(50))
     costs = Costs(profile(*layers), machine(gpus=8))
-    begin = time.perf_counter()
+    begin = time.process_time()
     search_runtime(costs, minibatch=64, mode="auto", memory_bytes=3000)
-    assert time.perf_counter() - begin < 6  # alone on a machine about 1 s
+    assert time.process_time() - begin < 6  # alone on a machine about 1 s
 
 
 def test_a_schedule_becomes_the_plan_that_it_is():
