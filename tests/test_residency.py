@@ -65,8 +65,10 @@ def test_training_is_the_same_and_copies_are_the_plan_s(mode, num_gpus, memory):
     assert looking.each("swap_in_bytes") == [plan.swap_in_bytes_per_step for plan in looking.plans]
     assert stays_within(looking.statistics[-1], looking.plans[-1].memory_bytes)
     last = looking.plans[-1]
+    # What is on its way between GPUs is held longer or shorter: one activation more or less is 6 % of so little memory.
+    least = 0.95 if num_gpus == 1 else 0.92
     for found, predicted in zip(looking.statistics[-1].peak_device_bytes, last.peak_bytes, strict=True):
-        assert 0.95 * predicted <= found <= predicted
+        assert least * predicted <= found <= predicted
 
 
 @pytest.mark.parametrize("mode", ["pp", "dp"])

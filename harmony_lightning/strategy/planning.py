@@ -12,12 +12,14 @@ from typing import Any
 from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
+from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.scheduler import automatic_microbatch_size
+from harmony_lightning.strategy.automatic import AutomaticPlan
 from harmony_lightning.strategy.residency import Residency
 
 log = logging.getLogger(__name__)
@@ -36,9 +38,11 @@ class Planning:
         config: HarmonyConfig,
         given: Plan | None,
         state_nbytes: Callable[[], Mapping[str, tuple[int, ...]] | None] = lambda: None,
+        automatic: AutomaticPlan | None = None,
     ) -> None:
-        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` tells the bytes of each tensor that
-        the optimizer will remember of a weight, by weight; None if devices are not to update any.
+        """Makes and loads the first plan; `given` is the user's own, `automatic` finds a better one. `state_nbytes` tells
+        the bytes of each tensor that the optimizer will remember of a weight, by weight; None if devices are not to update
+        any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -46,6 +50,10 @@ class Planning:
         self._engine = engine
         self._config = config
         self._given = given
+        self._automatic = automatic if given is None else None
+        self._is_searched = False
+        self.searched: Plan | None = None
+        """The plan that the search has found, while it is in use."""
         self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
@@ -63,17 +71,49 @@ class Planning:
         if self._given is not None:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))
+        self.searched = None
+        self._take_up(plan, decomposition)
+
+    def _take_up(self, plan: Plan, decomposition: Decomposition) -> None:
+        engine = self._engine
         engine.load(plan, decomposition)
-        keeps_all = self._given is not None or engine.cluster.host_is_device
-        self._residency = None if keeps_all else Residency(engine, moves_stash=self._config.stash == "host")
+        # The search reckons with what it has planned, and with nothing that comes to it.
+        is_complete = self._given is not None or plan is self.searched or engine.cluster.host_is_device
+        self._residency = None if is_complete else Residency(engine, moves_stash=self._config.stash == "host")
         self.metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
+
+    def search(self, batch: Any) -> bool:
+        """Before the first minibatch: let the search find a plan, if it may; whether it has found one."""
+        if self._automatic is None or self._is_searched:
+            return False
+        self._is_searched = True
+        planned = self._automatic.find(batch, self._min_samples)
+        if planned is None:
+            return False
+        self.searched = planned.plan
+        self._take_up(planned.plan, planned.decomposition)
+        return True
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether a plan that does not fit may give way to a smaller one."""
+        return self._automatic is not None and self.searched is not None and not self._automatic.has_shrunk
+
+    def shrink(self, batch: Any) -> None:
+        """Find a plan for less memory, from sizes alone if the search finds none."""
+        assert self._automatic is not None
+        self._automatic.shrink()
+        self._is_searched = False
+        if not self.search(batch):
+            self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
 
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
         size: int | str = self._config.microbatch_size
-        if size == "auto" and self._given is not None:
-            size = self._given.microbatch_size
+        plan = self._given or self.searched
+        if size == "auto" and plan is not None:
+            size = plan.microbatch_size
         if not isinstance(size, int):
             cluster = self._engine.cluster
             size = automatic_microbatch_size(
@@ -90,6 +130,7 @@ class Planning:
         workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
         if engine.is_out_of_date():
             self._load(workload)
+            self._is_searched = False  # again with the next minibatch
         if engine.trace.is_complete and self._given is None and self._learn():
             self._load(workload)
         if not engine.trace.is_complete:
@@ -120,7 +161,7 @@ class Planning:
                 log.info("harmony: layers are called in another order than they are registered; planning again")
                 self._call_order = CallOrder(layers=order, loops=loops)
                 has_learned = True
-        if (narrow := uses.narrow()) != self._narrow.weights:
+        if self.searched is None and (narrow := uses.narrow()) != self._narrow.weights:
             num_weights = len(frozenset[str]().union(*narrow.values()))
             dtype = uses.dtype_name
             log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, dtype)

@@ -22,6 +22,7 @@ from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.outputs import map_tensors
 from harmony_lightning.strategy import overrides, precision
+from harmony_lightning.strategy.automatic import AutomaticPlan
 from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.strategy.materialise import materialise, skipped_init
 from harmony_lightning.strategy.merged_log import direct_log
@@ -159,7 +160,8 @@ class Session:
                     self._updates.probe(optimizer)
         self.setup_precision_plugin()
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))
-        self._planning = Planning(self._engine, self._config, self._given_plan, self._state_nbytes)
+        automatic = self._automatic_plan(self._engine)
+        self._planning = Planning(self._engine, self._config, self._given_plan, self._state_nbytes, automatic)
         name_as_on_one_device(trainer.profiler)
 
     def _state_nbytes(self) -> dict[str, tuple[int, ...]] | None:
@@ -170,6 +172,12 @@ class Session:
         if module.trainer.state.fn != "fit":
             return None
         return self._updates.state_nbytes(self.optimizers, module, self.precision_plugin, self._pl)
+
+    def _automatic_plan(self, engine: Engine) -> AutomaticPlan | None:
+        if not self._config.searches or engine.cluster.host_is_device:
+            return None
+        plugin = self.precision_plugin
+        return AutomaticPlan(engine, self._config, plugin.train_step_context, str(plugin.precision))
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:
