@@ -138,6 +138,10 @@ class VirtualClock:
             waits += new
             self._open.discard(agent.id)
 
+    def busy_seconds(self, agent: Agent) -> float:
+        """What the agent's work takes so far, waits and flows left aside."""
+        return sum(work.seconds for work in self._done.get(agent.id, ()))
+
     def clear(self) -> None:
         """Forget what has been done; time starts again from 0."""
         self._done.clear()

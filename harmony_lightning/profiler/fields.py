@@ -66,6 +66,25 @@ class Fields:
                 raise self.error(f"{name}[{index}]", f"must be a number of at least 0, got {_shown(value)}")
         return tuple(float(value) for value in values)
 
+    def tells(self, name: str) -> bool:
+        """Whether there is anything under that name."""
+        return self._values.get(name) not in (None, [], ())
+
+    def is_true(self, name: str) -> bool:
+        """A switch, off if it is missing. Raises ConfigurationError if it is none."""
+        value = self._values.get(name, False)
+        if not isinstance(value, bool):
+            raise self.error(name, f"must be true or false, got {_shown(value)}")
+        return value
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Texts; none if the name is missing. Raises ConfigurationError otherwise."""
+        values = self._sequence(name) if self.tells(name) else ()
+        for index, value in enumerate(values):
+            if not isinstance(value, str):
+                raise self.error(f"{name}[{index}]", f"must be text, got {_shown(value)}")
+        return tuple(values)
+
     def counts(self, name: str, least: int = 0) -> tuple[int, ...]:
         """Whole numbers. Raises ConfigurationError otherwise."""
         values = self._sequence(name)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.hardware.presets import GpuModel, HostModel, gpu_model
 from harmony_lightning.profiler.fields import Fields, read_text
 from harmony_lightning.record import Record
 
@@ -28,6 +29,15 @@ class Machine(Record):
     release_seconds: float
     """What it costs to free a pack's weights where memory is not reused in place."""
     note: str = ""
+    peers_by_host: bool = False
+    """Copies between GPUs pass through the host and share its links."""
+    link_bytes_per_second: float | None = None
+    """What one GPU alone gets of the host link; None: all of it."""
+    update_parameters_per_second: float | None = None
+    """Parameters that the host's optimizer steps; None where nobody has told."""
+    host_memory_bytes: int | None = None
+    gpu: str = ""
+    """The model of the GPUs."""
 
     def __post_init__(self) -> None:
         for field in ("gpus", "memory_bytes", "host_link_shared_by"):
@@ -60,11 +70,51 @@ class Machine(Record):
             host_message_bytes_per_second=fields.number("host_message_bytes_per_second", above=0),
             release_seconds=fields.number("release_seconds", default=0.0),
             note=fields.text("note"),
+            peers_by_host=fields.is_true("peers_by_host"),
+            link_bytes_per_second=_optional(fields, "link_bytes_per_second"),
+            update_parameters_per_second=_optional(fields, "update_parameters_per_second"),
+            host_memory_bytes=fields.count("host_memory_bytes") if fields.tells("host_memory_bytes") else None,
+            gpu=fields.text("gpu"),
         )
 
     def host_share(self, num_active: int) -> float:
         """Host-link bytes per second and direction for each of so many GPUs that are at work."""
-        return self.host_link_bytes_per_second / max(1, min(num_active, self.host_link_shared_by))
+        share = self.host_link_bytes_per_second / max(1, min(num_active, self.host_link_shared_by))
+        return share if self.link_bytes_per_second is None else min(share, self.link_bytes_per_second)
+
+
+def _optional(fields: Fields, name: str) -> float | None:
+    return fields.number(name, above=0) if fields.tells(name) else None
+
+
+def preset_machine(num_gpus: int, gpu: GpuModel, host: HostModel, memory_bytes: int | None = None) -> Machine:
+    """So many GPUs of a model in a host, by their data sheets."""
+    uplink, link = host.uplink_bytes_per_second, gpu.link_bytes_per_second
+    return Machine(
+        name=f"{num_gpus}x{gpu.name} in {host.name}",
+        gpus=num_gpus,
+        memory_bytes=memory_bytes or gpu.memory_bytes,
+        host_link_bytes_per_second=uplink or link,
+        host_link_shared_by=num_gpus if uplink else 1,
+        link_bytes_per_second=link,
+        peers_by_host=gpu.peer_bytes_per_second is None,
+        peer_bytes_per_second=gpu.peer_bytes_per_second or min(link, uplink or link),
+        host_message_bytes_per_second=host.memory_bytes_per_second / 2,
+        release_seconds=0.0,
+        update_parameters_per_second=host.update_parameters_per_second,
+        gpu=gpu.name,
+        note="rates of data sheets (harmony_lightning.hardware.presets)",
+    )
+
+
+def parse_gpus(text: str) -> tuple[int, GpuModel]:
+    """ "4x3090", or "3090" for one. Raises ConfigurationError."""
+    count, times, name = text.lower().rpartition("x")
+    if not times:
+        count, name = "1", text
+    if not count.isdecimal() or int(count) < 1:
+        raise ConfigurationError(f"{text!r} names no GPUs; write a number and a model, such as 4x3090")
+    return int(count), gpu_model(name)
 
 
 def read_machine(path: str | Path) -> Machine:

@@ -40,6 +40,13 @@ class LayerKind(Record):
     backward_peak_bytes: tuple[float, ...]
     update_cpu_seconds: float
     """The optimizer's step for this layer's weights on the host."""
+    recompute_seconds: tuple[float, ...] = ()
+    """What of `backward_seconds` makes activations again; empty where it was not told apart from a forward."""
+    stash_bytes: tuple[float, float] | tuple[()] = ()
+    """Bytes that wait from forward to backward at one sample and at two, what the code behind the layer saves included;
+    empty where only the input waits."""
+    gradient_bytes: int | None = None
+    """Bytes of the weights that train; None: all of them do."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,6 +61,10 @@ class Profile(Record):
     layer_kinds: tuple[LayerKind, ...]
     layers: tuple[int, ...]
     """Index into `layer_kinds` of each layer."""
+    names: tuple[str, ...] = ()
+    """Of the layers, where the profile is of a module."""
+    glue_bytes: int = 0
+    """Weights outside layers, which code between layers uses."""
 
     def __post_init__(self) -> None:
         for direction in ("forward", "backward"):
@@ -64,6 +75,8 @@ class Profile(Record):
                 )
         if not self.layers:
             raise ConfigurationError("a profile needs at least one layer")
+        if self.names and len(self.names) != len(self.layers):
+            raise ConfigurationError(f"names must hold one name per layer, {len(self.layers)}, got {len(self.names)}")
         for index, kind in enumerate(self.layers):
             if not 0 <= kind < len(self.layer_kinds):
                 raise ConfigurationError(
@@ -89,6 +102,8 @@ class Profile(Record):
                 microbatch_sizes=measured,
                 layer_kinds=tuple(_layer_kind(kind, measured) for kind in fields.objects("layer_kinds")),
                 layers=fields.counts("layers"),
+                names=fields.texts("names"),
+                glue_bytes=fields.count("glue_bytes", default=0),
             )
         except ConfigurationError as error:
             text_of_error = str(error)
@@ -133,6 +148,8 @@ def at_size(sizes: tuple[int, ...], values: tuple[float, ...], samples: int) -> 
 def _layer_kind(fields: Fields, sizes: MicrobatchSizes) -> LayerKind:
     forward, backward = len(sizes.forward), len(sizes.backward)
     first, second = fields.numbers("input_bytes", 2, "size 1 and 2")
+    told = fields.tells
+    stash = fields.numbers("stash_bytes", 2, "size 1 and 2") if told("stash_bytes") else ()
     return LayerKind(
         weight_bytes=fields.count("weight_bytes"),
         buffer_bytes=fields.count("buffer_bytes", default=0),
@@ -143,4 +160,7 @@ def _layer_kind(fields: Fields, sizes: MicrobatchSizes) -> LayerKind:
         forward_peak_bytes=fields.numbers("forward_peak_bytes", forward, "microbatch size"),
         backward_peak_bytes=fields.numbers("backward_peak_bytes", backward, "microbatch size"),
         update_cpu_seconds=fields.number("update_cpu_seconds", default=0.0),
+        recompute_seconds=fields.numbers("recompute_seconds", backward, "size") if told("recompute_seconds") else (),
+        stash_bytes=(stash[0], stash[1]) if stash else (),
+        gradient_bytes=fields.count("gradient_bytes") if told("gradient_bytes") else None,
     )

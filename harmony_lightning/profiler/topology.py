@@ -1,0 +1,144 @@
+"""What the machine at hand offers: GPUs, links, host memory, the rate of updates on the host.
+
+What NVML and the system know is asked for; what they do not know is measured in a second or two: copies between the host
+and one GPU, all GPUs at once (which shows a shared uplink), and from GPU to GPU; copies within host memory; steps of a
+fused Adam on the host.
+"""
+
+import os
+import platform
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.profiler.cache import cached, fingerprint
+from harmony_lightning.profiler.machine import Machine
+
+_COPIED_BYTES = 256 * 2**20
+_NUM_UPDATED = 2**22
+_NUM_RUNS = 3
+
+Progress = Callable[[str], None]
+
+
+def machine_at_hand(*, is_fresh: bool = False, progress: Progress = lambda what: None) -> tuple[Machine, bool]:
+    """The machine that this process runs on, measured once; and whether it was known already.
+
+    Raises:
+        ConfigurationError: there is no GPU.
+    """
+    if not torch.cuda.is_available():
+        raise ConfigurationError(
+            "this machine has no GPU that torch can use; name the GPUs to plan for, such as --gpus 4x3090"
+        )
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if is_fresh:
+        return _measure(names, progress), False
+    key = fingerprint("machine", platform.node(), str(os.cpu_count()), torch.__version__, *names, *_uuids())
+    return cached(Machine, key, lambda: _measure(names, progress))
+
+
+def host_memory_bytes() -> int:
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def host_copy_bytes_per_second() -> float:
+    """Bytes that are copied within host memory per second, on all cores."""
+    source = torch.ones(_COPIED_BYTES, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return _COPIED_BYTES / _least_seconds(lambda: target.copy_(source))
+
+
+def host_update_parameters_per_second() -> float:
+    """Parameters in float32 that a fused Adam steps per second, on all cores."""
+    weight = torch.nn.Parameter(torch.zeros(_NUM_UPDATED))
+    weight.grad = torch.ones_like(weight)
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    return _NUM_UPDATED / _least_seconds(optimizer.step)
+
+
+def _least_seconds(run: Callable[[], Any], wait: Callable[[], Any] = lambda: None) -> float:
+    """Of several runs, the first of which only warms up."""
+    taken = []
+    for _ in range(1 + _NUM_RUNS):
+        wait()
+        begin = time.perf_counter()
+        run()
+        wait()
+        taken.append(time.perf_counter() - begin)
+    return max(min(taken[1:]), 1e-9)
+
+
+def _measure(names: Sequence[str], progress: Progress) -> Machine:
+    if len(set(names)) > 1:
+        raise ConfigurationError(f"plans are for equal GPUs, this machine has {', '.join(names)}; choose with devices=")
+    devices = [torch.device("cuda", index) for index in range(len(names))]
+    progress("host memory")
+    copy_rate = host_copy_bytes_per_second()
+    progress("updates on the host")
+    update_rate = host_update_parameters_per_second()
+    progress("host links")
+    alone, together = _link_rate(devices[:1]), _link_rate(devices)
+    # Rates fall together where an uplink is shared; the rest is noise.
+    is_shared = together < 0.85 * len(devices) * alone
+    progress("links between GPUs")
+    peer = _peer_rate(devices[0], devices[1]) if len(devices) > 1 else alone
+    return Machine(
+        name=platform.node(),
+        gpus=len(devices),
+        memory_bytes=min(torch.cuda.mem_get_info(device)[1] for device in devices),
+        host_link_bytes_per_second=together if is_shared else alone,
+        host_link_shared_by=len(devices) if is_shared else 1,
+        link_bytes_per_second=alone,
+        peer_bytes_per_second=peer,
+        peers_by_host=len(devices) > 1 and not torch.cuda.can_device_access_peer(devices[0], devices[1]),
+        host_message_bytes_per_second=copy_rate,
+        release_seconds=0.0,
+        update_parameters_per_second=update_rate,
+        host_memory_bytes=host_memory_bytes(),
+        gpu=names[0],
+        note=f"measured with torch {torch.__version__}",
+    )
+
+
+def _link_rate(devices: Sequence[torch.device]) -> float:
+    """Bytes per second and direction from the host to these GPUs, all at once and together."""
+    hosts = [torch.empty(_COPIED_BYTES, dtype=torch.uint8, pin_memory=True) for _ in devices]
+    targets = [torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=device) for device in devices]
+
+    def copy() -> None:
+        for host, target in zip(hosts, targets, strict=True):
+            target.copy_(host, non_blocking=True)
+
+    return len(devices) * _COPIED_BYTES / _least_seconds(copy, lambda: _wait(devices))
+
+
+def _peer_rate(source: torch.device, target: torch.device) -> float:
+    block = torch.empty(_COPIED_BYTES, dtype=torch.uint8, device=source)
+    other = torch.empty_like(block, device=target)
+    return _COPIED_BYTES / _least_seconds(
+        lambda: other.copy_(block, non_blocking=True), lambda: _wait([source, target])
+    )
+
+
+def _wait(devices: Sequence[torch.device]) -> None:
+    for device in devices:
+        torch.cuda.synchronize(device)
+
+
+def _uuids() -> list[str]:
+    """Of the GPUs, as far as NVML tells."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        try:
+            count = pynvml.nvmlDeviceGetCount()
+            return [str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))) for index in range(count)]
+        finally:
+            pynvml.nvmlShutdown()
+    except Exception:  # no NVML, or none that answers: names must do
+        return []
