@@ -10,6 +10,10 @@ from hypothesis import strategies as st
 
 from harmony_lightning.plan import Schedule
 from harmony_lightning.profiler import LayerKind, Machine, MicrobatchSizes, Profile, read_machine, read_profile
+from harmony_lightning.scheduler.simulate import Rules
+
+SCHEDULED = (Rules.HARMONY, Rules.HARMONY_SERIAL, Rules.OWN)
+"""Rules under which any schedule can be carried out."""
 
 MACHINE = Machine(
     name="small",

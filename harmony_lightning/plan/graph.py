@@ -22,6 +22,8 @@ class Lane(enum.IntEnum):
     SWAP_OUT = 4
     HOST = 5
     """What the host does for this device: updates, messages."""
+    STASH_IN = 6
+    """Stashes have a lane of their own where the runtime carries a schedule out."""
 
 
 NUM_LANES = len(Lane)

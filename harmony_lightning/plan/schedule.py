@@ -35,6 +35,8 @@ class Schedule(Record):
     """Packs whose weights come in ahead of the running one, and whose gradients leave behind it, per device: 0 or 1."""
     boundary: Literal["device", "host"] = "device"
     """Where a pack's outputs, and gradients of its inputs, wait for the next pack on the same device (dp)."""
+    stash: Literal["device", "host"] = "host"
+    """Where inputs of layers wait from forward to backward; on the host under all rules but the runtime's."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -44,6 +46,8 @@ class Schedule(Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.boundary not in ("device", "host"):
             raise ConfigurationError(f"boundary must be 'device' or 'host', got {self.boundary!r}")
+        if self.stash not in ("device", "host"):
+            raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
         if self.prefetch not in (0, 1):
             raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
         if not self.packs_backward:

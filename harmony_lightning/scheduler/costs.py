@@ -22,10 +22,15 @@ class Costs:
         self.weight_prefix = _prefix([kind.weight_bytes for kind in kinds])
         self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
         self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
+        self.gradient_prefix = _prefix(
+            [kind.weight_bytes if kind.gradient_bytes is None else kind.gradient_bytes for kind in kinds]
+        )
         # Lookups by size are many, sizes are few.
         self.forward_prefix = cache(self._forward_prefix)
         self.backward_prefix = cache(self._backward_prefix)
         self.inputs = cache(self._inputs)
+        self.stash_prefix = cache(self._stashes)
+        self._working = cache(self._working_bytes)
         self._forward_peaks = cache(lambda size: self._peaks("forward", size))
         self._backward_peaks = cache(lambda size: self._peaks("backward", size))
 
@@ -62,6 +67,27 @@ class Costs:
         """Weights and buffers."""
         return self.state_prefix[span[1] + 1] - self.state_prefix[span[0]]
 
+    def recompute_seconds(self, size: int, layer: int) -> float:
+        """What of a layer's backward makes its activations again."""
+        kind = self.profile.kind(layer)
+        if not kind.recompute_seconds:
+            return self.forward_seconds(size, (layer, layer))
+        return at_size(self.profile.microbatch_sizes.backward, kind.recompute_seconds, size)
+
+    def stash_bytes(self, size: int, span: Span) -> float:
+        """What waits from forward to backward."""
+        prefix = self.stash_prefix(size)
+        return prefix[span[1] + 1] - prefix[span[0]]
+
+    def gradient_bytes(self, span: Span) -> float:
+        """Of the weights that train."""
+        return self.gradient_prefix[span[1] + 1] - self.gradient_prefix[span[0]]
+
+    def working_bytes(self, direction: str, size: int, span: Span) -> float:
+        """What the layer of a pack that needs most needs beside its weights and its input; in backward the gradients of its
+        weights as they are made are part of it."""
+        return max(self._working(direction, size)[span[0] : span[1] + 1])
+
     def update_seconds(self, span: Span) -> float:
         return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]
 
@@ -74,6 +100,18 @@ class Costs:
     def _inputs(self, size: int) -> list[float]:
         pairs = [self.profile.kind(layer).input_bytes for layer in range(self.num_layers)]
         return [max(0.0, one + (size - 1) * (two - one)) for one, two in pairs] + [0.0]
+
+    def _stashes(self, size: int) -> list[float]:
+        kinds = [self.profile.kind(layer) for layer in range(self.num_layers)]
+        pairs = [kind.stash_bytes or kind.input_bytes for kind in kinds]
+        return _prefix([max(0.0, pair[0] + (size - 1) * (pair[1] - pair[0])) for pair in pairs])
+
+    def _working_bytes(self, direction: str, size: int) -> list[float]:
+        sizes = getattr(self.profile.microbatch_sizes, direction)
+        kinds = [self.profile.kind(layer) for layer in range(self.num_layers)]
+        peaks = [at_size(sizes, getattr(kind, f"{direction}_peak_bytes"), size) for kind in kinds]
+        rest = zip(peaks, kinds, self.inputs(size)[:-1], strict=True)
+        return [max(0.0, peak - kind.weight_bytes - kind.buffer_bytes - entering) for peak, kind, entering in rest]
 
     def _peaks(self, direction: str, size: int) -> list[float]:
         sums, inputs = self._sums(direction, f"{direction}_peak_bytes", size), self.inputs(size)

@@ -12,6 +12,7 @@ from harmony_lightning.plan.graph import COMPUTATIONS, NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.runtime_search import search_runtime
 from harmony_lightning.scheduler.search import Found, search
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 from harmony_lightning.units import format_nbytes
@@ -110,9 +111,18 @@ def explain(
         ("a host link twice as fast", faster, minibatch, memory_bytes),
         (f"twice the minibatch ({2 * minibatch} samples)", machine, 2 * minibatch, memory_bytes),
     ):
-        again = search(Costs(costs.profile, changed), minibatch=samples, mode=mode, memory_bytes=memory, rules=rules)
+        again = find(Costs(costs.profile, changed), minibatch=samples, mode=mode, memory_bytes=memory, rules=rules)
         gain = 1 - again.best.seconds / samples / (total / minibatch)
         yield f"With {what} a sample would take {gain:.1%} less time." if gain >= 5e-4 else f"With {what}: no gain."
+
+
+def find(
+    costs: Costs, *, minibatch: int, mode: Literal["pp", "dp", "auto"], memory_bytes: float, rules: Rules
+) -> Found:
+    """The best schedule under any rules. Raises as the searches do."""
+    if rules is Rules.RUNTIME:
+        return search_runtime(costs, minibatch=minibatch, mode=mode, memory_bytes=memory_bytes)
+    return search(costs, minibatch=minibatch, mode=mode, memory_bytes=memory_bytes, rules=rules)
 
 
 _REMEDIES = {

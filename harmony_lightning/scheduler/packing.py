@@ -92,7 +92,7 @@ def make_plan(
     limit = Limit(sys.maxsize, sys.maxsize, None, 0)
     if not host_is_device:
         limit = _limit(decomposition, groups, memory_bytes, update)
-    pack = functools.partial(_pack, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
+    pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
     if mode == "pp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
@@ -118,7 +118,7 @@ def make_plan(
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
-def _pack(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
+def pack_of_layers(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
@@ -171,7 +171,7 @@ class Limit:
 
     def shared(self, decomposition: Decomposition, groups: Sequence[Group], num_packs: int) -> "Limit":
         """So small that there are about `num_packs` packs, as far as groups allow."""
-        largest = max((_pack(decomposition, group).slot_nbytes for group in groups), default=0)
+        largest = max((pack_of_layers(decomposition, group).slot_nbytes for group in groups), default=0)
         share = -(-decomposition.nbytes // num_packs)
         return replace(self, slot_nbytes=max(largest, min(self.slot_nbytes, share)))
 
@@ -201,13 +201,13 @@ def _limit(
     glue = set(decomposition.glue)
     # A glue weight, and its gradient, is on a device while the code around some pack uses it.
     glue_nbytes = sum(w.nbytes * (1 + w.is_trainable) for w in decomposition.weights if w.name in glue)
-    layers = [_pack(decomposition, (layer,)) for layer in decomposition.layers]
+    layers = [pack_of_layers(decomposition, (layer,)) for layer in decomposition.layers]
     # One layer's gradients are there twice for a moment: as its backward makes them, and in the slot they are added to.
     passing_nbytes = max((layer.trainable_nbytes for layer in layers), default=0)
     offered = memory_bytes - glue_nbytes - passing_nbytes
-    packs = [_pack(decomposition, group, is_updated_there=True) for group in groups]
+    packs = [pack_of_layers(decomposition, group, is_updated_there=True) for group in groups]
     largest = max(
-        packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=_pack(decomposition, ())
+        packs, key=lambda pack: pack.slot_nbytes + pack.gradient_slot_nbytes, default=pack_of_layers(decomposition, ())
     )
     slot_nbytes = max((pack.slot_nbytes for pack in packs), default=0)
     gradient_slot_nbytes = max((pack.gradient_slot_nbytes for pack in packs), default=0)

@@ -44,6 +44,8 @@ BLOCK = 64
 MAX_COMPUTATIONS = 60_000
 """Microbatches times packs that a search simulates at most: about a second. Mostly it needs a hundredth of them."""
 
+MAX_SIZED = 50_000
+"""Packs whose memory a search counts at most: about a second, where little fits and bounds say little."""
 MIN_CANDIDATES = 4
 """So many kinds of schedules are simulated in any case, for comparison."""
 
@@ -126,7 +128,7 @@ class _Search:
             num_devices=min(gpus, minibatch) if mode == "dp" else gpus,
             samples=-(-minibatch // gpus) if mode == "dp" else minibatch,
         )
-        self.num_schedules = self.num_simulated = self.num_computations = self.num_reduced = 0
+        self.num_schedules = self.num_simulated = self.num_computations = self.num_reduced = self.num_sized = 0
         self.is_complete = True
         self.best: dict[tuple[int, int, int, int], Candidate] = {}
         """By four-tuple with packs counted: the best of those."""
@@ -177,7 +179,8 @@ class _Search:
             is_other = len(self.best) < MIN_CANDIDATES and key not in self.best
             if not (bounds[pair] < self.least or is_other):
                 continue
-            if self.num_computations > MAX_COMPUTATIONS:
+            self.num_sized += len(forward_packs) + len(backward_packs)
+            if self.num_computations > MAX_COMPUTATIONS or self.num_sized > MAX_SIZED:
                 self.is_complete = False
                 break
             schedule = Schedule(

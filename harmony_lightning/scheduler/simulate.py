@@ -11,6 +11,8 @@ from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.harmony import tell_harmony
 from harmony_lightning.scheduler.memory import harmony_peak_bytes, own_peak_bytes
 from harmony_lightning.scheduler.own import OwnSteps
+from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime_steps import RuntimeSteps, runtime_seconds
 
 
 class Rules(enum.StrEnum):
@@ -21,7 +23,9 @@ class Rules(enum.StrEnum):
     HARMONY_SERIAL = "harmony-serial"
     """The same, without overlap."""
     OWN = "own"
-    """As our runtime can."""
+    """As our runtime could with every ability that a schedule has."""
+    RUNTIME = "runtime"
+    """As the runtime carries a plan out now: the same packs both ways, one microbatch size."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,6 +52,8 @@ def seconds(schedule: Schedule, costs: Costs, rules: Rules) -> float:
 
     The next step cannot be earlier: its first forward waits for the last update, that of the first layers.
     """
+    if rules is Rules.RUNTIME:
+        return runtime_seconds(schedule, costs)
     clock = Clock(schedule.num_devices)
     tell(schedule, costs, rules, clock)
     return clock.seconds
@@ -55,6 +61,8 @@ def seconds(schedule: Schedule, costs: Costs, rules: Rules) -> float:
 
 def peak_bytes(schedule: Schedule, costs: Costs, rules: Rules) -> float:
     """The most bytes that any device holds."""
+    if rules is Rules.RUNTIME:
+        return runtime_peak_bytes(schedule, costs)
     return own_peak_bytes(schedule, costs) if rules is Rules.OWN else harmony_peak_bytes(schedule, costs)
 
 
@@ -69,6 +77,8 @@ def tell(schedule: Schedule, costs: Costs, rules: Rules, listener: Listener) -> 
     """Tell the tasks of one step to a listener, each after those that it waits for."""
     if rules is Rules.OWN:
         OwnSteps(schedule, costs, listener).step()
+    elif rules is Rules.RUNTIME:
+        RuntimeSteps(schedule, costs, listener).step()
     else:
         tell_harmony(schedule, costs, listener, overlap=rules is Rules.HARMONY)
 

@@ -5,7 +5,17 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from small_profiles import kind, machine, machines, profile, profiles, published, published_machine, published_profile
+from small_profiles import (
+    SCHEDULED,
+    kind,
+    machine,
+    machines,
+    profile,
+    profiles,
+    published,
+    published_machine,
+    published_profile,
+)
 
 from harmony_lightning import CapacityError
 from harmony_lightning.scheduler.costs import Costs
@@ -19,7 +29,11 @@ def question(**changes):
 
 
 @given(
-    profiles(max_layers=5), machines(), st.sampled_from(("pp", "dp", "auto")), st.sampled_from(Rules), st.integers(1, 5)
+    profiles(max_layers=5),
+    machines(),
+    st.sampled_from(("pp", "dp", "auto")),
+    st.sampled_from(SCHEDULED),
+    st.integers(1, 5),
 )
 @settings(max_examples=8, deadline=None)
 def test_what_is_bred_fits_and_takes_what_it_says(layers, server, mode, rules, minibatch):
@@ -40,7 +54,7 @@ def test_the_same_seed_breeds_the_same():
 
 def test_it_comes_close_to_the_default_on_small_models():
     costs = Costs(profile(*[kind(weights=50 * i, seconds=0.5 * i) for i in range(1, 8)]), machine())
-    for rules in Rules:
+    for rules in SCHEDULED:
         bred, found = (one(costs, **question(rules=rules, minibatch=8)) for one in (breed, search))
         assert bred.best.seconds <= 1.02 * found.best.seconds
 

@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_profiles import (
+    SCHEDULED,
     kind,
     machine,
     machines,
@@ -84,7 +85,7 @@ def test_few_packs_are_all_tried_and_many_in_steps():
 # Bounds -----------------------------------------------------------------------------------------------------------------
 
 
-@given(profiles(), machines(), st.sampled_from(("pp", "dp")), st.sampled_from(Rules), st.integers(1, 9), st.data())
+@given(profiles(), machines(), st.sampled_from(("pp", "dp")), st.sampled_from(SCHEDULED), st.integers(1, 9), st.data())
 @settings(max_examples=80, deadline=None)
 def test_no_schedule_is_faster_than_its_bound(layers, server, mode, rules, minibatch, data):
     costs = Costs(layers, server)
@@ -148,7 +149,7 @@ def everything(costs, minibatch, mode, rules):
 
 
 @given(
-    profiles(max_layers=5), machines(), st.sampled_from(("pp", "dp")), st.sampled_from(Rules), st.integers(1, 6),
+    profiles(max_layers=5), machines(), st.sampled_from(("pp", "dp")), st.sampled_from(SCHEDULED), st.integers(1, 6),
     st.integers(300, 4000),
 )  # fmt: skip
 @settings(max_examples=40, deadline=None)
@@ -165,7 +166,12 @@ def test_nothing_in_the_family_is_better(layers, server, mode, rules, minibatch,
 
 
 @given(
-    profiles(), machines(), st.sampled_from(("pp", "dp", "auto")), st.sampled_from(Rules), st.integers(1, 8), st.data()
+    profiles(),
+    machines(),
+    st.sampled_from(("pp", "dp", "auto")),
+    st.sampled_from(SCHEDULED),
+    st.integers(1, 8),
+    st.data(),
 )
 @settings(max_examples=40, deadline=None)
 def test_more_memory_and_faster_links_never_give_a_worse_plan(layers, server, mode, rules, minibatch, data):
@@ -179,7 +185,7 @@ def test_more_memory_and_faster_links_never_give_a_worse_plan(layers, server, mo
         assert seconds_or_inf(Costs(layers, faster), little, **options) <= least + 1e-9
 
 
-@pytest.mark.parametrize("rules", Rules)
+@pytest.mark.parametrize("rules", SCHEDULED)
 @pytest.mark.parametrize("mode", ["pp", "dp", "auto"])
 def test_the_same_question_has_the_same_answer(mode, rules):
     def answer():
@@ -191,7 +197,7 @@ def test_the_same_question_has_the_same_answer(mode, rules):
 
 def test_the_answer_keeps_to_the_memory_and_is_what_the_simulation_says():
     costs = Costs(profile(*[kind()] * 6), machine())
-    for rules in Rules:
+    for rules in SCHEDULED:
         answer = found(costs, 1500, rules=rules)
         for candidate in (answer.best, *answer.others):
             assert candidate.peak_bytes == peak_bytes(candidate.schedule, costs, rules) <= 1500
@@ -238,7 +244,7 @@ def test_no_published_plan_is_faster(row):
     (_, planned, serial, overlapping) = next(entry for entry in ROWS if entry[0] == row)
     costs = Costs(published_profile(row.split()[0]), published_machine())
     options = {"minibatch": planned.minibatch, "mode": planned.mode}
-    by_rules = {rules: found(costs, 9e9, rules=rules, **options) for rules in Rules}
+    by_rules = {rules: found(costs, 9e9, rules=rules, **options) for rules in SCHEDULED}
     assert by_rules[Rules.HARMONY].best.seconds <= overlapping
     assert by_rules[Rules.OWN].best.seconds < by_rules[Rules.HARMONY].best.seconds
     least = by_rules[Rules.HARMONY_SERIAL].best.seconds

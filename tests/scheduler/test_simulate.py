@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_profiles import (
+    SCHEDULED,
     kind,
     machine,
     machines,
@@ -20,6 +21,7 @@ from small_profiles import (
 
 from harmony_lightning import ConfigurationError
 from harmony_lightning.plan import Kind, Lane, Schedule
+from harmony_lightning.plan.graph import NUM_LANES
 from harmony_lightning.scheduler.clock import Clock
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.own import OwnSteps
@@ -140,7 +142,7 @@ def cases(draw):
         prefetch=draw(st.integers(0, 1)),
         boundary=draw(st.sampled_from(("device", "host"))),
     )
-    return planned, costs, draw(st.sampled_from(Rules))
+    return planned, costs, draw(st.sampled_from(SCHEDULED))
 
 
 @given(cases())
@@ -151,7 +153,7 @@ def test_the_graph_takes_what_the_clock_says(case):
     timeline = simulate(graph)
     assert timeline.seconds == pytest.approx(seconds(planned, costs, rules))
     # One lane does one thing at a time, in order, and nothing starts before what it waits for.
-    ends = dict.fromkeys(range(6 * planned.num_devices), 0.0)
+    ends = dict.fromkeys(range(NUM_LANES * planned.num_devices), 0.0)
     for task, start, end in zip(graph.tasks, timeline.starts, timeline.ends, strict=True):
         assert start >= max([ends[lane] for lane in task.lanes] + [timeline.ends[a] for a in task.after]) - 1e-9
         ends.update(dict.fromkeys(task.lanes, end))
@@ -162,7 +164,7 @@ def test_the_graph_takes_what_the_clock_says(case):
 def test_every_layer_is_computed_for_every_sample_once_and_differentiated_once(case):
     planned, costs, rules = case
     graph = task_graph(planned, costs, rules)
-    share = len({lane // 6 for task in graph.tasks for lane in task.lanes if task.kind == Kind.UPDATE})
+    share = len({lane // NUM_LANES for task in graph.tasks for lane in task.lanes if task.kind == Kind.UPDATE})
     assert share >= 1
     total = sum(task.seconds for task in graph.tasks if task.kind == Kind.FORWARD)
     spans = [(size, span) for size in planned.sizes_forward for span in planned.packs_forward]
@@ -214,4 +216,4 @@ def test_lanes_of_peer_copies_are_those_of_both_devices():
     costs = Costs(profile(), machine())
     graph = task_graph(schedule(num_devices=2), costs, Rules.HARMONY)
     copies = [task.lanes for task in graph.tasks if task.kind == Kind.OUTPUT_PEER]
-    assert copies == [(Lane.PEER_OUT, 6 + Lane.PEER_IN)] * 2
+    assert copies == [(Lane.PEER_OUT, NUM_LANES + Lane.PEER_IN)] * 2

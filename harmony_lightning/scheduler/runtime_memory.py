@@ -1,0 +1,68 @@
+"""How many bytes a schedule needs on each device when the runtime carries it out.
+
+Slots for weights and gradients are there throughout. Beside them, while a microbatch is in a pack: what the layer that runs
+needs, the stashes of all layers of the pack, which leave and come back beside compute, and what the other microbatches have
+left for the next pack or wait for from it.
+"""
+
+from harmony_lightning.plan.schedule import Schedule, Span, split
+from harmony_lightning.scheduler.costs import Costs
+
+
+def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
+    """The most that any device holds."""
+    packs, num_devices = schedule.packs_backward, schedule.num_devices
+    is_pp, last = schedule.mode == "pp", len(schedule.packs_backward) - 1
+    sizes = split(schedule.minibatch, schedule.microbatch_backward)
+    size = sizes[0]
+    slots = (1 + schedule.prefetch) * (
+        max(costs.weight_bytes(span) for span in packs) + max(costs.gradient_bytes(span) for span in packs)
+    )
+    fixed = slots + 2 * costs.profile.glue_bytes
+    if not is_pp and num_devices > 1:
+        # Gradients of the other devices come to the first one by one.
+        fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
+    peak = 0.0
+    for d in range(num_devices):
+        mine = [p for p in range(last + 1) if not is_pp or p % num_devices == d]
+        if d >= (len(packs) if is_pp else len(sizes)):
+            break
+        if not is_pp and d and len(sizes[d::num_devices]) == len(sizes[::num_devices]):
+            continue  # as the first device
+        samples = schedule.minibatch if is_pp else sum(sizes[d::num_devices])
+        kept = 0.0
+        """Stashes that wait here."""
+        for p in mine:
+            entering, leaving = _boundary(costs, packs, p, samples)
+            # What has been sent from here is held until the device is visited again: outputs, until the next pack, or the
+            # backward of this one; gradients, until the backward of the pack before.
+            sent = _boundary(costs, packs, p - num_devices, samples)[1] if is_pp and p >= num_devices else 0.0
+            sent_back = 0.0
+            if is_pp and num_devices > 1:
+                sent_back = _boundary(costs, packs, p + num_devices, samples)[0] if p + num_devices <= last else leaving
+            stash = 0.0 if p == last else costs.stash_bytes(size, packs[p])
+            if p == last:
+                need = _fused(costs, size, packs[p]) + max(entering, sent) + 3 * costs.input_bytes(size, packs[p][0])
+            else:
+                need = costs.working_bytes("forward", size, packs[p]) + max(leaving, entering, sent) + stash
+                need += 2 * costs.input_bytes(size, packs[p][0]) + (2 * stash if schedule.stash == "host" else 0)
+                back = costs.working_bytes("backward", size, packs[p]) + max(leaving + sent_back, entering)
+                back += 2 * stash if schedule.stash == "host" else 0
+                need = max(need, back)
+            if schedule.stash == "device" and p != last:
+                kept += costs.stash_bytes(samples, packs[p])
+            peak = max(peak, fixed + kept + need)
+    return peak
+
+
+def _boundary(costs: Costs, packs: tuple[Span, ...], pack: int, samples: int) -> tuple[float, float]:
+    """Inputs and outputs of all microbatches of one device."""
+    entering = costs.input_bytes(samples, packs[pack][0]) if pack else 0.0
+    leaving = costs.input_bytes(samples, packs[pack + 1][0]) if pack + 1 < len(packs) else 0.0
+    return entering, leaving
+
+
+def _fused(costs: Costs, size: int, span: Span) -> float:
+    """The last pack: inputs of its layers wait on the device from forward to backward, which is next."""
+    inputs = sum(costs.input_bytes(size, layer) for layer in range(span[0], span[1] + 1))
+    return inputs + max(costs.working_bytes(way, size, span) for way in ("forward", "backward"))

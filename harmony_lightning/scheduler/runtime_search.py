@@ -1,0 +1,200 @@
+"""The search for a plan that the runtime can carry out now: the same packs both ways, one microbatch size.
+
+Few choices are left, so it is plain: of every packing (`packings`), microbatch size and mode, a lower bound from the
+busiest of compute, links and updates; then simulations in the order of the bounds, until those of the rest are above
+what was found. The best few are simulated once more with links that are shared fairly, and the fastest of these wins.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from harmony_lightning.errors import CapacityError, ConfigurationError
+from harmony_lightning.plan.schedule import Schedule, Span, split
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.packings import pack_counts, packs_of, table
+from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime_steps import fair_seconds, runtime_seconds
+from harmony_lightning.scheduler.search import Candidate, Found, choose_sizes, num_computations
+from harmony_lightning.scheduler.simulate import Rules
+from harmony_lightning.units import format_nbytes
+
+MAX_COMPUTATIONS = 8_000
+"""Microbatches times packs that a search simulates at most: about a second."""
+MAX_FAIR_COMPUTATIONS = 400
+NUM_FINALISTS = 3
+FINE = 12
+"""Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
+
+Mode = Literal["pp", "dp"]
+
+
+def search_runtime(
+    costs: Costs,
+    *,
+    minibatch: int,
+    mode: Literal["pp", "dp", "auto"],
+    memory_bytes: float,
+    stashes: tuple[Literal["device", "host"], ...] = ("device", "host"),
+    microbatch_size: int | None = None,
+    together: tuple[frozenset[int], ...] = (),
+) -> Found:
+    """The fastest plan found whose peak is at most `memory_bytes` on each GPU.
+
+    Args:
+        stashes: where inputs of layers may wait.
+        microbatch_size: the only one to try; None tries many.
+        together: layers that must share a pack.
+
+    Raises:
+        CapacityError: nothing fits, with what the smallest packs need.
+        ConfigurationError: the minibatch is empty.
+    """
+    if minibatch < 1:
+        raise ConfigurationError(f"the minibatch must have at least one sample, got {minibatch}")
+    started = time.perf_counter()
+    modes: tuple[Mode, ...] = ("pp", "dp") if mode == "auto" and costs.machine.gpus > 1 else ("pp",)
+    if mode != "auto":
+        modes = (mode,)
+    bounded = sorted(
+        ((_bound(schedule, costs), order, schedule)
+        for order, schedule in enumerate(_family(costs, minibatch, modes, microbatch_size, together))),
+        key=lambda entry: entry[:2],
+    )  # fmt: skip
+    found: list[Candidate] = []
+    num_simulated = num_computed = 0
+    is_complete = True
+    for bound, _, schedule in bounded:
+        if len(found) >= NUM_FINALISTS and bound >= found[NUM_FINALISTS - 1].seconds:
+            break
+        if num_computed > MAX_COMPUTATIONS and found:
+            is_complete = False
+            break
+        for variant, peak in _fitting(schedule, costs, memory_bytes, stashes):
+            found.append(Candidate(schedule=variant, seconds=runtime_seconds(variant, costs, 2), peak_bytes=peak))
+            num_simulated += 1
+            num_computed += num_computations(variant)
+        found.sort(key=lambda candidate: candidate.seconds)
+    if not found:
+        raise CapacityError(_too_large([schedule for _, _, schedule in bounded], costs, memory_bytes, stashes))
+    finalists = [_refined(candidate, costs) for candidate in found[:NUM_FINALISTS]]
+    found[:NUM_FINALISTS] = sorted(finalists, key=lambda candidate: candidate.seconds)
+    return Found(
+        rules=str(Rules.RUNTIME),
+        best=found[0],
+        others=_others(found),
+        num_schedules=len(bounded),
+        num_simulated=num_simulated,
+        is_proved=is_complete and costs.machine.host_link_shared_by == 1,
+        search_seconds=time.perf_counter() - started,
+    )
+
+
+def _refined(candidate: Candidate, costs: Costs) -> Candidate:
+    if num_computations(candidate.schedule) > MAX_FAIR_COMPUTATIONS:
+        return candidate
+    return replace(candidate, seconds=fair_seconds(candidate.schedule, costs))
+
+
+def _others(found: list[Candidate]) -> tuple[Candidate, ...]:
+    """One for each combination of mode, size and number of packs."""
+    kinds: dict[tuple[str, int, int], Candidate] = {}
+    for candidate in found:
+        schedule = candidate.schedule
+        kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
+    return tuple(candidate for candidate in kinds.values() if candidate is not found[0])
+
+
+def _family(
+    costs: Costs, minibatch: int, modes: tuple[Mode, ...], size: int | None, together: tuple[frozenset[int], ...]
+) -> Iterator[Schedule]:
+    gpus = costs.machine.gpus
+    packings = _packings(costs, together)
+    for mode in modes:
+        samples = -(-minibatch // gpus) if mode == "dp" else minibatch
+        sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
+        for one in sizes:
+            for packs in packings:
+                yield Schedule(
+                    mode=mode,
+                    num_devices=gpus,
+                    minibatch=minibatch,
+                    microbatch_forward=one,
+                    packs_forward=packs[:-1],
+                    microbatch_backward=one,
+                    packs_backward=packs,
+                    prefetch=1,
+                )
+
+
+def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:
+    """Packs of about equal seconds and of about equal weights."""
+    sizes = costs.profile.microbatch_sizes.backward
+    layers, size = range(costs.num_layers), sizes[len(sizes) // 2]  # a layer's share hardly depends on the size
+    one = [(layer, layer) for layer in layers]
+    seconds = [costs.forward_seconds(size, span) * 2 + costs.backward_seconds(size, span) for span in one]
+    weights = [costs.weight_bytes(span) + costs.gradient_bytes(span) for span in one]
+    found: dict[tuple[Span, ...], None] = {}
+    tables = [table(seconds), table(weights)]
+    for count in pack_counts(costs.num_layers, FINE):
+        for starts in tables:
+            packs = packs_of(starts, count, costs.num_layers)
+            if all(any(min(s) >= first and max(s) <= last for first, last in packs) for s in together):
+                found[packs] = None
+    if not found:
+        found[((0, costs.num_layers - 1),)] = None
+    return tuple(found)
+
+
+def _bound(schedule: Schedule, costs: Costs) -> float:
+    """No less than this: what the busiest device computes, what links carry, what the host updates."""
+    packs, gpus = schedule.packs_backward, schedule.num_devices
+    sizes = split(schedule.minibatch, schedule.microbatch_backward)
+    machine, last = costs.machine, len(packs) - 1
+    of_device = sizes[::gpus] if schedule.mode == "dp" else sizes
+    counts = [(size, of_device.count(size)) for size in set(of_device)]
+
+    def seconds(span: Span) -> float:
+        """Forward is run again for backward, but for the last pack."""
+        repeated = 2 if span != packs[last] else 1
+        return sum(n * (repeated * costs.forward_seconds(s, span) + costs.backward_seconds(s, span)) for s, n in counts)
+
+    if schedule.mode == "dp":
+        compute, visitors = sum(map(seconds, packs)), min(gpus, len(sizes))
+    else:
+        compute, visitors = max(sum(map(seconds, packs[d::gpus])) for d in range(min(gpus, len(packs)))), 1
+    nbytes = costs.weight_bytes((0, packs[-1][1])) * visitors
+    active = min(gpus, len(packs)) if schedule.mode == "pp" else visitors
+    kept = sum(costs.weight_bytes(span) for span in packs[-active:]) if schedule.mode == "pp" else nbytes / len(packs)
+    links = (2 * nbytes - kept) / (active * machine.host_share(active))
+    updates = costs.update_seconds((0, packs[-1][1]))
+    return 0.98 * max(compute, links, updates)
+
+
+def _fitting(
+    schedule: Schedule, costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
+) -> Iterator[tuple[Schedule, float]]:
+    """A slot more and stashes on the device never make a step slower."""
+    for prefetch in (1, 0):
+        for stash in stashes:
+            variant = replace(schedule, prefetch=prefetch, stash=stash)
+            peak = runtime_peak_bytes(variant, costs)
+            if peak <= memory_bytes:
+                yield variant, peak
+                return
+
+
+def _too_large(
+    family: list[Schedule], costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
+) -> str:
+    smallest = [replace(schedule, prefetch=0, stash=stashes[-1]) for schedule in family]
+    peak, schedule = min(((runtime_peak_bytes(s, costs), s) for s in smallest), key=lambda pair: pair[0])
+    heaviest = max(range(costs.num_layers), key=lambda layer: costs.weight_bytes((layer, layer)))
+    name = costs.profile.names[heaviest] if costs.profile.names else str(heaviest)
+    return (
+        f"no plan fits: even {len(schedule.packs_backward)} packs with microbatches of {schedule.microbatch_backward} need "
+        f"{format_nbytes(peak)}, but each GPU offers {format_nbytes(memory_bytes)}; the heaviest layer is {name} with "
+        f"{format_nbytes(costs.weight_bytes((heaviest, heaviest)))} of weights and as much of gradients; raise memory, "
+        f"lower the microbatch size, or split that layer"
+    )
