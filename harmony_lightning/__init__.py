@@ -5,7 +5,8 @@ The rooms of the house; each imports only rooms below it:
     cli             the command `harmony`
     strategy        `HarmonyStrategy`: each Lightning hook is one call into a room; enter at `strategy.mixin`.
                     `lightning` and `pytorch_lightning` hold the class for each of the two packages
-    prepare         module -> plan
+    prepare         module -> plan, from sizes alone
+    profiled        module and batch -> plan, by profile and search
     observability   what a run did
     scheduler       costs -> plan; simulation and search      runtime   carries a plan out; enter at `runtime.engine`
     plan            plans, schedules, task graphs and timelines, as data

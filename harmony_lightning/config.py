@@ -39,6 +39,8 @@ class HarmonyConfig:
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
+    searches: bool = False
+    """Profile the module and search the plan when the first minibatch is there: `HarmonyStrategy(plan="auto")`."""
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
@@ -57,6 +59,11 @@ class HarmonyConfig:
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
         if self.update not in ("auto", "host", "device"):
             raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
+        if self.searches and (self.update == "device" or self.microbatches_per_forward > 1):
+            raise ConfigurationError(
+                "plan='auto' knows updates on the host and one microbatch per forward only; leave update and "
+                "microbatches_per_forward as they are, or the plan"
+            )
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")

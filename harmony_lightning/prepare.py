@@ -57,12 +57,8 @@ def prepare(
                 f"weight {name} is on {parameter.device}; the strategy needs the module on the host, because there its "
                 f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
-    memory_bytes = min(device.memory_bytes for device in cluster.devices)
-    if config.memory_bytes is not None:
-        memory_bytes = min(memory_bytes, config.memory_bytes)
-    nbytes = sum(parameter.nbytes for parameter in root.parameters())
+    decomposition, memory_bytes = layers_of(root, cluster, config)
     updates_there = config.update == "device" and not cluster.host_is_device
-    decomposition = decompose(root, unit_nbytes(nbytes, memory_bytes, updates_there), config.layers)
     if state_nbytes is not None:
         decomposition = decomposition.with_states(state_nbytes)
     if call_order is not None:
@@ -94,3 +90,17 @@ def prepare(
         sum(pack.update == "device" for pack in plan.packs),
     )
     return decomposition, plan
+
+
+def layers_of(root: nn.Module, cluster: Cluster, config: HarmonyConfig) -> tuple[Decomposition, int]:
+    """The layers of `root` in the order of registration, and the bytes that each device offers.
+
+    Raises:
+        ConfigurationError: a choice of layers matches nothing.
+    """
+    memory_bytes = min(device.memory_bytes for device in cluster.devices)
+    if config.memory_bytes is not None:
+        memory_bytes = min(memory_bytes, config.memory_bytes)
+    nbytes = sum(parameter.nbytes for parameter in root.parameters())
+    updates_there = config.update == "device" and not cluster.host_is_device
+    return decompose(root, unit_nbytes(nbytes, memory_bytes, updates_there), config.layers), memory_bytes

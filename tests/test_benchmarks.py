@@ -129,3 +129,24 @@ def test_without_a_gpu_it_says_so(modules, capsys, monkeypatch):
     assert main.main([]) == 2
     told = capsys.readouterr().out
     assert told.count("\n") == 1 and "no CUDA GPU" in told
+
+
+def test_the_automatic_plan_is_nearly_the_best_of_a_sweep(modules, monkeypatch):
+    (cases,) = modules("automatic_plan", "cases")
+    monkeypatch.setattr(cases, "MARGIN", 1.03)
+    case = cases.Case("small", (2, 1), 2, "3090", "server", "24GiB", minibatch=4)
+    planned, layers = cases.automatic(case)
+    taken = cases.train(case, planned.found.best.schedule, layers)
+    seconds, best, count, tried = cases.best_of_sweep(case, layers, planned.costs)
+    assert best is not None and 0 < tried < count
+    assert taken <= 1.05 * seconds
+
+
+def test_memory_buys_throughput(modules):
+    (main,) = modules("memory_curve", "main")
+    arguments = main.argparse.Namespace(depth=3, width=256, length=128, minibatch=8, gpu="3090", host="server")
+    main.FACTORS = (1, 2)
+    curve = main.measure(arguments)
+    most, least = curve["rows"]
+    assert least["seconds"] >= most["seconds"] * 0.99 and 0 < least["share"] <= most["share"] < 1
+    assert all(row["peak_bytes"] <= row["memory_bytes"] for row in curve["rows"])

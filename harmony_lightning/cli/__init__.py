@@ -1,10 +1,12 @@
-"""The command line: `harmony plan`. Each command is a module with `add` (its arguments) and `run` (its exit code)."""
+"""The command line: `harmony topology | profile | plan | estimate | explain`.
+
+Each command is a module with `add` (its arguments) and `run` (its exit code)."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 
-from harmony_lightning.cli import plan
+from harmony_lightning.cli import estimate, plan, profile, topology
 from harmony_lightning.errors import CapacityError, HarmonyError
 
 CAPACITY = 1
@@ -17,7 +19,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors go to stderr as one line. Returns the exit code."""
     parser = argparse.ArgumentParser(prog="harmony", description="Plan training that is larger than the GPUs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    plan.add(commands)
+    for command in (topology, profile, plan, estimate):
+        command.add(commands)
     chosen = parser.parse_args(arguments)
     try:
         return int(chosen.run(chosen))

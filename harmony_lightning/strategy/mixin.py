@@ -53,7 +53,8 @@ class HarmonyMixin(Training, Evaluation):
         """Arguments are the fields of `HarmonyConfig`, and:
 
         Args:
-            plan: a plan, or a file that holds one in JSON; None makes one.
+            plan: a plan, or a file that holds one in JSON; "auto" profiles the module and searches one when the first
+                minibatch is there; None makes one from sizes alone.
             cluster: emulated GPUs to train on instead of the Trainer's devices.
             lightning: for Lightning's own `SingleDeviceStrategy`: accelerator, checkpoint_io, precision_plugin.
 
@@ -75,13 +76,19 @@ class HarmonyMixin(Training, Evaluation):
             "evaluation_batches": evaluation_batches,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
+        searches = isinstance(plan, str) and plan == "auto"
         config = HarmonyConfig(
-            **knobs, layers=tuple(_as_sequence(layers)), split_batch=split_batch, loss_weight=loss_weight
+            **knobs,
+            layers=tuple(_as_sequence(layers)),
+            split_batch=split_batch,
+            searches=searches,
+            loss_weight=loss_weight,
         )
         if cluster is None and environment.emulated_gpus is not None:
             cluster = EmulatedCluster(environment.emulated_gpus, config.memory_bytes or "64MiB")
         if cluster is not None and not isinstance(cluster, EmulatedCluster):
             raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
+        plan = None if searches else plan
         given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
         super().__init__(config, given_plan, cluster, **lightning)
 

@@ -11,12 +11,14 @@ from typing import Any
 from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
+from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.prepare import CallOrder, Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.scheduler import automatic_microbatch_size
+from harmony_lightning.strategy.automatic import AutomaticPlan
 
 log = logging.getLogger(__name__)
 
@@ -34,9 +36,10 @@ class Planning:
         config: HarmonyConfig,
         given: Plan | None,
         state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+        automatic: AutomaticPlan | None = None,
     ) -> None:
-        """Makes and loads the first plan; `given` is the user's own. `state_nbytes` has the bytes of each tensor that the
-        optimizer will remember of a weight, by weight; None if devices are not to update any.
+        """Makes and loads the first plan; `given` is the user's own, `automatic` finds a better one. `state_nbytes` has the
+        bytes of each tensor that the optimizer will remember of a weight, by weight; None if devices are not to update any.
 
         Raises:
             ConfigurationError, CapacityError: no plan can be carried out.
@@ -44,6 +47,10 @@ class Planning:
         self._engine = engine
         self._config = config
         self._given = given
+        self._automatic = automatic if given is None else None
+        self._is_searched = False
+        self.searched: Plan | None = None
+        """The plan that the search has found, while it is in use."""
         self._state_nbytes = state_nbytes
         self._has_traced = False
         self._call_order: CallOrder | None = None
@@ -59,15 +66,46 @@ class Planning:
         if self._given is not None:
             plan = self._given
             check_plan(plan, decomposition, len(engine.cluster.devices))
+        self.searched = None
+        self._take_up(plan, decomposition)
+
+    def _take_up(self, plan: Plan, decomposition: Decomposition) -> None:
+        engine = self._engine
         engine.load(plan, decomposition)
         self.metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
+    def search(self, batch: Any) -> bool:
+        """Before the first minibatch: let the search find a plan, if it may; whether it has found one."""
+        if self._automatic is None or self._is_searched:
+            return False
+        self._is_searched = True
+        planned = self._automatic.find(batch, self._min_samples)
+        if planned is None:
+            return False
+        self._take_up(planned.plan, planned.decomposition)
+        self.searched = planned.plan
+        return True
+
+    @property
+    def may_shrink(self) -> bool:
+        """Whether a plan that does not fit may give way to a smaller one."""
+        return self._automatic is not None and self.searched is not None and not self._automatic.has_shrunk
+
+    def shrink(self, batch: Any) -> None:
+        """Find a plan for less memory, from sizes alone if the search finds none."""
+        assert self._automatic is not None
+        self._automatic.shrink()
+        self._is_searched = False
+        if not self.search(batch):
+            self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
+
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
         size: int | str = self._config.microbatch_size
-        if size == "auto" and self._given is not None:
-            size = self._given.microbatch_size
+        plan = self._given or self.searched
+        if size == "auto" and plan is not None:
+            size = plan.microbatch_size
         if not isinstance(size, int):
             cluster = self._engine.cluster
             size = automatic_microbatch_size(
@@ -84,6 +122,7 @@ class Planning:
         workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
         if engine.is_out_of_date():
             self._load(workload)
+            self._is_searched = False  # again with the next minibatch
         if engine.trace.is_complete and not self._has_traced:
             self._has_traced = True
             order, loops = engine.trace.order(), engine.trace.loops()

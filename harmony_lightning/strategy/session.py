@@ -22,6 +22,7 @@ from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.outputs import map_tensors
 from harmony_lightning.strategy import overrides, precision
+from harmony_lightning.strategy.automatic import AutomaticPlan
 from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
 from harmony_lightning.strategy.materialise import materialise, skipped_init
 from harmony_lightning.strategy.merged_log import direct_log
@@ -162,8 +163,15 @@ class Session:
         states = None
         if self._config.update == "device" and trainer.state.fn == "fit" and not self._engine.cluster.host_is_device:
             states = self._updates.state_nbytes(self.optimizers, self.lightning_module, self.precision_plugin, self._pl)
-        self._planning = Planning(self._engine, self._config, self._given_plan, states)
+        automatic = self._automatic_plan(self._engine)
+        self._planning = Planning(self._engine, self._config, self._given_plan, states, automatic)
         name_as_on_one_device(trainer.profiler)
+
+    def _automatic_plan(self, engine: Engine) -> AutomaticPlan | None:
+        if not self._config.searches or engine.cluster.host_is_device:
+            return None
+        plugin = self.precision_plugin
+        return AutomaticPlan(engine, self._config, plugin.train_step_context, str(plugin.precision))
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:

@@ -4,11 +4,13 @@ import functools
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.optim import Optimizer
 
+from harmony_lightning.errors import DeviceOutOfMemoryError
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without
 from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
@@ -19,6 +21,10 @@ from harmony_lightning.strategy.microbatch_check import compare_losses, losses_o
 from harmony_lightning.strategy.session import Session
 
 log = logging.getLogger(__name__)
+
+PLAN_FILE = "harmony_plan.json"
+PLAN_KEY = "harmony_plan"
+"""In a run's log folder, and in its checkpoints: `HarmonyStrategy(plan=...)` takes up the file."""
 
 
 class Training(Session):
@@ -54,6 +60,10 @@ class Training(Session):
         if engine is None:
             return self._run_in_one_piece(None, "train_step_context", step, batch, *args)
         assert self._planning is not None
+        with self._in_step():
+            has_found = self._planning.search(batch)
+        if has_found:
+            self._keep_plan()
         parts = self._planning.split(batch)
         if parts.reason is not None:
             self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
@@ -62,8 +72,15 @@ class Training(Session):
         if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
             self._check(batch, args, parts, shares)
         functions = [functools.partial(_call_step, step, part, *args) for part in parts.batches]
+        is_too_large = False
         try:
             output = self._run_microbatches(functions, parts, shares)
+        except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
+            if not self._planning.may_shrink:
+                raise
+            log.warning("harmony: the plan does not fit: %s", str(error).splitlines()[0])
+            output = None
+            is_too_large = True
         except Uncuttable:
             self._is_uncuttable = True
             self._tell_once(
@@ -71,12 +88,37 @@ class Training(Session):
                 "runs in one piece, and packs are swapped for every microbatch; this minibatch began once before"
             )
             output = self._run_microbatches(functions, parts, shares)
+        if is_too_large:  # the error, and what it held on the devices, is gone by now
+            self._shrink_plan(batch)
+            return self.training_step(batch, *args)
         loss = loss_of(output)
         if loss is None or not engine.has_loss:
             return output
         # Whatever is done to the result, this leaf's gradient will say how much the minibatch's loss counts.
         self._root_loss = loss.detach().requires_grad_()
         return with_loss(output, self._root_loss * 1)
+
+    def _shrink_plan(self, batch: Any) -> None:
+        """The plan was found by search and does not fit after all: take another one, for less memory."""
+        assert self._planning is not None
+        with self._in_step():
+            self._planning.shrink(batch)
+        self._keep_plan()
+
+    def _keep_plan(self) -> None:
+        """The plan that the search has found goes where the run's logs go."""
+        trainer = self.lightning_module.trainer
+        folder = trainer.log_dir if trainer.logger is not None else None
+        plan = self.plan
+        if folder is not None and plan is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            (Path(folder) / PLAN_FILE).write_text(plan.to_json())
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+        """A plan that was found by search is kept beside the states."""
+        if self._planning is not None and self._planning.searched is not None:
+            checkpoint = {**checkpoint, PLAN_KEY: self._planning.searched.to_json()}
+        super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _run_microbatches(
         self, functions: Sequence[Callable[[], Any]], parts: Microbatches, shares: Sequence[float]

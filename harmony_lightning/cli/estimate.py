@@ -1,0 +1,106 @@
+"""`harmony estimate` and `harmony explain`: whether a module trains on some GPUs, how fast, and what limits it.
+
+With --json one object is printed:
+
+    step_seconds, samples_per_second
+                         predicted for the plan that `HarmonyStrategy(plan="auto")` would choose
+    peak_bytes, memory_bytes
+                         the most that any GPU holds, and what each offers
+    host_bytes           weights, optimizer states, gradients and stashes on the host
+    parameters           of the module
+    mode, num_packs, packs, microbatch_size, prefetch, stash
+                         the plan; packs as [first layer, last layer], both included, in the order of calls
+    binds                what the step's critical path is made of, largest first
+    is_proved            whether nothing in the searched family is better, by bounds
+    search_seconds       what the search took
+    reasons              with `explain`: what binds, why others lost, what would help
+"""
+
+import argparse
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from harmony_lightning.cli.model import add_model_arguments, parse_batch
+from harmony_lightning.cli.profile import profile_for
+from harmony_lightning.scheduler.explain import break_down, describe, explain
+from harmony_lightning.scheduler.simulate import Rules
+from harmony_lightning.units import format_nbytes
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add both commands and their arguments."""
+    for name, what in (
+        ("estimate", "whether a LightningModule fits some GPUs, and how fast it trains"),
+        ("explain", "the same, with what limits it and what would help"),
+    ):
+        parser = commands.add_parser(
+            name,
+            help=what,
+            description=f"Tell {what}. With --gpus no GPU is needed.",
+            epilog=__doc__,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        add_model_arguments(parser)
+        parser.add_argument("--mode", choices=("auto", "pp", "dp"), default="auto", help="default: the faster of both")
+        parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
+        parser.add_argument("--json", action="store_true", help="print one JSON object")
+        parser.set_defaults(run=run, is_explained=name == "explain")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Raises CapacityError if nothing fits; ConfigurationError or UnsupportedError with what to do."""
+    from harmony_lightning.profiled import MEMORY_SHARE, Question, find_plan, host_bytes
+
+    minibatch = parse_batch(arguments.batch).samples
+    measured, decomposition, machine = profile_for(arguments)
+    question = Question(
+        minibatch=minibatch,
+        memory_bytes=machine.memory_bytes,
+        mode=arguments.mode,
+        microbatch_size=arguments.microbatch,
+    )
+    planned = find_plan(measured, machine, decomposition, question)
+    best, schedule = planned.found.best, planned.found.best.schedule
+    parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
+    reasons = []
+    if arguments.is_explained:
+        memory = MEMORY_SHARE * machine.memory_bytes
+        asked: dict[str, Any] = {"minibatch": minibatch, "mode": arguments.mode, "memory_bytes": memory}
+        reasons = list(explain(planned.found, planned.costs, **asked))
+    fields = {
+        "step_seconds": best.seconds,
+        "samples_per_second": minibatch / best.seconds,
+        "peak_bytes": round(best.peak_bytes),
+        "memory_bytes": machine.memory_bytes,
+        "host_bytes": round(host_bytes(planned)),
+        "parameters": measured.num_parameters,
+        "mode": schedule.mode,
+        "num_packs": len(schedule.packs_backward),
+        "packs": schedule.packs_backward,
+        "microbatch_size": schedule.microbatch_backward,
+        "prefetch": schedule.prefetch,
+        "stash": schedule.stash,
+        "binds": [name for name, seconds in parts if seconds > 0],
+        "is_proved": planned.found.is_proved,
+        "search_seconds": planned.found.search_seconds,
+        "machine": machine.name,
+    }
+    if arguments.json:
+        print(json.dumps({**fields, **({"reasons": reasons} if reasons else {})}))
+        return 0
+    table = Table(title=f"{measured.profile.model} on {machine.name}", show_header=False)
+    table.add_row("weights", f"{measured.num_parameters / 1e9:.4g} billion")
+    table.add_row("plan", describe(schedule) + f", stashes on the {schedule.stash}")
+    table.add_row("step", f"{best.seconds:.4g} s for {minibatch} samples")
+    table.add_row("samples/s", f"{minibatch / best.seconds:.4g}")
+    table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
+    table.add_row("host memory", format_nbytes(host_bytes(planned)))
+    table.add_row("what binds", ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts if seconds > 0))
+    console = Console()
+    console.print(table)
+    for sentence in reasons:
+        console.print(f"- {sentence}", highlight=False)
+    return 0

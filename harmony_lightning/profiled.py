@@ -1,0 +1,196 @@
+"""From a module to a plan by profile and search: cache, then profile, then search. Strategy and command line come here.
+
+`prepare` makes a plan from sizes alone, before anything is known of batches and speed; this takes both into account.
+"""
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.hardware.cuda import CudaCluster
+from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.hardware.emulated import EmulatedCluster
+from harmony_lightning.plan import Plan
+from harmony_lightning.profiler import Machine
+from harmony_lightning.profiler.cache import cached
+from harmony_lightning.profiler.machine import preset_machine
+from harmony_lightning.profiler.measure import Measured, Progress, fingerprint_of, measure_profile
+from harmony_lightning.profiler.topology import machine_at_hand
+from harmony_lightning.profiler.visits import Step
+from harmony_lightning.runtime.checkpointing import transparent_checkpoints
+from harmony_lightning.runtime.outputs import loss_of
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.explain import describe
+from harmony_lightning.scheduler.runtime_search import search_runtime
+from harmony_lightning.scheduler.search import Found
+from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.units import format_nbytes
+
+log = logging.getLogger(__name__)
+
+MEMORY_SHARE = 0.92
+"""Of a GPU's memory that a plan may fill by prediction: predictions are a few per cent off, and allocators fragment."""
+_UPDATE_ACCESSES = 28
+"""Bytes of host memory that a step of Adam reads and writes per parameter in float32."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """What to plan for."""
+
+    minibatch: int
+    """Samples per step, all GPUs together."""
+    memory_bytes: int
+    """Of each GPU."""
+    mode: Literal["pp", "dp", "auto"] = "auto"
+    microbatch_size: int | None = None
+    """None: the search chooses."""
+    stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Planned:
+    """A plan and where it comes from."""
+
+    plan: Plan
+    decomposition: Decomposition
+    """Layers in the order in which they are called."""
+    found: Found
+    costs: Costs
+
+
+def machine_of(cluster: Cluster) -> Machine | None:
+    """What a cluster offers; None where nobody knows how fast it is."""
+    if isinstance(cluster, EmulatedCluster):
+        clock = cluster.machine.clock
+        if clock is None:
+            return None
+        memory_bytes = min(device.memory_bytes for device in cluster.devices)
+        return preset_machine(len(cluster.devices), clock.gpu, clock.host, memory_bytes)
+    if isinstance(cluster, CudaCluster):
+        machine, _ = machine_at_hand()
+        memory_bytes = min(device.memory_bytes for device in cluster.devices)
+        return replace(machine, gpus=len(cluster.devices), memory_bytes=memory_bytes)
+    return None
+
+
+def cluster_to_profile(cluster: Cluster) -> Cluster:
+    """Where layers are costed: on shapes, where GPUs are emulated; else on the GPUs themselves."""
+    if isinstance(cluster, EmulatedCluster) and cluster.machine.clock is not None:
+        memory_bytes, clock = cluster.devices[0].memory_bytes, cluster.machine.clock
+        return EmulatedCluster(1, memory_bytes, preset=clock.gpu, host=clock.host, check_races=False, fake=True)
+    return cluster
+
+
+def step_of(context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Step:
+    """The user's `training_step` within a context, such as that of its precision."""
+
+    def step(module: nn.Module, batch: Any) -> torch.Tensor | None:
+        function: Any = module.training_step
+        arguments = (batch, 0) if function.__code__.co_argcount > 2 else (batch,)
+        with transparent_checkpoints(lambda: True), context():
+            return loss_of(function(*arguments))
+
+    return step
+
+
+def update_seconds(machine: Machine) -> Callable[[int], float]:
+    """By number of weights: what a fused Adam takes on the host."""
+    memory = 2 * machine.host_message_bytes_per_second
+
+    def seconds(count: int) -> float:
+        rate = machine.update_parameters_per_second
+        return max(count / rate if rate else 0.0, _UPDATE_ACCESSES * count / memory)
+
+    return seconds
+
+
+def profile(
+    root: nn.Module,
+    decomposition: Decomposition,
+    batch_of: Callable[[int], Any],
+    step: Step,
+    cluster: Cluster,
+    machine: Machine,
+    *,
+    largest: int,
+    smallest: int = 1,
+    precision: str = "",
+    is_fresh: bool = False,
+    progress: Progress = lambda size: None,
+) -> tuple[Measured, bool]:
+    """What the layers cost, from the cache or measured now; and whether it was there.
+
+    Raises:
+        CapacityError: not even the smallest microbatch fits.
+        UnsupportedError: the step cannot be run aside; the message says why.
+    """
+
+    def make() -> Measured:
+        return measure_profile(
+            root,
+            decomposition,
+            batch_of,
+            step,
+            cluster_to_profile(cluster),
+            largest=largest,
+            smallest=smallest,
+            update_seconds=update_seconds(machine),
+            source=f"{machine.gpu}, {precision or 'as it is'}",
+            progress=progress,
+        )
+
+    if is_fresh:
+        return make(), False
+    shapes = pytree.tree_map_only(torch.Tensor, lambda t: (tuple(t.shape), str(t.dtype)), batch_of(smallest))
+    key = fingerprint_of(root, decomposition, machine.to_json(), str(shapes), f"{smallest}-{largest}", precision)
+    return cached(Measured, key, make)
+
+
+def find_plan(measured: Measured, machine: Machine, decomposition: Decomposition, question: Question) -> Planned:
+    """The best plan that the search finds.
+
+    Raises:
+        CapacityError: nothing fits.
+    """
+    costs = Costs(measured.profile, machine)
+    places = {name: index for index, name in enumerate(measured.profile.names)}
+    found = search_runtime(
+        costs,
+        minibatch=question.minibatch,
+        mode=question.mode,
+        memory_bytes=MEMORY_SHARE * question.memory_bytes,
+        stashes=question.stashes,
+        microbatch_size=question.microbatch_size,
+        together=tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
+    )
+    ordered = decomposition.reordered(measured.profile.names)
+    plan = plan_of(found.best.schedule, ordered, question.memory_bytes)
+    log.info(
+        "harmony plan: %s; predicted %.4g s per step and %s on each GPU of %s (search took %.2f s)",
+        describe(found.best.schedule),
+        found.best.seconds,
+        format_nbytes(found.best.peak_bytes),
+        format_nbytes(question.memory_bytes),
+        found.search_seconds,
+    )
+    return Planned(plan=plan, decomposition=ordered, found=found, costs=costs)
+
+
+def host_bytes(planned: Planned) -> float:
+    """Host memory that training needs: weights, optimizer states, gradients on their way, stashes."""
+    costs, schedule = planned.costs, planned.found.best.schedule
+    everything = (0, costs.num_layers - 1)
+    states = sum(costs.profile.kind(layer).optimizer_state_bytes for layer in range(costs.num_layers))
+    largest = max(costs.gradient_bytes(span) for span in schedule.packs_backward)
+    buffers = min(costs.gradient_bytes(everything), planned.plan.num_gradient_buffers * largest)
+    last = schedule.packs_backward[-1][0]
+    stash = costs.stash_bytes(schedule.minibatch, (0, last - 1)) if schedule.stash == "host" and last else 0.0
+    return costs.weight_bytes(everything) + costs.profile.glue_bytes + states + buffers + stash

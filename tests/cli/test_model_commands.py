@@ -1,0 +1,131 @@
+"""`harmony topology`, `profile`, `estimate` and `explain`: for GPUs that are not there, of modules of any size."""
+
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+from chain import WIDTH
+
+from harmony_lightning.cli import main
+from harmony_lightning.profiler import Machine, Profile
+
+CHAIN = ["chain:Chain", "--batch", f"32,{WIDTH}", "--batch", "32", "--gpus", "2x3090", "--memory", "300KiB"]
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("HARMONY_CACHE", str(tmp_path))
+
+
+def told(capsys, *arguments):
+    assert main(arguments) == 0
+    return capsys.readouterr().out
+
+
+def test_topology_of_presets(capsys):
+    machine = Machine.from_json(told(capsys, "topology", "--gpus", "4x3090", "--host", "desktop", "--json"))
+    assert (machine.gpus, machine.gpu, machine.host_link_shared_by) == (4, "3090", 4)
+    assert "4 x 3090" in told(capsys, "topology", "--gpus", "4x3090")
+
+
+def test_profile_and_topology_make_what_plan_reads(capsys, tmp_path):
+    text = told(capsys, "profile", *CHAIN, "--init", "depth=6", "--json")
+    profile = Profile.from_json(text)
+    assert profile.num_layers == 7 and profile.names[-1] == "head"
+    (tmp_path / "profile.json").write_text(text)
+    (tmp_path / "machine.json").write_text(told(capsys, "topology", *CHAIN[5:], "--json"))
+    files = ["--profile", str(tmp_path / "profile.json"), "--machine", str(tmp_path / "machine.json")]
+    plan = json.loads(told(capsys, "plan", *files, "--minibatch", "32", "--json"))
+    assert plan["own"]["step_seconds"] <= plan["step_seconds"]
+    assert "net.0" in told(capsys, "profile", *CHAIN)
+
+
+@pytest.mark.parametrize("init", [(), ("--init", "depth=12")])
+def test_estimate_tells_whether_it_fits_and_how_fast(capsys, init):
+    answer = json.loads(told(capsys, "estimate", *CHAIN, *init, "--json"))
+    assert answer["peak_bytes"] <= answer["memory_bytes"] == 300 * 1024
+    assert answer["samples_per_second"] == pytest.approx(32 / answer["step_seconds"])
+    assert answer["packs"][0][0] == 0 and answer["packs"][-1][1] == (12 if init else 8)
+    assert answer["parameters"] == (12 if init else 8) * (WIDTH * WIDTH + WIDTH) + WIDTH + 1
+    assert answer["host_bytes"] > 3 * 4 * answer["parameters"]
+    assert "reasons" not in answer
+
+
+def test_explain_tells_what_binds_and_what_would_help(capsys):
+    answer = json.loads(told(capsys, "explain", *CHAIN, "--json"))
+    assert any("binds" in reason for reason in answer["reasons"])
+    assert any("twice the memory" in reason for reason in answer["reasons"])
+    assert "samples/s" in told(capsys, "explain", *CHAIN)
+
+
+def test_more_memory_is_never_slower(capsys):
+    seconds = [
+        json.loads(told(capsys, "estimate", *CHAIN[:-1], memory, "--json"))["step_seconds"]
+        for memory in ("200KiB", "400KiB", "4MiB")
+    ]
+    assert seconds == sorted(seconds, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["estimate", *CHAIN[:-1], "30KiB"], 1, "raise memory"),
+        (["estimate", "chain", *CHAIN[1:]], 2, "write package.module:Class"),
+        (["estimate", "chain:Nothing", *CHAIN[1:]], 2, "cannot find chain:Nothing"),
+        (["estimate", *CHAIN, "--init", "depth"], 2, "--init takes KEY=VALUE"),
+        (["estimate", *CHAIN, "--init", "depth=none"], 2, "cannot make chain:Chain"),
+        (["estimate", "chain:Chain", "--batch", "8,a", "--gpus", "3090"], 2, "is no shape"),
+        (["estimate", "chain:Chain", "--batch", "8,4:int3", "--gpus", "3090"], 2, "is no dtype"),
+        (["estimate", "chain:Chain", "--batch", "8,4", "--batch", "7", "--gpus", "3090"], 2, "as many samples"),
+        (["estimate", "chain:Chain", "--batch", "8,9", "--batch", "8", "--gpus", "3090"], 2, "cannot be profiled"),
+        (["estimate", "chain:Chain", "--batch", "8,4", "--gpus", "9x9090"], 2, "no GPU is called"),
+        (["estimate", "chain:trainer", "--batch", "8,4", "--gpus", "3090"], 2, "has no training_step"),
+        (["estimate", "none.yaml", "--batch", "8,4", "--gpus", "3090"], 2, "there is no config none.yaml"),
+    ],
+)
+def test_faults_are_one_line_with_the_remedy(capsys, arguments, code, message):
+    assert main(arguments) == code
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.startswith("harmony: ") and message in captured.err
+
+
+def test_a_config_names_the_module(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("model:\n  _target_: chain.Chain\n  depth: 3\n")
+    answer = json.loads(
+        told(capsys, "estimate", str(tmp_path / "run.yaml"), "--init", "model.depth=5", *CHAIN[1:], "--json")
+    )
+    assert answer["packs"][-1][1] == 5
+
+
+def _seconds_of_children():
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def test_seventy_billion_weights_take_seconds_and_no_memory():
+    code = (
+        "import sys; sys.path.insert(0, 'benchmarks/step_time')\n"
+        "from harmony_lightning.cli import main\n"
+        "sys.exit(main(['estimate', 'models:llama_70b', '--batch', '32,1025:int64', '--precision', 'bf16-mixed', "
+        "'--gpus', '4x3090', '--json']))\n"
+    )
+    begin = _seconds_of_children()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    answer = json.loads(done.stdout)
+    assert answer["parameters"] > 70e9 and answer["peak_bytes"] < 24 * 2**30
+    assert _seconds_of_children() - begin < 60  # of processors; alone on a machine it takes about 8 s
+    assert resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss < 4 * 2**20  # KiB
+
+
+def test_planning_from_files_needs_no_torch():
+    code = (
+        "import sys\n"
+        "from harmony_lightning.cli import main\n"
+        "try: main(['estimate', '--help'])\n"
+        "except SystemExit: pass\n"
+        "assert main(['topology', '--gpus', '4x3090', '--json']) == 0\n"
+        "assert not {'torch', 'lightning'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
