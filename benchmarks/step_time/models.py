@@ -108,3 +108,8 @@ class _Tokens(Dataset):
 def tokens(num_sequences: int, length: int, vocabulary: int, steps: int) -> DataLoader:
     """Batches of [num_sequences, length + 1] for so many steps."""
     return DataLoader(_Tokens(num_sequences * steps, length, vocabulary), batch_size=num_sequences)
+
+
+def llama_70b() -> LanguageModel:
+    """For `harmony estimate models:llama_70b`."""
+    return LanguageModel(MODELS["llama-70b"])
