@@ -284,7 +284,8 @@ class GradientStore:
         slot = next((slot for slot in slots if slot.pack == pack), None)
         if slot is None:
             self._allocate(device)
-            slot = next((slot for slot in slots if slot.pack is None), None)
+            free = (slot for slot in slots if slot.pack is None)
+            slot = min(free, key=lambda slot: slot.last_use, default=None)  # what it held has most likely left
             if slot is None:  # a pack is visited again later: what it has so far waits on the host
                 slot = min(slots, key=lambda slot: slot.last_use)
                 self._swap_out(device, slot, lambda name: False, _ignore)
