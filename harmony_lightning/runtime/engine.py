@@ -8,6 +8,7 @@ import dataclasses
 import logging
 import os
 import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -72,6 +73,7 @@ class Engine:
 
     def load(self, plan: Plan, decomposition: Decomposition) -> None:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
+        self.end_step()
         self.settle()
         if self._code is not None:
             self.bring_home()
@@ -127,9 +129,17 @@ class Engine:
             self.plan, microbatch_size=microbatch_size, num_microbatches=num_microbatches
         )
 
-    def take_up(self, plan: Plan) -> None:
-        """Go on under a plan that lets something else stay on the devices."""
+    @property
+    def calls(self) -> Counter[str]:
+        """Of layers, in the forward of the last training step."""
+        return Counter(self._user_code.calls)
+
+    def take_up(self, plan: Plan, calls: Counter[str] | None = None) -> None:
+        """Go on under a plan that lets something else stay on the devices, in training steps with no more than these
+        `calls` of layers."""
+        self._user_code.expected_calls = calls
         if plan != self.plan:
+            self.end_step()
             self.settle()
             with self.cluster.activate():
                 self.state.take_up(plan)
@@ -249,6 +259,7 @@ class Engine:
         ]
         if is_cut:
             self._begin_measuring(trains=True)
+        self._user_code.calls.clear()
         step = self._step = TrainingStep(self._user_code, microbatches, shares, settle, factor, is_cut=is_cut)
         try:
             with self._user_code.active(continues=True), self._guarded():

@@ -5,6 +5,7 @@ for weights, hand gradients in here, and say when a layer's own code is running;
 from visit to visit.
 """
 
+import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -407,6 +408,13 @@ class RuntimeState:
             if not self.make_room(device):
                 raise
         return function()
+
+    def let_nothing_stay(self) -> None:
+        """The step is none for which the plan was made: go on as if memory were short everywhere."""
+        self.plan = dataclasses.replace(self.plan, keep=(), stash_stays=(), peak_bytes=())
+        for device in self.cluster.devices:
+            self.make_room(device)
+        self.has_lacked_memory = True
 
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""

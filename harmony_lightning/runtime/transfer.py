@@ -43,6 +43,7 @@ class Arrival:
 
 @dataclass(slots=True)
 class _Turn:
+    number: int
     tensors: list[torch.Tensor] = field(default_factory=list)
     end: Event | None = None
 
@@ -66,22 +67,30 @@ class Departures:
         self._num_microbatches = num_microbatches
         self._devices = devices
         self._turns: list[dict[Lane, deque[_Turn]]] = [{} for _ in devices]
+        self._numbers = [0] * len(devices)
+        """By device: of the present turn."""
 
     def hold(self, device: Device, lane: Lane, tensor: torch.Tensor) -> Event:
         """Keep the source of a copy that has just been enqueued on `lane`; returns the point behind the copy."""
-        turns = self._turns[device.index].setdefault(lane, deque([_Turn()]))
+        turns, number = self._turns[device.index].setdefault(lane, deque()), self._numbers[device.index]
+        if not turns or turns[-1].number != number:
+            turns.append(_Turn(number))
         turns[-1].tensors.append(tensor)
         end = turns[-1].end = device.record(lane)
         return end
 
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
-        for lane, turns in self._turns[device.index].items():
-            if turns[-1].tensors:
-                turns.append(_Turn())
+        lanes = self._turns[device.index]
+        if any(turns and turns[-1].number == self._numbers[device.index] for turns in lanes.values()):
+            self._numbers[device.index] += 1
+        for lane, turns in lanes.items():
             total = sum(turn.nbytes for turn in turns)
             most = _TURNS_HELD if lane is not Lane.PEER_OUT else max(_TURNS_HELD, self._num_microbatches())
-            while len(turns) > most or (len(turns) > _TURNS_HELD and total > self._limit_nbytes):
+            while turns:
+                age = self._numbers[device.index] - turns[0].number
+                if age < _TURNS_HELD or (age < most and total <= self._limit_nbytes):
+                    break
                 total -= turns[0].nbytes
                 self._free(device, turns.popleft())
 

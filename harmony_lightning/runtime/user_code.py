@@ -1,6 +1,7 @@
 """What user code meets while it runs: its calls of layers come here, its tensors are brought to the device where it is, and
 what autograd saves goes to the stash."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -30,6 +31,8 @@ class UserCode:
 
     Attributes:
         microbatch: whose code is running; None for code that does not count as between layers.
+        calls: of layers, by name, in the forward of this training step.
+        expected_calls: the most of these that the plan is good for; None if it does not matter.
     """
 
     def __init__(self, state: RuntimeState, trace: Callable[[], Trace], notice: Callable[[Any], None]) -> None:
@@ -48,6 +51,8 @@ class UserCode:
             self._note_stay,
         )
         state.spill = self.stash.spill
+        self.calls: Counter[str] = Counter()
+        self.expected_calls: Counter[str] | None = None
         self._notice = notice
         self._is_aborting = False
 
@@ -118,6 +123,7 @@ class UserCode:
                     self._change_pack(microbatch, site.pack)
             if microbatch.is_cut and not microbatch.is_in_backward:
                 self._trace().record(microbatch.index, site.layer)
+                self._count(site.layer)
         try:
             is_forward = microbatch.is_cut and not microbatch.is_in_backward
             keeps = is_forward and site.name in plan.keep
@@ -133,6 +139,13 @@ class UserCode:
             add_place(error, f"in layer {site.name}", microbatch.segment)
             raise
         return site.run_forward_hooks(args, kwargs, result)
+
+    def _count(self, layer: str) -> None:
+        """What stays by plan was reckoned from the calls of a step that was measured: beyond those, nothing may."""
+        self.calls[layer] += 1
+        if self.expected_calls is not None and self.calls[layer] > self.expected_calls[layer]:
+            self.expected_calls = None
+            self.state.let_nothing_stay()
 
     def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
         """A microbatch that is in one piece goes on to another pack without a switch."""

@@ -29,6 +29,8 @@ _NUM_STEPS = 4
 @dataclass(slots=True, eq=False)
 class _Slot:
     pack: int | None = None
+    good: int | None = None
+    """The pack whose weights are here and good, though it has been left."""
     released: Event = None
     """Behind the last computation with what lay here."""
 
@@ -40,9 +42,10 @@ class _Device:
     """Behind all computations that were enqueued."""
     awaited: list[Event] = field(default_factory=list)
     """What the next computation waits for."""
-    departing: "deque[list[Event]]" = field(default_factory=lambda: deque([[]]))
-    """By microbatch: copies that still read the device's memory."""
-    gradients_left: Event = None
+    departing: "deque[tuple[list[Event], list[Event]]]" = field(default_factory=lambda: deque([([], [])]))
+    """By microbatch: copies to the host, and to other devices, that still read the device's memory."""
+    gradient_slots: "deque[Event]" = field(default_factory=deque)
+    """When what was in each free one has left; used least recently first."""
     arrived: dict[int, Event] = field(default_factory=dict)
     """By pack in a slot: its weights are there."""
 
@@ -73,7 +76,11 @@ class RuntimeSteps:
         num_devices = schedule.num_devices
         active = min(num_devices, len(self.packs) if self.is_pp else len(self.sizes))
         self.host_share = costs.machine.host_share(active)
-        self.devices = [_Device([_Slot() for _ in range(1 + schedule.prefetch)]) for _ in range(num_devices)]
+        num_slots = 1 + schedule.prefetch
+        self.devices = [
+            _Device([_Slot() for _ in range(num_slots)], gradient_slots=deque[Event]([None] * num_slots))
+            for _ in range(num_devices)
+        ]
         self.updated: list[Event] = [None] * len(self.packs)
         self.on_host: deque[Event] = deque()
         """Updates of the packs whose gradients take host buffers."""
@@ -117,6 +124,7 @@ class RuntimeSteps:
             for slot in device.slots:
                 if slot.pack is not None:
                     slot.pack, slot.released = None, device.computed
+                slot.good = None
             self._let_go(device, 0)
 
     # Visits -----------------------------------------------------------------------------------------------------------
@@ -156,13 +164,13 @@ class RuntimeSteps:
                 nbytes = self.costs.stash_bytes(size, self.packs[pack])
                 left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
                 self.stashed[pack, m] = left
-                device.departing[-1].append(left)
+                device.departing[-1][0].append(left)
         self._leave(pack, upcoming)
 
     def _fused_backward(self, pack: int, turn: int, m: int, size: int) -> None:
         d, span = self.device(pack, m), self.packs[pack]
         seconds = self._backward_seconds(size, span) - self.costs.recompute_seconds(size, span[1])
-        slot = self.devices[d].gradients_left if m < self.schedule.num_devices else None
+        slot = self.devices[d].gradient_slots.popleft() if m < len(self._visitors(pack)) else None
         self._compute(d, max(0.0, seconds), Kind.BACKWARD, turn, m, slot)
         self._hand_back(pack, turn, m)
 
@@ -192,7 +200,7 @@ class RuntimeSteps:
                 self._bring_stash((pack, m))
             self._let_go(self.devices[d], _TURNS_HELD)
             weights = self._acquire(d, pack, upcoming)
-            slot = self.devices[d].gradients_left if d in fresh else None
+            slot = self.devices[d].gradient_slots.popleft() if d in fresh else None
             fresh.discard(d)
             seconds = self._backward_seconds(size, self.packs[pack])
             stash = self._ahead.pop((pack, m), None)
@@ -207,7 +215,7 @@ class RuntimeSteps:
                 continue
             for slot in self.devices[d].slots:
                 if slot.pack == pack:
-                    slot.pack, slot.released = None, self.devices[d].computed
+                    slot.pack, slot.good, slot.released = None, pack, self.devices[d].computed
 
     def _next(self, pack: int, way: int) -> int | None:
         """The pack that follows on the same device; None behind the last one."""
@@ -236,12 +244,17 @@ class RuntimeSteps:
         device = self.devices[d]
         if any(slot.pack == pack for slot in device.slots):
             return
-        slot = next((slot for slot in device.slots if slot.pack is None), None)
+        free = [slot for slot in device.slots if slot.pack is None]
+        for kept in free:
+            if kept.good == pack:
+                kept.pack, kept.good = pack, None
+                return
+        slot = min(free, key=lambda slot: slot.good is not None, default=None)
         if slot is None:
             slot = device.slots[0]
             slot.released = device.computed
         waits = (slot.released, self.updated[pack], self.controller)
-        slot.pack, slot.released = pack, None
+        slot.pack, slot.good, slot.released = pack, None, None
         nbytes = self.costs.weight_bytes(self.packs[pack])
         arrived = self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
         device.arrived[pack] = arrived
@@ -251,6 +264,8 @@ class RuntimeSteps:
         turn, span = self._turn - 1, self.packs[pack]
         home, *others = self._visitors(pack)
         nbytes = self.costs.gradient_bytes(span)
+        for d in others:
+            self.devices[d].gradient_slots.append(None)
         for d in others:  # added up on the first device, and the controller waits for each
             seconds = nbytes / self.costs.machine.peer_bytes_per_second
             lanes = (NUM_LANES * d + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
@@ -258,12 +273,13 @@ class RuntimeSteps:
             done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *waits)
             self.devices[d].computed = self.devices[home].computed = self.controller = done
         if not nbytes:
+            self.devices[home].gradient_slots.append(None)
             return
         if len(self.on_host) >= num_gradient_buffers(self.schedule):
             self.controller = self.on_host.popleft()
         ready = self.devices[home].computed
         left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
-        self.devices[home].gradients_left = left
+        self.devices[home].gradient_slots.append(left)
         seconds = self.costs.update_seconds(span)
         touched = _UPDATE_ACCESSES * nbytes
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
@@ -298,17 +314,22 @@ class RuntimeSteps:
         lanes = (NUM_LANES * source + Lane.PEER_OUT, NUM_LANES * target + Lane.PEER_IN)
         waits = (ready, self.devices[target].computed, self.controller)
         left = self.run_on_both(*lanes, seconds, kind, turn, m, nbytes, *waits)
-        self.devices[source].departing[-1].append(left)
+        self.devices[source].departing[-1][1].append(left)
         return left
 
     def _let_go(self, device: _Device, num_held: int) -> None:
-        """Another microbatch comes: compute waits for copies that were there before the last ones."""
-        if device.departing[-1]:
-            device.departing.append([])
-        while len(device.departing) > num_held:
-            device.awaited += device.departing.popleft()
-        if not device.departing:
-            device.departing.append([])
+        """Another microbatch comes: compute waits for copies that were there before the last ones. Those to other devices
+        are held for as many as go through a pack; that there is memory for it is taken for granted."""
+        departing = device.departing
+        if any(departing[-1]):
+            departing.append(([], []))
+        for to_host, _ in list(departing)[: max(0, len(departing) - num_held)]:
+            device.awaited += to_host
+            to_host.clear()
+        while len(departing) > (max(num_held, len(self.sizes)) if num_held else 0):
+            device.awaited += departing.popleft()[1]
+        if not departing:
+            departing.append(([], []))
 
     def _host_copy(self, d: int, lane: Lane, kind: Kind, turn: int, m: int, nbytes: float, *after: Event) -> Event:
         return self.run(NUM_LANES * d + lane, nbytes / self.host_share, kind, turn, m, nbytes, *after)

@@ -7,6 +7,7 @@ has left. So a batch of unknown size never finds less room than it would have ha
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +40,8 @@ class _Measured:
     """A step that was measured."""
 
     extent: Extent
+    calls: Counter[str]
+    """Of layers, in training."""
     estimate: Usage
     usage: Usage
     """The estimate, corrected by what was seen to stay."""
@@ -75,7 +78,7 @@ class Residency:
             self._known.clear()  # a step was not like the measured one
             self._num_failures += 1
             log.warning(
-                "harmony: a GPU ran out of memory, and what was to stay there had to go; %s",
+                "harmony: a step was not like the measured one, and what was to stay on GPUs had to go; %s",
                 "steps are measured anew" if self._num_failures < _MOST_FAILURES else "nothing stays any more",
             )
         if self._num_failures == _MOST_FAILURES:
@@ -90,7 +93,7 @@ class Residency:
             self._engine.measure(trains=kind == "training")
             self._take_note = functools.partial(self._note_usage, known, extent)
             return
-        self._engine.take_up(self._plan_for(measured))
+        self._engine.take_up(self._plan_for(measured), measured.calls if kind == "training" else None)
         if kind == "training" and measured.extent == extent and not measured.is_complete:
             self._take_note = functools.partial(self._note_holding, measured, self._engine.watch())
 
@@ -112,7 +115,7 @@ class Residency:
     def _note_usage(self, known: list[_Measured], extent: Extent) -> None:
         usage, self._engine.usage = self._engine.usage, None
         if usage is not None:
-            known.insert(0, _Measured(extent, usage, usage))
+            known.insert(0, _Measured(extent, self._engine.calls, usage, usage))
             del known[_MOST_EXTENTS:]
 
     def _note_holding(self, measured: _Measured, holding: Holding) -> None:
