@@ -26,11 +26,12 @@ Rows = Iterator[tuple[str, str, str]]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Step:
-    """One training step: its time, its samples, and how far it moved the strategy's counters."""
+    """One training step: its time, its samples, how far it moved the strategy's counters, and how far its plan says."""
 
     seconds: float
     num_samples: int
     nbytes: Counter[str]
+    planned: Counter[str]
 
 
 class Meter(L.Callback):
@@ -48,7 +49,9 @@ class Meter(L.Callback):
         moved = _counters(trainer)
         moved.subtract(self._before)
         seconds = time.perf_counter() - self._started
-        self.steps.append(Step(seconds=seconds, num_samples=extract_batch_size(batch), nbytes=moved))
+        plan = getattr(trainer.strategy, "plan", None)
+        planned = Counter({counter: getattr(plan, f"{counter}_per_step", 0) for counter in _COUNTERS})
+        self.steps.append(Step(seconds=seconds, num_samples=extract_batch_size(batch), nbytes=moved, planned=planned))
 
     def on_validation_end(self, trainer: L.Trainer, *_: Any) -> None:
         if not trainer.sanity_checking:
@@ -61,6 +64,10 @@ class Meter(L.Callback):
 
     def mean_nbytes(self, counter: str) -> float:
         return sum(step.nbytes[counter] for step in self.settled) / len(self.settled)
+
+    def mean_planned(self, counter: str) -> float:
+        """0 if plans say nothing of it."""
+        return sum(step.planned[counter] for step in self.settled) / len(self.settled)
 
 
 def print_report(trainer: L.Trainer, meter: Meter, gpu_nbytes: Sequence[int]) -> None:
@@ -116,9 +123,8 @@ def _plan(trainer: L.Trainer, meter: Meter, gpu_nbytes: Sequence[int]) -> Rows:
 def _traffic(trainer: L.Trainer, meter: Meter, gpu_nbytes: Sequence[int]) -> Rows:
     if _statistics(trainer) is None or not meter.steps:
         return
-    plan = getattr(trainer.strategy, "plan", None)
     for counter, name in _COUNTERS.items():
-        nbytes, minimum = meter.mean_nbytes(counter), getattr(plan, f"{counter}_per_step", None)
+        nbytes, minimum = meter.mean_nbytes(counter), meter.mean_planned(counter)
         compared = f"{nbytes / minimum:.3f} times the plan's minimum, {format_nbytes(minimum)}" if minimum else ""
         yield f"{name} per step", format_nbytes(nbytes), compared
 
