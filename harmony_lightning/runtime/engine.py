@@ -31,6 +31,7 @@ from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microba
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.step import Settle, TrainingStep
+from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.together import SharedPass, Together
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.update import JustInTimeUpdate
@@ -450,7 +451,7 @@ class Engine:
         """User code is about to work with these: what is still being updated must be finished first."""
         if self.has_settled and (self._code is None or not self.state.is_behind):
             return
-        if not any(self.is_updated(tensor) for tensor in _tensors(arguments)):
+        if not any(self.is_updated(tensor) for tensor in tensors_in(arguments)):
             return
         if self._microbatches:
             self._finish_updates()
@@ -487,18 +488,6 @@ def _wait_for_all() -> None:
 
 # Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.
 os.register_at_fork(before=_wait_for_all)
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    """Those that a function is given. (`pytree` takes ten times as long, and there are many functions.)"""
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
 
 
 def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:

@@ -6,13 +6,14 @@ as large as the model. So what is made of masters, of their gradients, and of wh
 else, is computed where they are. Whatever takes part in an autograd graph is glue as ever.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils.weak import WeakIdKeyDictionary
 
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.structure import tensors_in
 
 
 class HostArithmetic:
@@ -25,7 +26,7 @@ class HostArithmetic:
         """Whether a function of these arguments belongs on the host. What it writes there may be any host tensor, such as
         the state of an optimizer, and is related from then on."""
         is_related = False
-        for tensor in _tensors((args, kwargs)):
+        for tensor in tensors_in((args, kwargs)):
             if tensor.requires_grad and torch.is_grad_enabled():
                 return False
             if self.descends(state, tensor):
@@ -40,7 +41,7 @@ class HostArithmetic:
 
     def run(self, state: RuntimeState, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Call the function as it is; what it returns on the host is related too."""
-        before = [(tensor, tensor._version) for tensor in _tensors(args) if not tensor.is_inference()]
+        before = [(tensor, tensor._version) for tensor in tensors_in(args) if not tensor.is_inference()]
         result = func(*args, **kwargs)
         for tensor, version in before:
             if tensor._version != version:
@@ -51,17 +52,6 @@ class HostArithmetic:
 
     def note(self, result: Any) -> None:
         """These were read off a master or a relative: its gradient, its data."""
-        for tensor in _tensors(result):
+        for tensor in tensors_in(result):
             if tensor.device.type == "cpu":
                 self._relatives[tensor] = None
-
-
-def _tensors(value: Any) -> Iterator[torch.Tensor]:
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, tuple | list):
-        for item in value:
-            yield from _tensors(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from _tensors(item)
