@@ -11,13 +11,14 @@ import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
+from harmony_lightning.runtime.activations import is_layer_hook
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.derivatives import yielding_hooks
 from harmony_lightning.runtime.functions import watched_functions
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.layer import call_layer, is_layer_hook
+from harmony_lightning.runtime.layer import call_layer
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
