@@ -104,14 +104,14 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
     with state.inside_layer(device, is_watched=bool(call.objects)):
         buffers = CallBuffers(call)
         with call.objects.opened(_as_it_is):
-            weights = state.weights_of(site, device, call.trained)
+            weights = state.weights.of_site(site, device, call.trained)
             result, _ = call.run(weights, buffers.tensors, args, kwargs, _without_graph)
         buffers.report_written()
     call.objects.let_go()
     arguments.keep_written()
-    arguments.place_tensors(state.off_the_arena)
+    arguments.place_tensors(state.weights.off_the_arena)
     arguments.hand_over()
-    return pytree.tree_map_only(torch.Tensor, state.off_the_arena, result)
+    return pytree.tree_map_only(torch.Tensor, state.weights.off_the_arena, result)
 
 
 def _without_graph(weight: torch.Tensor, trains: bool) -> torch.Tensor:

@@ -68,7 +68,7 @@ def _values_by_second_run(call: LayerCall, gradients: _Gradients, trained: tuple
             f"layer {call.site.name} returned {len(gradients)} tensors first and {len(run.results)} when it was "
             f"recomputed: its forward must do the same when it is called again with the same inputs"
         )
-    weights = call.segment.state.weights_of(call.site, call.segment.device, call.trained)
+    weights = call.segment.state.weights.of_site(call.site, call.segment.device, call.trained)
     roots = [(t, g) for t, g in zip(run.results, gradients, strict=True) if g is not None and t.requires_grad]
     targets = [leaf for leaf in run.leaves if leaf.requires_grad] + [weights[name] for name in trained]
     call.wide_edges = {name: get_gradient_edge(run.wide[name]) for name in trained if name in run.wide}
@@ -100,7 +100,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     state = call.segment.state
     assert call.stash is not None and call.replay is not None
     stash = [tensor.to(device.torch_device) for tensor in call.stash()]
-    weights = state.weights_of(site, device, call.trained)
+    weights = state.weights.of_site(site, device, call.trained)
     buffers = [
         (call.buffers_before[index] if index in call.buffers_before else state.buffers.fetch(place, device)).clone()
         for index, place in enumerate(site.buffer_places)

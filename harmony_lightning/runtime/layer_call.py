@@ -30,7 +30,7 @@ class LayerCall:
         self.activations = Activations(
             site.name,
             is_kept=is_kept,
-            refer=functools.partial(state.refer_to_slot, device),
+            refer=functools.partial(state.weights.refer, device),
             make_room=functools.partial(state.make_room, device),
         )
         if is_kept:

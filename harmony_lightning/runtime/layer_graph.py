@@ -30,7 +30,7 @@ def outlive_slots(results: Sequence[torch.Tensor], call: LayerCall) -> None:
     for function in _functions(results):
         site.has_functions = True
         for name, held in vars(function).items():
-            setattr(function, name, pytree.tree_map_only(torch.Tensor, state.off_the_arena, held))
+            setattr(function, name, pytree.tree_map_only(torch.Tensor, state.weights.off_the_arena, held))
 
 
 def refuse_strangers(results: Sequence[torch.Tensor], call: LayerCall, start: int) -> None:

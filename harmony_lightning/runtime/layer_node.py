@@ -74,7 +74,7 @@ class LayerFunction(torch.autograd.Function):
                     inner_versions = versions_of(inner)
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
-                    weights = state.weights_of(site, device, call.trained)
+                    weights = state.weights.of_site(site, device, call.trained)
                     call.weight_edges = {name: weights.edge(name) for name in call.trained}
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
@@ -117,7 +117,7 @@ class LayerFunction(torch.autograd.Function):
             call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
             refuse_strangers(results, call, start)
             outlive_slots(results, call)
-        detached = [state.off_the_arena(result.detach()) for result in results]
+        detached = [state.weights.off_the_arena(result.detach()) for result in results]
         ctx.mark_non_differentiable(
             *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
         )
@@ -147,7 +147,7 @@ class LayerFunction(torch.autograd.Function):
             call.check_weights()
             with call.segment.state.recomputing(call.segment.device):
                 if call.activations.is_kept:  # else the second run asks for them
-                    call.segment.state.weights_of(call.site, call.segment.device, call.trained)
+                    call.segment.state.weights.of_site(call.site, call.segment.device, call.trained)
                 values = differentiate(call, gradients, trained)
                 num_arguments = len(values) - len(call.objects.used)
                 with torch._C.DisableTorchFunction():

@@ -151,7 +151,7 @@ class UserCode:
     def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
         """A microbatch that is in one piece goes on to another pack without a switch."""
         former = microbatch.segment
-        self.state.release(former.pack, former.device.index)
+        self.state.weights.release(former.pack, former.device.index)
         self.state.leave_pack()
         self.state.departures.let_go()
         if not torch.is_grad_enabled():
