@@ -21,7 +21,7 @@ from harmony_lightning.runtime.layer_call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer_node import LayerFunction
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.structure import Arguments
+from harmony_lightning.runtime.structure import Arguments, unflatten_result
 
 
 def call_layer(
@@ -64,7 +64,7 @@ def call_layer(
         leaves[position] = result
     for position, value in zip(call.mutated, results[len(results) - len(call.mutated) :], strict=True):
         segment.replaced[id(given[position])] = (given[position], value)
-    return pytree.tree_unflatten(leaves, call.result_spec)
+    return unflatten_result(leaves, call.result_spec)
 
 
 @contextmanager

@@ -7,15 +7,15 @@ from dataclasses import dataclass
 
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.activations import hand_out, keep_detached, unreachable
+from harmony_lightning.runtime.differentiate import gradients_of
 from harmony_lightning.runtime.layer_call import LayerCall
 from harmony_lightning.runtime.objects import Surroundings
 from harmony_lightning.runtime.residency import Weights
-from harmony_lightning.runtime.structure import clone_with_strides
+from harmony_lightning.runtime.structure import clone_with_strides, flatten_result
 from harmony_lightning.runtime.thread_state import Autocast
 
 
@@ -56,7 +56,7 @@ def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) ->
     call.activations.open(functools.partial(_recompute, call))
     try:
         edges, seeds = zip(*roots, strict=True)
-        return torch.autograd.grad(edges, targets, seeds, allow_unused=True, retain_graph=not is_last)
+        return gradients_of(edges, seeds, targets, keeps_graph=not is_last)
     finally:
         call.activations.close()
 
@@ -81,8 +81,12 @@ def _values_by_second_run(call: LayerCall, gradients: _Gradients, trained: tuple
 def _unshared(values: Sequence[torch.Tensor | None], gradients: Sequence[torch.Tensor | None]) -> list[bool]:
     """Which gradients nobody else holds and so may be added to in place. Autograd hands one tensor on to several takers
     where an operation's gradient is that of its result, as an addition's is."""
-    memory = Counter(storage_key(tensor) for tensor in (*values, *gradients) if tensor is not None)
-    return [value is not None and memory[storage_key(value)] == 1 and value.is_contiguous() for value in values]
+    keys = [None if value is None else storage_key(value) for value in values]
+    times = Counter(keys)
+    times.update(storage_key(gradient) for gradient in gradients if gradient is not None)
+    return [
+        value is not None and times[key] == 1 and value.is_contiguous() for key, value in zip(keys, values, strict=True)
+    ]
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +131,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
         present.begin(device)
         autocast.apply()
     arguments.keep_written()
-    result_leaves = pytree.tree_leaves(result)
+    result_leaves, _ = flatten_result(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
     results += around.results(result_leaves, known=[*results, *inner])
     return _SecondRun(leaves, results + [inner[i] for i in call.mutated], wide)

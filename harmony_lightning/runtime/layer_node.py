@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
@@ -30,7 +29,7 @@ from harmony_lightning.runtime.layer_graph import follow_kept_results, outlive_s
 from harmony_lightning.runtime.objects import Surroundings
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, add_place, reaches_weights
-from harmony_lightning.runtime.structure import Arguments, clone_with_strides
+from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
 
 
 class LayerFunction(torch.autograd.Function):
@@ -104,7 +103,7 @@ class LayerFunction(torch.autograd.Function):
             site.writes_objects = bool(site.writes_objects) or any(i >= len(tensors) for i in mutated)
         call.mutated = mutated
 
-        leaves, call.result_spec = pytree.tree_flatten(result)
+        leaves, call.result_spec = flatten_result(result)
         del result
         call.tensor_positions = [
             i for i, leaf in enumerate(leaves) if isinstance(leaf, torch.Tensor) and not objects.is_original(leaf)

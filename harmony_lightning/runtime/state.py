@@ -8,12 +8,12 @@ from visit to visit.
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
@@ -182,8 +182,16 @@ class RuntimeState:
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
         try:
-            with device.lane(Lane.COMPUTE), nullcontext() if is_watched else _unseen_by(self.watcher):
-                yield
+            with device.lane(Lane.COMPUTE):
+                if is_watched or self.watcher is None or _get_current_function_mode() is not self.watcher:  # type: ignore[no-untyped-call]
+                    yield
+                    return
+                # A function mode costs microseconds for every function, and a layer calls a hundred.
+                _pop_mode()  # type: ignore[no-untyped-call]
+                try:
+                    yield
+                finally:
+                    _push_mode(self.watcher)  # type: ignore[no-untyped-call]
         finally:
             torch.set_autocast_cache_enabled(is_cached)
             self.depth -= 1
@@ -305,13 +313,3 @@ class RuntimeState:
         self.weights.drain()
         self.weights.end_updates()
         self.gradients.discard()
-
-
-@contextmanager
-def _unseen_by(mode: TorchFunctionMode | None) -> Iterator[None]:
-    """A function mode costs microseconds for every function, and a layer calls a hundred."""
-    if mode is None or torch.overrides._get_current_function_mode() is not mode:  # type: ignore[no-untyped-call]
-        yield
-        return
-    with torch.overrides._pop_mode_temporarily():
-        yield

@@ -9,7 +9,6 @@ from typing import Any
 import greenlet
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
 from harmony_lightning.runtime.activations import is_layer_hook
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
@@ -24,6 +23,7 @@ from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.stash import Stash
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.trace import Trace
 
 
@@ -118,8 +118,7 @@ class UserCode:
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:
-                    leaves = pytree.tree_leaves((args, kwargs))
-                    microbatch.park(site.pack, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+                    microbatch.park(site.pack, list(tensors_in((args, kwargs))))
                 else:
                     self._change_pack(microbatch, site.pack)
             if microbatch.is_cut and not microbatch.is_in_backward:

@@ -26,9 +26,11 @@ def visit(state: RuntimeState, pack: int, visitors: Sequence[Microbatch], upcomi
 def next_in_forward(plan: Plan, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
     """By device, the pack that follows in the plan."""
     following: dict[int, int] = {}
-    for later in range(len(plan.packs) - 1, pack, -1):
+    for later in range(pack + 1, len(plan.packs)):
         for microbatch in waiting:
-            following[plan.device(later, microbatch.index)] = later
+            following.setdefault(plan.device(later, microbatch.index), later)
+        if len(following) == plan.num_devices:
+            break
     return following
 
 
