@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.slots import swap_ins
 from harmony_lightning.record import Record
 
@@ -204,21 +205,27 @@ class Plan(Record):
         return tuple(range(device, len(self.packs), self.num_devices) if self.mode == "pp" else range(len(self.packs)))
 
     def rotating(self, device: int) -> tuple[int, ...]:
-        """Packs that share the slots of a device: all but those with slots of their own."""
+        """Packs whose slots share memory on a device: all but the resident ones."""
         return tuple(index for index in self.packs_on(device) if index not in self.resident)
 
-    def num_shared_slots(self, device: int) -> int:
-        """Slots for weights that rotating packs share."""
-        return min(1 + self.prefetch, len(self.rotating(device)))
+    def slot_offsets(self, device: int) -> dict[int, int]:
+        """Where the slots of rotating packs begin in the memory that these share. A pack is there from the visit before its
+        own, if it is prefetched, to the end of its own; in backward the same packs meet, in reverse."""
+        packs = self.rotating(device)
+        lifetimes = (
+            Lifetime(turn, turn + 1 + self.prefetch, self.packs[index].slot_nbytes) for turn, index in enumerate(packs)
+        )
+        return dict(zip(packs, lay_at_offsets(tuple(lifetimes)), strict=True))
 
-    def shared_slot_nbytes(self, device: int) -> int:
-        """Bytes of each of them."""
-        return max((self.packs[index].slot_nbytes for index in self.rotating(device)), default=0)
+    def shared_slots_nbytes(self, device: int) -> int:
+        """Bytes of that memory."""
+        offsets = self.slot_offsets(device).items()
+        return max((offset + self.packs[index].slot_nbytes for index, offset in offsets), default=0)
 
     def slots_nbytes(self, device: int) -> int:
         """Bytes that all slots for weights take on a device."""
         own = sum(self.packs[index].slot_nbytes for index in self.packs_on(device) if index in self.resident)
-        return own + self.num_shared_slots(device) * self.shared_slot_nbytes(device)
+        return own + self.shared_slots_nbytes(device)
 
     def arena_nbytes(self) -> int:
         """Bytes that the slots for weights, gradients and updates take on the device that has most of them."""
