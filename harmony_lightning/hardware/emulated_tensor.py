@@ -120,13 +120,8 @@ class EmulatedTensor(torch.Tensor):
 
     @override
     def numpy(self, *, force: bool = False) -> Any:
-        if not force:
-            raise TypeError(f"can't convert a tensor on {self.home.name} to numpy; call .cpu() first")
-        return self.detach().cpu().numpy(force=True)
-
-    @override
-    def __array__(self, dtype: Any = None) -> Any:
-        return self.numpy()
+        """A copy, for which the calling thread waits. A real GPU refuses; code that was written for the host need not."""
+        return self.cpu().numpy(force=force)
 
     @override
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -192,8 +187,10 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
             home = resolve(kwargs["device"], home, devices)
             inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
-    elif hosts or any(tensor.home is not home for tensor in ours):
-        _check_same_device(known, args, kwargs, ours, hosts, is_at_rest=devices is None)
+    elif (hosts or any(tensor.home is not home for tensor in ours)) and not _may_mix(known, args, kwargs, ours, hosts):
+        if devices is not None:
+            _refuse(func, args, kwargs)
+        return _bring_together(known, args, kwargs)
     if home is not None and home.machine.is_fake:
         out = run_on_shapes(known, inner_args, inner_kwargs)
     else:
@@ -305,31 +302,46 @@ def resolve(
     return known[device.index]
 
 
-def _check_same_device(
-    known: Operation,
-    args: Any,
-    kwargs: Any,
-    ours: Sequence[EmulatedTensor],
-    hosts: list[torch.Tensor],
-    *,
-    is_at_rest: bool,
-) -> None:
-    """What CUDA asks for: one device, beside which only host scalars and host indices may be read. `is_at_rest`: no cluster
-    is in use, and what several have left behind on their first GPUs lies, as it would, on the first GPU."""
+def _may_mix(
+    known: Operation, args: Any, kwargs: Any, ours: Sequence[EmulatedTensor], hosts: list[torch.Tensor]
+) -> bool:
+    """Whether CUDA would take these: they are on one device, beside which only host scalars and host indices are read."""
     if not ours:
-        return
+        return True
     home, func = ours[0].home, known.func
-    is_mixed = any(t.home is not home and not (is_at_rest and t.home.index == home.index) for t in ours)
-    if func in _HOST_INDICES and not is_mixed:
+    if any(tensor.home is not home for tensor in ours):
+        return False
+    indices: list[torch.Tensor] = []
+    if func in _HOST_INDICES:
         indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
-        home.traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
         hosts = [host for host in hosts if all(host is not index for index in indices)]
     if func in _HOST_BATCH_SIZES:
         hosts = [host for host in hosts if host is not args[1]]
     written = known.written(args, kwargs)
-    if is_mixed or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
-        _refuse(func, args, kwargs)
-    home.traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
+    if any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
+        return False
+    home.traffic.host_to_device_bytes += sum(host.nbytes for host in (*indices, *hosts))
+    return True
+
+
+def _bring_together(known: Operation, args: Any, kwargs: Any) -> Any:
+    """No cluster is in use, so no step is running: code that was written for the host looks at what steps have left, and
+    tensors meet on the device of the one that is written, else on the host."""
+    homes = {t.home if type(t) is EmulatedTensor else None for t in known.written(args, kwargs)}
+    if len(homes) > 1:
+        _refuse(known.func, args, kwargs)
+    home = homes.pop() if homes else None
+
+    def come(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [come(item) for item in value]
+        if isinstance(value, torch.Tensor) and getattr(value, "home", None) is not home:
+            goal = {"device": HOST if home is None else home.torch_device}
+            return run(aten._to_copy.default, (value,), goal, home and home.cluster_devices)
+        return value
+
+    args, kwargs = come(args), {name: come(value) for name, value in kwargs.items()}
+    return known.func(*args, **kwargs) if home is None else run(known.func, args, kwargs, home.cluster_devices)
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:

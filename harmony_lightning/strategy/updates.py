@@ -27,6 +27,10 @@ from harmony_lightning.strategy import overrides
 
 log = logging.getLogger(__name__)
 
+LEFT_NBYTES = 256 * 2**20
+"""Gradients of the last step stay for whoever looks after `fit`, as on one device, if they are no larger: a model that just
+fits the host must not fail in its last step."""
+
 
 class Updates:
     """Choices of one strategy. Trainer, module and Lightning package come in with each step: they may have changed."""
@@ -96,7 +100,7 @@ class Updates:
             engine.state.parameters,
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
             # A training_step that works with gradients may find those of the step before.
-            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
+            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut or _leaves_gradients(engine, trainer),
             behind=engine.state.cast,
             stepped=self._stepped,
         )
@@ -171,6 +175,20 @@ class Updates:
         if text not in self._told:
             self._told.add(text)
             log.log(level, "harmony: %s", text)
+
+
+def _leaves_gradients(engine: Engine, trainer: Any) -> bool:
+    """Whether gradients of the running step are to be there after `fit`: nothing tells when something else than a number of
+    epochs or steps ends it, and those that devices use up never reach the host."""
+    if any(pack.update != "host" for pack in engine.plan.packs):
+        return False
+    loop = trainer.fit_loop
+    is_last_step = loop.max_steps != -1 and trainer.global_step + 1 >= loop.max_steps
+    is_last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs
+    ends = is_last_step or (is_last_epoch and loop.epoch_loop.batch_progress.is_last_batch) or trainer.should_stop
+    if not ends:
+        return False
+    return sum(p.nbytes for p in engine.state.parameters.values() if p.requires_grad) <= LEFT_NBYTES
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:
