@@ -12,6 +12,7 @@ All of this happens below autograd, which sees ordinary tensors of device `cpu:i
 
 import contextlib
 import copy
+import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -123,6 +124,27 @@ class EmulatedTensor(torch.Tensor):
         """A copy, for which the calling thread waits. A real GPU refuses; code that was written for the host need not."""
         return self.cpu().numpy(force=force)
 
+    def __bool__(self) -> bool:
+        return bool(self._number()) if _is_hidden() else super().__bool__()
+
+    def __int__(self) -> int:
+        return int(self._number()) if _is_hidden() else super().__int__()
+
+    def __index__(self) -> int:
+        return operator.index(self._number()) if _is_hidden() else super().__index__()
+
+    def __float__(self) -> float:
+        return float(self._number()) if _is_hidden() else super().__float__()
+
+    def __complex__(self) -> complex:
+        return complex(self._number()) if _is_hidden() else super().__complex__()
+
+    def _number(self) -> Any:
+        if self.numel() != 1:
+            raise ValueError("only one element tensors can be converted to Python scalars")
+        with below_functions():
+            return run(aten._local_scalar_dense.default, (self,), {}, None)
+
     @override
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
         grad = ", requires_grad=True" if self.requires_grad else ""
@@ -165,6 +187,11 @@ class EmulatedTensor(torch.Tensor):
 
 
 _BASE_DATA: Any = torch.Tensor.data
+
+
+def _is_hidden() -> bool:
+    """Whether torch passes by `__torch_dispatch__`, as `torch.tensor` does while it reads the items of a list."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
 
 
 def storage_key(tensor: torch.Tensor) -> int:
@@ -337,7 +364,7 @@ def _bring_together(known: Operation, args: Any, kwargs: Any) -> Any:
             return [come(item) for item in value]
         if isinstance(value, torch.Tensor) and getattr(value, "home", None) is not home:
             goal = {"device": HOST if home is None else home.torch_device}
-            return run(aten._to_copy.default, (value,), goal, home and home.cluster_devices)
+            return run(aten._to_copy.default, (value,), goal, home.cluster_devices if home is not None else None)
         return value
 
     args, kwargs = come(args), {name: come(value) for name, value in kwargs.items()}

@@ -28,8 +28,8 @@ from harmony_lightning.strategy import overrides
 log = logging.getLogger(__name__)
 
 LEFT_NBYTES = 256 * 2**20
-"""Gradients of the last step stay for whoever looks after `fit`, as on one device, if they are no larger: a model that just
-fits the host must not fail in its last step."""
+"""Gradients of an epoch's last step stay for whoever looks behind it, as on one device, if they are no larger: a model that
+just fits the host must not fail there."""
 
 
 class Updates:
@@ -178,15 +178,13 @@ class Updates:
 
 
 def _leaves_gradients(engine: Engine, trainer: Any) -> bool:
-    """Whether gradients of the running step are to be there after `fit`: nothing tells when something else than a number of
-    epochs or steps ends it, and those that devices use up never reach the host."""
-    if any(pack.update != "host" for pack in engine.plan.packs):
-        return False
+    """Whether gradients of the running step are to be there behind the epoch. Those that devices use up never reach the
+    host."""
     loop = trainer.fit_loop
-    is_last_step = loop.max_steps != -1 and trainer.global_step + 1 >= loop.max_steps
-    is_last_epoch = loop.max_epochs not in (None, -1) and trainer.current_epoch + 1 >= loop.max_epochs
-    ends = is_last_step or (is_last_epoch and loop.epoch_loop.batch_progress.is_last_batch) or trainer.should_stop
-    if not ends:
+    is_last = loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
+    if not is_last and (loop.max_steps == -1 or trainer.global_step + 1 < loop.max_steps):
+        return False
+    if any(pack.update != "host" for pack in engine.plan.packs):
         return False
     return sum(p.nbytes for p in engine.state.parameters.values() if p.requires_grad) <= LEFT_NBYTES
 

@@ -249,6 +249,16 @@ def test_reading_values(cluster: EmulatedCluster) -> None:
     assert numpy.asarray(x.detach(), dtype="int64").tolist() == [1, 2]
 
 
+def test_lists_of_numbers_on_devices_make_tensors(cluster: EmulatedCluster) -> None:
+    x, y = torch.tensor(1.5, device="cpu:0"), torch.tensor(2, device="cpu:1")
+    assert torch.tensor([x, y]).tolist() == torch.tensor([x, 2.0], device="cpu:1").tolist() == [1.5, 2]
+    assert torch.tensor([y, y]).dtype is torch.int64 and torch.tensor([y > 1, y > 2]).tolist() == [True, False]
+    assert torch.as_tensor([[x], [x]]).shape == (2, 1) and torch.tensor([x * 1j]).tolist() == [1.5j]
+    assert cluster.devices[0].traffic.device_to_host_bytes > 0
+    with pytest.raises(ValueError, match="one element"):
+        torch.tensor([x.expand(2)])
+
+
 def test_between_steps_tensors_meet_where_one_is_written_and_on_the_host_otherwise() -> None:
     cluster = EmulatedCluster(2)
     with cluster.activate():
