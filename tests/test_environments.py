@@ -175,6 +175,34 @@ def test_other_accelerators_are_refused():
         run.fit(Chain(), loader(8))
 
 
+class Scaled(torch.nn.Linear):
+    """Was never meant for a GPU."""
+
+    def forward(self, inputs):
+        return super().forward(inputs * torch.arange(1.0, 1 + inputs.shape[1])) + self.weight.new_ones(1).numpy().item()
+
+
+class OfTheHost(Chain):
+    def __init__(self):
+        super().__init__(depth=4)
+        self.net[1] = Scaled(64, 64)
+        self.net[2].register_forward_pre_hook(lambda module, inputs: (inputs[0] - torch.full((64,), 0.5),))
+
+
+def test_layers_of_the_host_run_where_the_environment_says_that_gpus_are_emulated(monkeypatch):
+    monkeypatch.setenv("HARMONY_EMULATED_GPUS", "2")
+    monkeypatch.setenv("HARMONY_MEMORY", "120KiB")
+    monkeypatch.setenv("HARMONY_MICROBATCH_SIZE", "8")
+    fits = []
+    for strategy in ("auto", "harmony"):
+        torch.manual_seed(0)
+        fits.append(OfTheHost())
+        trainer(strategy).fit(fits[-1], loader(8))
+    assert same_weights(*fits)
+    with pytest.raises(RuntimeError, match="same device"):
+        trainer(harmony(2)).fit(fits[-1], loader(8))
+
+
 @pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
 def test_gpus_are_emulated_where_there_are_real_ones_too(monkeypatch, precision):
     for package in (lightning.fabric, lightning.pytorch):

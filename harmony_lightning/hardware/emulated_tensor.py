@@ -12,6 +12,8 @@ All of this happens below autograd, which sees ordinary tensors of device `cpu:i
 
 import contextlib
 import copy
+import functools
+import logging
 import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
@@ -21,8 +23,10 @@ from typing_extensions import override
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
-from harmony_lightning.hardware.operations import Operation, operation
+from harmony_lightning.hardware.operations import Operation, operation, tensors
 from harmony_lightning.hardware.shapes import run_on_shapes
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 HOST = torch.device("cpu")
@@ -215,9 +219,7 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
             inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
     elif (hosts or any(tensor.home is not home for tensor in ours)) and not _may_mix(known, args, kwargs, ours, hosts):
-        if devices is not None:
-            _refuse(func, args, kwargs)
-        return _bring_together(known, args, kwargs)
+        return _bring_together(known, args, kwargs, home if devices is not None else None)
     if home is not None and home.machine.is_fake:
         out = run_on_shapes(known, inner_args, inner_kwargs)
     else:
@@ -351,13 +353,19 @@ def _may_mix(
     return True
 
 
-def _bring_together(known: Operation, args: Any, kwargs: Any) -> Any:
-    """No cluster is in use, so no step is running: code that was written for the host looks at what steps have left, and
-    tensors meet on the device of the one that is written, else on the host."""
+def _bring_together(known: Operation, args: Any, kwargs: Any, home: EmulatedDevice | None) -> Any:
+    """What CUDA refuses, for code that was written for the host: tensors meet where one is written, else on the device
+    `home`, or on the host if it is None. While a cluster is in use these are tensors of one device and the host's, and the
+    cluster must not be strict."""
     homes = {t.home if type(t) is EmulatedTensor else None for t in known.written(args, kwargs)}
+    if home is not None:
+        others = {getattr(tensor, "home", None) for tensor in tensors((args, kwargs.values()))} - {None, home}
+        if home.machine.is_strict or others:
+            _refuse(known.func, args, kwargs)
+        _tell_once(f"a layer's code brings host tensors and those of {home.name} together; CUDA would refuse")
     if len(homes) > 1:
         _refuse(known.func, args, kwargs)
-    home = homes.pop() if homes else None
+    home = homes.pop() if homes else home
 
     def come(value: Any) -> Any:
         if isinstance(value, (list, tuple)):
@@ -371,8 +379,13 @@ def _bring_together(known: Operation, args: Any, kwargs: Any) -> Any:
     return known.func(*args, **kwargs) if home is None else run(known.func, args, kwargs, home.cluster_devices)
 
 
+@functools.cache
+def _tell_once(text: str) -> None:
+    log.warning("harmony: %s", text)
+
+
 def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
-    tensors: list[str] = []
+    found: list[str] = []
 
     def note(value: Any) -> None:
         if isinstance(value, (list, tuple)):
@@ -380,11 +393,11 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
                 note(item)
         elif isinstance(value, torch.Tensor):
             place = value.home.name if isinstance(value, EmulatedTensor) else "host"
-            tensors.append(f"{tuple(value.shape)} on {place}")
+            found.append(f"{tuple(value.shape)} on {place}")
 
     note([*args, *kwargs.values()])
     raise RuntimeError(
-        f"{func}: expected all tensors to be on the same device, but found {', '.join(tensors)}; move them to one "
+        f"{func}: expected all tensors to be on the same device, but found {', '.join(found)}; move them to one "
         "device with .to()"
     )
 

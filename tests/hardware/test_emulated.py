@@ -305,6 +305,21 @@ def test_mixed_devices_are_refused(cluster: EmulatedCluster) -> None:
         F.embedding(torch.tensor([0]), x)
 
 
+def test_a_cluster_that_is_not_strict_copies_host_tensors(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = EmulatedCluster(2, "1MiB", strict=False)
+    with cluster.activate():
+        x, y, host = torch.ones(2, 3, device="cpu:0"), torch.ones(2, 3, device="cpu:1"), torch.ones(2, 3)
+        assert (x * host).device == torch.cat([host, x]).device == x.device and type(host.add_(x)) is torch.Tensor
+        assert x.add_(host) is x and x.tolist() == [[3, 3, 3], [3, 3, 3]]
+        assert cluster.devices[0].traffic == Traffic(host_to_device_bytes=72, device_to_host_bytes=48)
+        with pytest.raises(RuntimeError, match="same device"):
+            x + y
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.addmm(x, y, host)
+    assert pickle.loads(pickle.dumps(cluster)).machine.is_strict is False
+    assert caplog.text.count("CUDA would refuse") == 1
+
+
 def test_host_scalars_mix_with_device_tensors_but_take_nothing_from_them(cluster: EmulatedCluster) -> None:
     x, scalar = torch.ones(2, device="cpu:0"), torch.tensor(3.0)
     assert (x * scalar).tolist() == [3, 3] and (scalar - x).device == x.device
