@@ -81,7 +81,7 @@ def prepare(
         decomposition = decomposition.narrowed({layer: names & wide for layer, names in narrow.weights.items()})
     plan = make_plan(
         decomposition,
-        mode="dp" if config.mode == "dp" else "pp",
+        mode="pp" if config.mode == "auto" else config.mode,
         num_devices=len(cluster.devices),
         memory_bytes=memory_bytes,
         microbatch_size=workload.microbatch_size,

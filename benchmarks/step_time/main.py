@@ -32,7 +32,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
     num_sequences = max(1, num_tokens // arguments.length)
     microbatch_size = max(1, num_sequences // arguments.microbatches)
     strategy = HarmonyStrategy(
-        mode="pp",
+        mode=arguments.mode,
         microbatch_size=microbatch_size,
         one_layer_per_pack=arguments.one_layer_per_pack,
         cluster=cluster,
@@ -83,6 +83,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
+    parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--precision", default="bf16-mixed")
     parser.add_argument("--one-layer-per-pack", action="store_true")
     parser.add_argument("--breakdown", action="store_true", help="tell what the GPUs compute, by class of operation")

@@ -57,7 +57,7 @@ def automatic_microbatch_size(
 def make_plan(
     decomposition: Decomposition,
     *,
-    mode: Literal["pp", "dp"],
+    mode: Literal["pp", "dp", "mixed"],
     num_devices: int,
     memory_bytes: int,
     microbatch_size: int,
@@ -75,7 +75,7 @@ def make_plan(
 
     Args:
         decomposition: layers in call order.
-        mode: pp deals packs, dp microbatches over the devices.
+        mode: pp deals packs, dp microbatches over the devices; mixed deals packs, but microbatches of the last one.
         num_devices: devices in the cluster.
         memory_bytes: what each offers.
         microbatch_size: samples.
@@ -97,7 +97,7 @@ def make_plan(
     if not host_is_device:
         limit = _limit(decomposition, groups, memory_bytes, update)
     pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
-    if mode == "pp" and num_devices > 1:
+    if mode != "dp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
     members: Group = ()
@@ -108,7 +108,7 @@ def make_plan(
         members += group
     packs.append(pack(members))
     plan = Plan(
-        mode=mode,
+        mode="dp" if mode == "dp" else "pp",
         num_devices=num_devices,
         memory_bytes=memory_bytes,
         microbatch_size=microbatch_size,
@@ -120,6 +120,7 @@ def make_plan(
         keep=packs[-1].layers[-1:],
         narrow_dtype=narrow_dtype,
         gradient_wire=gradient_wire,
+        dealt=(len(packs) - 1,) if mode == "mixed" and num_devices > 1 else (),
     )
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 

@@ -34,7 +34,7 @@ class HarmonyMixin(Training, Evaluation):
     def __init__(
         self,
         *,
-        mode: Literal["auto", "pp", "dp"] | None = None,
+        mode: Literal["auto", "pp", "dp", "mixed"] | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
         microbatches_per_forward: int | None = None,
         memory: str | int | None = None,
