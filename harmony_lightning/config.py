@@ -32,10 +32,12 @@ class HarmonyConfig:
     stash: Literal["auto", "device", "host"] = "auto"
     """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device,
     but for what is seen to fit on the device."""
-    update: Literal["auto", "host", "device"] = "auto"
+    update: Literal["auto", "host", "device", "first"] = "auto"
     """Where the optimizer steps weights whose gradients are complete: on the host, or on the GPU that has the gradients,
-    where the states of the optimizer are swapped in and out. Auto is the host. What must see all gradients first (clipping
-    by norm, a scaler, hooks) is done on the host in any case."""
+    where the states of the optimizer are swapped in and out. "first" is the host but for the first pack, if there is room
+    for it: its gradients are the last to be complete and its weights the first to be needed, and all GPUs wait meanwhile.
+    Its weights and states stay on its GPU. Auto is the host. What must see all gradients first (clipping by norm, a
+    scaler, hooks) is done on the host in any case."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())
@@ -67,9 +69,11 @@ class HarmonyConfig:
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
         if self.gradient_wire not in ("exact", "half"):
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
-        if self.update not in ("auto", "host", "device"):
-            raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
-        if self.searches and (self.update == "device" or self.microbatches_per_forward > 1 or self.mode == "mixed"):
+        if self.update not in ("auto", "host", "device", "first"):
+            raise ConfigurationError(f"update must be 'auto', 'host', 'device' or 'first', got {self.update!r}")
+        if self.searches and (
+            self.update in ("device", "first") or self.microbatches_per_forward > 1 or self.mode == "mixed"
+        ):
             raise ConfigurationError(
                 "plan='auto' knows pp and dp, updates on the host and one microbatch per forward only; leave mode, update "
                 "and microbatches_per_forward as they are, or the plan"

@@ -71,7 +71,8 @@ def prepare(
                 f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
     decomposition, memory_bytes = layers_of(root, cluster, config)
-    updates_there = config.update == "device" and not cluster.host_is_device
+    if cluster.host_is_device:
+        state_nbytes = None
     if state_nbytes is not None:
         decomposition = decomposition.with_states(state_nbytes)
     if call_order is not None:
@@ -88,7 +89,7 @@ def prepare(
         num_microbatches=workload.num_microbatches,
         microbatches_per_forward=config.microbatches_per_forward,
         stash="device" if cluster.host_is_device or config.stash == "device" else "host",
-        update="device" if updates_there and state_nbytes is not None else "host",
+        update=_update(config, state_nbytes),
         host_is_device=cluster.host_is_device,
         one_layer_per_pack=config.one_layer_per_pack,
         together=call_order.loops if call_order is not None else (),
@@ -108,6 +109,12 @@ def prepare(
         sum(pack.update == "device" for pack in plan.packs),
     )
     return decomposition, plan
+
+
+def _update(
+    config: HarmonyConfig, state_nbytes: Mapping[str, tuple[int, ...]] | None
+) -> Literal["device", "host", "first"]:
+    return "host" if state_nbytes is None or config.update == "auto" else config.update
 
 
 def layers_of(root: nn.Module, cluster: Cluster, config: HarmonyConfig) -> tuple[Decomposition, int]:

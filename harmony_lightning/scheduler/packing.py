@@ -64,7 +64,7 @@ def make_plan(
     num_microbatches: int,
     microbatches_per_forward: int = 1,
     stash: Literal["device", "host"],
-    update: Literal["device", "host"] = "host",
+    update: Literal["device", "host", "first"] = "host",
     host_is_device: bool = False,
     one_layer_per_pack: bool = False,
     together: Sequence[frozenset[str]] = (),
@@ -82,7 +82,8 @@ def make_plan(
         num_microbatches: of one minibatch.
         microbatches_per_forward: in one call of a layer.
         stash: where layer inputs wait.
-        update: where packs are updated; on the host, too, if the device has no room for that.
+        update: where packs are updated; on the host, too, if the device has no room for that. first: the first pack on its
+            device, all others on the host.
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
@@ -95,7 +96,7 @@ def make_plan(
     groups = _groups(decomposition.layers, together)
     limit = Limit(sys.maxsize, sys.maxsize, None, 0)
     if not host_is_device:
-        limit = _limit(decomposition, groups, memory_bytes, update)
+        limit = _limit(decomposition, groups, memory_bytes, "device" if update == "device" else "host")
     pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
     if mode != "dp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
@@ -122,6 +123,8 @@ def make_plan(
         gradient_wire=gradient_wire,
         dealt=(len(packs) - 1,) if mode == "mixed" and num_devices > 1 else (),
     )
+    if update == "first":
+        return _with_first_on_device(plan, decomposition)
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
@@ -202,6 +205,29 @@ def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
                 staying += here[:number]
                 break
     return tuple(sorted(staying))
+
+
+def _with_first_on_device(plan: Plan, decomposition: Decomposition) -> Plan:
+    """The plan with its first pack updated where it is, and staying there, if `ARENA_SHARE` has room for that."""
+    names = plan.packs[0].layers
+    layers = tuple(layer for layer in decomposition.layers if layer.name in names)
+    first = pack_of_layers(decomposition, layers, is_updated_there=True)
+    if first.update == "host":
+        log.info("harmony: the first pack has no weights of its own that train, and is updated on the host")
+        return plan
+    wider = replace(plan, packs=(first, *plan.packs[1:]), updates_stay=(0,))
+    largest_weight = max(w.nbytes for w in decomposition.weights if w.name in first.parameters)
+    nbytes = wider.arena_nbytes() + STEP_TEMPORARIES * largest_weight
+    if nbytes > ARENA_SHARE * plan.memory_bytes:
+        log.info(
+            "harmony: the first pack is updated on the host: on its device slots would take %s, each has %s, of which "
+            "%.0f %% are for activations",
+            format_nbytes(nbytes),
+            format_nbytes(plan.memory_bytes),
+            100 * (1 - ARENA_SHARE),
+        )
+        return plan
+    return wider
 
 
 def _limit(

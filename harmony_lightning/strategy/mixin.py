@@ -39,7 +39,7 @@ class HarmonyMixin(Training, Evaluation):
         microbatches_per_forward: int | None = None,
         memory: str | int | None = None,
         stash: Literal["auto", "device", "host"] | None = None,
-        update: Literal["auto", "host", "device"] | None = None,
+        update: Literal["auto", "host", "device", "first"] | None = None,
         one_layer_per_pack: bool | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
