@@ -1,6 +1,6 @@
 """What no schedule can beat: the busiest of compute, links, updates and host memory, if all of them never waited.
 
-All of one settled step: what was done from its first kernel to the first one of the next.
+All of one settled step: what was begun from its second pack's first kernel to that of the next step.
 """
 
 from dataclasses import dataclass
@@ -40,12 +40,13 @@ class Bound:
 
 
 def starts(timeline: Timeline) -> list[float]:
-    """When each step's first kernel started."""
-    spans = timeline.lane(0, "compute")
+    """When each step came to its second pack: by then the weights of the first have arrived, as they do in every step."""
+    first = "forward of pack 1, microbatch 0"
+    device = next(span.device for span in timeline.spans if span.name == first)
     former = "backward"
     found = []
-    for span in spans:
-        if former.startswith("backward") and span.name == "forward of pack 0, microbatch 0":
+    for span in timeline.lane(device, "compute"):
+        if former.startswith("backward") and span.name == first:
             found.append(span.start)
         if span.name.startswith(("forward", "backward")):
             former = span.name
