@@ -99,7 +99,7 @@ def prepare(
     log.info(
         "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "
         "%d packs updated on devices",
-        plan.mode,
+        "mixed" if plan.dealt else plan.mode,
         len(decomposition.layers),
         len(plan.packs),
         format_nbytes(max(pack.nbytes for pack in plan.packs)),
