@@ -174,7 +174,7 @@ class Session:
     def _state_nbytes(self) -> dict[str, tuple[int, ...]] | None:
         """By weight, what the optimizer will remember; None if devices are not to update any."""
         module = self.lightning_module
-        if self._config.update != "device" or self._require_engine().cluster.host_is_device:
+        if self._config.update not in ("device", "first") or self._require_engine().cluster.host_is_device:
             return None
         if module.trainer.state.fn != "fit":
             return None

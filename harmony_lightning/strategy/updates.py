@@ -116,7 +116,7 @@ class Updates:
             reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
             reason = reason or self._separability.reason_against_moving(optimizers[0])
         if reason is not None:
-            text = f"update='device' is left out, weights are updated on the host: {reason}"
+            text = f"updates on devices are left out, weights are updated on the host: {reason}"
             self._tell_once(text, logging.WARNING)
             return None
         return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
