@@ -181,7 +181,12 @@ class GradientStore:
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
             assert pack is not None
-            self._reduce(holders)
+            if pack in self._plan.dealt and self._plan.packs[pack].update == "host":
+                # Devices have other packs to go on with: the host adds, in the same order, and none of them waits.
+                while len(holders) > 1:
+                    self._swap_out(*holders.pop(0), lambda name: False, _ignore)
+            else:
+                self._reduce(holders)
             self._update_there(*holders[0], is_complete)
             self._swap_out(*holders[0], is_complete, on_complete)
 
@@ -359,6 +364,7 @@ class GradientStore:
 
         in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
         self._in_parts.update(arrived.keys() - complete)
+        self._in_parts -= complete
         priority = 0 if in_turn else self._plan.update_priority(slot_pack)
         ticket = self._submit(take, complete, on_complete, arrival, priority)
         self._buffers.follow(buffer, ticket)

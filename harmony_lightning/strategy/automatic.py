@@ -98,7 +98,7 @@ class AutomaticPlan:
         question = Question(
             minibatch=samples,
             memory_bytes=int(self._share * memory_bytes),
-            mode=config.mode,
+            mode="pp" if config.mode == "mixed" else config.mode,
             microbatch_size=min(given, samples) if given else None,
             stashes=stashes if config.stash == "auto" else (config.stash,),
         )
