@@ -28,7 +28,7 @@ class Statistics:
     joint_forwards: int
     """Calls of layers that served several microbatches at once."""
     out_of_turn: int
-    """Swap-ins that took memory of packs in use: user code has called layers in another order than the plan's."""
+    """Packs that took memory of others in use: user code has called layers in another order than the plan's."""
     updates_just_in_time: int
     """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
     updates_whole: int

@@ -33,15 +33,25 @@ OnComplete = Callable[[list[str]], None]
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    home: int
+    """The pack that it is for."""
+    memory: torch.Tensor
+    """The piece that it lies in, with others."""
+    start: int
     bytes: torch.Tensor
+    """From there on."""
     pack: int | None = None
+    """The same, while gradients of it are here."""
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     """Views of the gradients that hold data."""
     narrow: set[str] = field(default_factory=set)
     """Those that are one gradient of a narrow weight, and so have no more digits than its type."""
     left: Event | None = None
-    """Behind the swap-out of the former content."""
-    last_use: int = 0
+    """Behind the swap-out of the former content, unless compute has waited for that."""
+
+    def overlaps(self, other: "_Slot") -> bool:
+        start, stop = max(self.start, other.start), min(self.start + len(self.bytes), other.start + len(other.bytes))
+        return self.memory is other.memory and start < stop
 
     def empty(self) -> None:
         """What it held has left."""
@@ -100,7 +110,6 @@ class GradientStore:
         """By weight: the job that has made its gradient complete, and updates it if updates are just in time."""
         self._in_parts: set[str] = set()
         """Weights of which some part has been sent in this backward."""
-        self._clock = 0
         self.updates: DeviceUpdates | None = None
         """Takes complete gradients where they are; None if there are no such devices."""
 
@@ -277,29 +286,37 @@ class GradientStore:
     def _allocate(self, device: int) -> None:
         if self._slots[device]:
             return
-        nbytes = max(1, max(layout_nbytes(layout) for layout in self._layouts))
-        with torch.inference_mode(False):
-            self._slots[device] += [
-                _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device))
-                for _ in range(1 + self._plan.prefetch)
-            ]
+        if offsets := self._plan.gradient_offsets(device):
+            memory = self._make_memory(device, self._plan.gradient_slots_nbytes(device))
+            for pack, start in offsets.items():
+                self._add_slot(pack, device, memory, start)
+
+    @torch.inference_mode(False)
+    def _make_memory(self, device: int, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device)
+
+    @torch.inference_mode(False)
+    def _add_slot(self, pack: int, device: int, memory: torch.Tensor, start: int) -> _Slot:
+        slot = _Slot(pack, memory, start, memory[start : start + layout_nbytes(self._layouts[pack])])
+        self._slots[device].append(slot)
+        return slot
 
     def _slot(self, pack: int, device: int) -> _Slot:
-        slots = self._slots[device]
-        slot = next((slot for slot in slots if slot.pack == pack), None)
-        if slot is None:
-            self._allocate(device)
-            free = (slot for slot in slots if slot.pack is None)
-            slot = min(free, key=lambda slot: slot.last_use, default=None)  # what it held has most likely left
-            if slot is None:  # a pack is visited again later: what it has so far waits on the host
-                slot = min(slots, key=lambda slot: slot.last_use)
-                self._swap_out(device, slot, lambda name: False, _ignore)
-            if slot.left is not None:
-                self._devices[device].wait(Lane.COMPUTE, slot.left)
-                slot.left = None
+        self._allocate(device)
+        slot = next((slot for slot in self._slots[device] if slot.home == pack), None)
+        if slot is None:  # a pack that should be on other devices
+            self._counters.out_of_turn += 1
+            slot = self._add_slot(pack, device, self._make_memory(device, layout_nbytes(self._layouts[pack])), 0)
+        if slot.pack is None:
+            for other in self._slots[device]:
+                if other.overlaps(slot):
+                    if other.pack is not None:  # packs are visited out of turn: what it has so far waits on the host
+                        self._counters.out_of_turn += 1
+                        self._swap_out(device, other, lambda name: False, _ignore)
+                    if other.left is not None:
+                        self._devices[device].wait(Lane.COMPUTE, other.left)
+                        other.left = None
             slot.pack = pack
-        self._clock += 1
-        slot.last_use = self._clock
         return slot
 
     @torch.no_grad()
