@@ -102,7 +102,7 @@ class TrainingStep:
             if not self._segments_left[pack]:
                 self._send(pack, on_complete)
                 for device in state.plan.devices_of(pack):
-                    state.release(pack, device)  # the next but one comes in its place
+                    state.weights.release(pack, device)  # the next but one comes in its place
         ahead = Lookahead(microbatches if state.plan.prefetch else (), self._code.stash.bring_back)
         while left := [m for m in microbatches if m.segments]:
             pack = max(m.segment.pack for m in left)
