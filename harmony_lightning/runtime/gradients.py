@@ -158,7 +158,7 @@ class GradientStore:
             gradient = self._loose.pop(key)
             self._owned.discard(key)
             total -= _payload_nbytes(gradient)
-            self._send_loose(key[0], [(key[1], gradient)], False, _ignore)
+            self._send_loose({key[0]: [(key[1], gradient)]}, frozenset(), _ignore)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -185,8 +185,9 @@ class GradientStore:
             held.setdefault(name, []).append((device, gradient if is_ours else gradient.clone()))
         self._forget_loose()
         in_slots = {name for slots in self._slots for slot in slots for name in slot.written}
-        for name, gradients in held.items():
-            self._send_loose(name, gradients, name not in in_slots and is_complete(name), on_complete)
+        if held:
+            complete = frozenset(name for name in held if name not in in_slots and is_complete(name))
+            self._send_loose(held, complete, on_complete)
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
             assert pack is not None
@@ -396,19 +397,20 @@ class GradientStore:
 
     @torch.no_grad()
     def _send_loose(
-        self, name: str, held: list[tuple[int, torch.Tensor]], is_complete: bool, on_complete: OnComplete
+        self, held: Mapping[str, list[tuple[int, torch.Tensor]]], complete: frozenset[str], on_complete: OnComplete
     ) -> None:
-        home, total = held[0]
-        for _, gradient in held[1:]:
-            arrived = gradient.to(self._devices[home].torch_device)
-            self._counters.p2p_bytes += _payload_nbytes(arrived)
-            total = total + arrived
-        if not self._host_is_device:
-            self._counters.swap_out_bytes += _payload_nbytes(total)
-            total = total.cpu()
-        complete = frozenset((name,)) if is_complete else frozenset[str]()
-        self._in_parts.update({name} - complete)
-        self._submit(lambda: {name: total}, complete, on_complete)
+        totals: dict[str, torch.Tensor] = {}
+        for name, ((home, total), *others) in held.items():
+            for _, gradient in others:
+                arrived = gradient.to(self._devices[home].torch_device)
+                self._counters.p2p_bytes += _payload_nbytes(arrived)
+                total = total + arrived
+            if not self._host_is_device:
+                self._counters.swap_out_bytes += _payload_nbytes(total)
+                total = total.cpu()
+            totals[name] = total
+        self._in_parts.update(totals.keys() - complete)
+        self._submit(lambda: totals, complete, on_complete)
 
     def _submit(
         self,
