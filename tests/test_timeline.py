@@ -66,19 +66,40 @@ def test_no_preset_no_timeline():
         HarmonyStrategy().timeline()
 
 
-def test_in_backward_weights_arrive_while_the_pack_before_computes():
-    """The last pack's slot is free as soon as its backward is over, which is part of its forward."""
+def _one_gpu(module_type):
+    """Two microbatches of a module of four packs that all have to be swapped: strategy, module and data."""
     inputs, targets = (tensor.expand(32, *tensor.shape[1:]) for tensor in batch_of(1))
     data = DataLoader(TensorDataset(inputs, targets), batch_size=32)
-    module = on_meta(lambda: Wide(3)).to_empty(device="cpu")
+    module = on_meta(lambda: module_type(3)).to_empty(device="cpu")
     layers = decompose(module, 2**26)
     options = {"memory_bytes": 2**30, "microbatch_size": 16, "num_microbatches": 2, "stash": "device"}
     plan = make_plan(layers, mode="pp", num_devices=1, one_layer_per_pack=True, **options)
     assert len(plan.packs) == 4 and not plan.resident
-    strategy = HarmonyStrategy(plan=plan, cluster=cluster_of(1))
+    return HarmonyStrategy(plan=plan, cluster=cluster_of(1)), module, data
+
+
+def test_in_backward_weights_arrive_while_the_pack_before_computes():
+    """The last pack's slot is free as soon as its backward is over, which is part of its forward."""
+    strategy, module, data = _one_gpu(Wide)
     trainer(strategy).fit(module, data)
     spans = strategy.timeline().lane(0, "swap-in")
     arrived = {span.name: span.end for span in spans}
     starts = {span.name: span.start for span in reversed(strategy.timeline().lane(0, "compute"))}
     for pack in (0, 1):  # 2 is there since its forward
         assert arrived[f"weights of pack {pack}"] < starts[f"backward of pack {pack + 1}, microbatch 1"]
+
+
+class _Evaluated(Wide):
+    def validation_step(self, batch, batch_idx):
+        self.training_step(batch, batch_idx)
+
+
+def test_in_evaluation_weights_arrive_while_the_pack_before_computes():
+    """The host goes ahead of the GPU, which begins each swap-in when the one before has ended."""
+    strategy, module, data = _one_gpu(_Evaluated)
+    trainer(strategy).validate(module, data, verbose=False)
+    swap_ins = [span for span in strategy.timeline().lane(0, "swap-in") if span.name.startswith("weights")]
+    assert [span.name for span in swap_ins] == [f"weights of pack {pack}" for pack in range(4)]
+    first = strategy.timeline().lane(0, "compute")[0]
+    assert swap_ins[0].end <= first.start and swap_ins[1].start < first.end
+    assert all(later.start == pytest.approx(one.end) for one, later in itertools.pairwise(swap_ins))
