@@ -59,22 +59,33 @@ def extent(lifetimes: Sequence[Lifetime], offsets: Sequence[int]) -> int:
 
 def _ways(lifetimes: Sequence[Lifetime], least: int) -> Iterator[tuple[int, ...]]:
     keys: tuple[Callable[[Lifetime], tuple[int, ...]], ...] = (
-        lambda one: (one.start, -one.nbytes),
+        _begin,
         lambda one: (-one.nbytes, one.start),
         lambda one: (-one.nbytes * (one.stop - one.start), one.start),
     )
     for key in keys:
         order = sorted(range(len(lifetimes)), key=lambda index: (*key(lifetimes[index]), index))
         for ceiling in (least, None):
-            yield _place(lifetimes, order, ceiling)
+            yield _place(lifetimes, order, ceiling, is_in_time=key is _begin)
 
 
-def _place(lifetimes: Sequence[Lifetime], order: Sequence[int], ceiling: int | None) -> tuple[int, ...]:
+def _begin(one: Lifetime) -> tuple[int, ...]:
+    return one.start, -one.nbytes
+
+
+def _place(
+    lifetimes: Sequence[Lifetime], order: Sequence[int], ceiling: int | None, *, is_in_time: bool
+) -> tuple[int, ...]:
     """One after the other, each as low as it can be; with a ceiling every second one as high below that as it can be."""
     placed: dict[int, int] = {}
+    near: list[int] = []
+    """Those that others still to come may meet."""
     for turn, index in enumerate(order):
         one = lifetimes[index]
-        taken = sorted((at, at + lifetimes[i].nbytes) for i, at in placed.items() if lifetimes[i].meets(one))
+        if is_in_time:
+            near = [i for i in near if lifetimes[i].stop > one.start]
+        near.append(index)
+        taken = sorted((placed[i], placed[i] + lifetimes[i].nbytes) for i in near[:-1] if lifetimes[i].meets(one))
         gaps: list[tuple[int, int]] = []
         end = 0
         for start, stop in taken:
