@@ -354,6 +354,7 @@ class Engine:
         self.state.release_all()
         self._user_code.stash.end()
         self.state.departures.let_go()
+        self.state.landings.let_go()
         if self.has_settled:
             self._come_to_rest()
 

@@ -28,7 +28,7 @@ from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.narrow import Watch, WeightUses
 from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.transfer import Arrival, Departures, send
+from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
 from harmony_lightning.runtime.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker
 
@@ -113,6 +113,7 @@ class RuntimeState:
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
         self.departures = Departures(cluster.devices, self.travelling_nbytes, lambda: self.plan.num_microbatches)
+        self.landings = Landings(cluster.devices, self.travelling_nbytes)
         self._loaders: list[HostWorker] = []
         """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
         layered = {name for pack in plan.packs for name in pack.parameters}
@@ -166,7 +167,12 @@ class RuntimeState:
     def send(self, tensor: torch.Tensor, source: Device, target: Device, ready: Event | None = None) -> Arrival:
         """Copy a tensor from device to device; `ready`: when it is computed, None for now."""
         self.counters.p2p_bytes += tensor.nbytes
-        return send(tensor, source, target, self.departures, ready)
+        return send(tensor, source, target, self.departures, ready, self.landings)
+
+    def turn(self, device: Device) -> None:
+        """Another microbatch comes to the device."""
+        self.departures.turn(device)
+        self.landings.turn(device)
 
     def weight_name(self, tensor: torch.Tensor) -> str | None:
         """The name of a master; None for any other tensor."""
@@ -458,6 +464,7 @@ class RuntimeState:
         self.watching = None
         self.upcoming = {}
         self.departures.let_go()
+        self.landings.let_go()
         self.buffers.discard()
         self.masters_written()
         for loader in self._loaders:
