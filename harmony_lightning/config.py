@@ -113,8 +113,8 @@ class Environment:
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
-    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each;
-    HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
+    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each, which
+    are not strict; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
     mode: str | None

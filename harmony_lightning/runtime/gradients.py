@@ -68,6 +68,7 @@ class GradientStore:
         take on each device."""
         self._reads = reads
         self._parameters = parameters
+        self._order = {name: index for index, name in enumerate(parameters)}
         self._limit_nbytes = limit_nbytes
         self._plan = plan
         self._devices = cluster.devices
@@ -103,9 +104,8 @@ class GradientStore:
         self.updates: DeviceUpdates | None = None
         """Takes complete gradients where they are; None if there are no such devices."""
 
-    @torch.no_grad()
     def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
-        """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue.
+        """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue. Called without grad mode.
 
         The tensor may be kept, but is written only if it `is_ours`: autograd hands the same one to several takers.
         """
@@ -437,7 +437,7 @@ class GradientStore:
         on_complete(self._in_order(complete - self._for_hooks.keys()))
 
     def _in_order(self, names: frozenset[str]) -> list[str]:
-        return [name for name in self._parameters if name in names]
+        return sorted(names, key=self._order.__getitem__)
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:

@@ -87,7 +87,7 @@ class HarmonyMixin(Training, Evaluation):
             loss_weight=loss_weight,
         )
         if cluster is None and environment.emulated_gpus is not None:
-            cluster = EmulatedCluster(environment.emulated_gpus, config.memory_bytes or "64MiB")
+            cluster = EmulatedCluster(environment.emulated_gpus, config.memory_bytes or "64MiB", strict=False)
         if cluster is not None and not isinstance(cluster, EmulatedCluster):
             raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
         plan = None if searches else plan
