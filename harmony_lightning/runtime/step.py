@@ -146,7 +146,7 @@ class TrainingStep:
 
     def _run(self, microbatch: Microbatch) -> None:
         """Let a microbatch go on; if it comes to its end, differentiate its last segment."""
-        self._state.departures.turn(microbatch.device)
+        self._state.turn(microbatch.device)
         with self._code.running(microbatch):
             microbatch.go_on()
         if not microbatch.is_done:
@@ -174,7 +174,7 @@ class TrainingStep:
     def _backward_segment(self, microbatch: Microbatch) -> None:
         segment = microbatch.segment
         names = tuple(segment.uses)
-        self._state.departures.turn(segment.device)
+        self._state.turn(segment.device)
         with self._code.running(microbatch, "in backward of", segment):
             microbatch.backward_segment()
         self._segments_left[segment.pack] -= 1
