@@ -5,7 +5,15 @@ import pytest
 import torch
 
 from harmony_lightning.hardware.host import HostDevice
-from harmony_lightning.runtime.randomness import HostState, Replay, Stream, _Numpy, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.randomness import (
+    HostState,
+    Replay,
+    Stream,
+    _Numpy,
+    _Python,
+    draw_step_seed,
+    microbatch_seed,
+)
 
 DEVICE = HostDevice()
 
@@ -137,6 +145,22 @@ def test_where_nobody_draws_numpy_s_generator_is_only_copied(monkeypatch):
         generator.restore(first)
         assert generator.state() == first != second
         generator.restore(second)
+
+
+@pytest.mark.parametrize("is_known", [True, False])
+def test_python_s_generator_comes_back_with_the_normal_number_that_it_keeps(is_known):
+    """Whether its memory is what it is taken for, as it is here, or not."""
+    generator = _Python()
+    assert generator._is_known
+    generator._is_known = is_known
+    random.gauss(0, 1)
+    state = generator.state()
+    assert generator.state() == state
+    expected = [random.gauss(0, 1), random.random()]
+    assert generator.state() != state
+    random.seed(5)
+    generator.restore(state)
+    assert [random.gauss(0, 1), random.random()] == expected
 
 
 def test_the_device_s_part_of_a_stream_follows_it_to_other_devices():
