@@ -15,10 +15,7 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
     is_pp, last = schedule.mode == "pp", len(schedule.packs_backward) - 1
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     size = sizes[0]
-    slots = (1 + schedule.prefetch) * (
-        max(costs.weight_bytes(span) for span in packs) + max(costs.gradient_bytes(span) for span in packs)
-    )
-    fixed = slots + 2 * costs.profile.glue_bytes
+    fixed: float = 2 * costs.profile.glue_bytes
     if not is_pp and num_devices > 1:
         # Gradients of the other devices come to the first one by one.
         fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
@@ -30,6 +27,9 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
         if not is_pp and d and len(sizes[d::num_devices]) == len(sizes[::num_devices]):
             continue  # as the first device
         samples = schedule.minibatch if is_pp else sum(sizes[d::num_devices])
+        num_at_once = 1 + schedule.prefetch
+        slots = _most_at_once([costs.weight_bytes(packs[p]) for p in mine], num_at_once)
+        slots += _most_at_once([costs.gradient_bytes(packs[p]) for p in mine], num_at_once)
         kept = 0.0
         """Stashes that wait here."""
         for p in mine:
@@ -51,8 +51,14 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
                 need = max(need, back)
             if schedule.stash == "device" and p != last:
                 kept += costs.stash_bytes(samples, packs[p])
-            peak = max(peak, fixed + kept + need)
+            peak = max(peak, fixed + slots + kept + need)
     return peak
+
+
+def _most_at_once(nbytes: list[float], number: int) -> float:
+    """Of packs that come one after the other: what `Plan.slot_offsets` needs, and `Plan.gradient_offsets`."""
+    present = [each for each in nbytes if each]
+    return max((sum(present[start : start + number]) for start in range(len(present))), default=0.0)
 
 
 def _boundary(costs: Costs, packs: tuple[Span, ...], pack: int, samples: int) -> tuple[float, float]:
