@@ -8,7 +8,7 @@ from visit to visit.
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -188,19 +188,25 @@ class RuntimeState:
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
         try:
-            with device.lane(Lane.COMPUTE):
-                if is_watched or self.watcher is None or _get_current_function_mode() is not self.watcher:  # type: ignore[no-untyped-call]
-                    yield
-                    return
-                # A function mode costs microseconds for every function, and a layer calls a hundred.
-                _pop_mode()  # type: ignore[no-untyped-call]
-                try:
-                    yield
-                finally:
-                    _push_mode(self.watcher)  # type: ignore[no-untyped-call]
+            with device.lane(Lane.COMPUTE), nullcontext() if is_watched else self.unwatched():
+                yield
         finally:
             torch.set_autocast_cache_enabled(is_cached)
             self.depth -= 1
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The code within is not the user's, or a layer's own. A function mode costs microseconds for every function, and a
+        layer calls a hundred."""
+        watcher = self.watcher
+        if watcher is None or _get_current_function_mode() is not watcher:  # type: ignore[no-untyped-call]
+            yield
+            return
+        _pop_mode()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            _push_mode(watcher)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def recomputing(self, device: Device) -> Iterator[None]:

@@ -116,7 +116,8 @@ class TrainingStep:
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)  # while the weights are there, for an update on the device
         state.weights.end_updates()
-        state.gradients.finish(on_complete)
+        with state.unwatched():
+            state.gradients.finish(on_complete)
 
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> list[Group]:
         """Those that go through a pack together, each group on one device."""
@@ -180,7 +181,8 @@ class TrainingStep:
         self._uses_left.subtract(names)
 
     def _send(self, pack: int, on_complete: OnComplete) -> None:
-        self._state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
+        with self._state.unwatched():
+            self._state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
 
     def _rescale(self, ratio: float) -> None:
         self._state.gradients.scale(ratio)
