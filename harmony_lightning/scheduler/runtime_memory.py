@@ -5,24 +5,29 @@ needs, the stashes of all layers of the pack, which leave and come back beside c
 left for the next pack or wait for from it.
 """
 
+from collections.abc import Iterator
+
 from harmony_lightning.plan.schedule import Schedule, Span, split
 from harmony_lightning.scheduler.costs import Costs
 
 
 def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
-    """The most that any device holds."""
+    """The most that any device holds if nothing stays that need not."""
+    slots = (1 + schedule.prefetch) * max(costs.weight_bytes(span) for span in schedule.packs_backward)
+    return slots + max(nbytes for _, _, nbytes in visit_bytes(schedule, costs))
+
+
+def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, float]]:
+    """By device and pack: the most that is in use while microbatches are there, slots for weights left out. In dp devices
+    that do what another one does are left out, too."""
     packs, num_devices = schedule.packs_backward, schedule.num_devices
     is_pp, last = schedule.mode == "pp", len(schedule.packs_backward) - 1
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     size = sizes[0]
-    slots = (1 + schedule.prefetch) * (
-        max(costs.weight_bytes(span) for span in packs) + max(costs.gradient_bytes(span) for span in packs)
-    )
-    fixed = slots + 2 * costs.profile.glue_bytes
+    fixed = (1 + schedule.prefetch) * max(costs.gradient_bytes(span) for span in packs) + 2 * costs.profile.glue_bytes
     if not is_pp and num_devices > 1:
         # Gradients of the other devices come to the first one by one.
         fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
-    peak = 0.0
     for d in range(num_devices):
         mine = [p for p in range(last + 1) if not is_pp or p % num_devices == d]
         if d >= (len(packs) if is_pp else len(sizes)):
@@ -51,8 +56,7 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
                 need = max(need, back)
             if schedule.stash == "device" and p != last:
                 kept += costs.stash_bytes(samples, packs[p])
-            peak = max(peak, fixed + kept + need)
-    return peak
+            yield d, p, fixed + kept + need
 
 
 def _boundary(costs: Costs, packs: tuple[Span, ...], pack: int, samples: int) -> tuple[float, float]:

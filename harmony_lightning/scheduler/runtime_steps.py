@@ -10,6 +10,7 @@ the gradients of too many packs are on the host.
 
 from collections import deque
 from dataclasses import dataclass, field
+from functools import cache
 
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
@@ -28,6 +29,8 @@ _NUM_STEPS = 4
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    owner: int | None = None
+    """The resident pack that it is for; None if packs share it."""
     pack: int | None = None
     good: int | None = None
     """The pack whose weights are here and good, though it has been left."""
@@ -76,11 +79,12 @@ class RuntimeSteps:
         num_devices = schedule.num_devices
         active = min(num_devices, len(self.packs) if self.is_pp else len(self.sizes))
         self.host_share = costs.machine.host_share(active)
-        num_slots = 1 + schedule.prefetch
         self.devices = [
-            _Device([_Slot() for _ in range(num_slots)], gradient_slots=deque[Event]([None] * num_slots))
-            for _ in range(num_devices)
+            _Device(self._make_slots(d), gradient_slots=deque[Event]([None] * (1 + schedule.prefetch)))
+            for d in range(num_devices)
         ]
+        self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
+        self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
         self.on_host: deque[Event] = deque()
         """Updates of the packs whose gradients take host buffers."""
@@ -90,6 +94,11 @@ class RuntimeSteps:
         self.starts: list[Event] = []
         """First computation of each step."""
         self._turn = 0
+
+    def _make_slots(self, d: int) -> list[_Slot]:
+        here = range(d, len(self.packs), self.schedule.num_devices) if self.is_pp else range(len(self.packs))
+        own = [_Slot(owner=pack) for pack in here if pack in self.schedule.resident]
+        return own + [_Slot() for _ in range(min(1 + self.schedule.prefetch, len(here) - len(own)))]
 
     def device(self, pack: int, microbatch: int) -> int:
         return (pack if self.is_pp else microbatch) % self.schedule.num_devices
@@ -160,7 +169,7 @@ class RuntimeSteps:
             if is_fused:
                 self._let_go(device, _TURNS_HELD)
                 self._fused_backward(pack, turn, m, size)
-            elif self.schedule.stash == "host":
+            elif self.schedule.stash == "host" and pack not in self.schedule.stash_stays:
                 nbytes = self.costs.stash_bytes(size, self.packs[pack])
                 left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
                 self.stashed[pack, m] = left
@@ -168,15 +177,17 @@ class RuntimeSteps:
         self._leave(pack, upcoming)
 
     def _fused_backward(self, pack: int, turn: int, m: int, size: int) -> None:
-        d, span = self.device(pack, m), self.packs[pack]
-        seconds = self._backward_seconds(size, span) - self.costs.recompute_seconds(size, span[1])
+        d = self.device(pack, m)
         slot = self.devices[d].gradient_slots.popleft() if m < len(self._visitors(pack)) else None
-        self._compute(d, max(0.0, seconds), Kind.BACKWARD, turn, m, slot)
+        self._compute(d, self._backward_seconds(size, pack), Kind.BACKWARD, turn, m, slot)
         self._hand_back(pack, turn, m)
 
-    def _backward_seconds(self, size: int, span: tuple[int, int]) -> float:
-        """Recompute included."""
-        return self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
+    def _sum_backward_seconds(self, size: int, pack: int) -> float:
+        """Recompute included, but for layers that keep their activations."""
+        span = self.packs[pack]
+        seconds = self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
+        kept = (layer for layer in range(span[0], span[1] + 1) if layer in self._kept)
+        return max(0.0, seconds - sum(self.costs.recompute_seconds(size, (layer, layer)) for layer in kept))
 
     def _hand_back(self, pack: int, turn: int, m: int) -> None:
         """The gradient of a pack's input goes to where that was computed."""
@@ -202,7 +213,7 @@ class RuntimeSteps:
             weights = self._acquire(d, pack, upcoming)
             slot = self.devices[d].gradient_slots.popleft() if d in fresh else None
             fresh.discard(d)
-            seconds = self._backward_seconds(size, self.packs[pack])
+            seconds = self._backward_seconds(size, pack)
             stash = self._ahead.pop((pack, m), None)
             self._compute(d, seconds, Kind.BACKWARD, turn, m, self.gradients[m], stash, weights, slot)
             self._hand_back(pack, turn, m)
@@ -236,22 +247,27 @@ class RuntimeSteps:
         device = self.devices[d]
         self._load(d, pack)
         following = upcoming[d]
-        if following is not None and any(slot.pack is None for slot in device.slots):
+        if following is not None and any(slot.pack is None for slot in self._slots_for(d, following)):
             self._load(d, following)
         return device.arrived.get(pack)
 
+    def _slots_for(self, d: int, pack: int) -> list[_Slot]:
+        owner = pack if pack in self.schedule.resident else None
+        return [slot for slot in self.devices[d].slots if slot.owner == owner]
+
     def _load(self, d: int, pack: int) -> None:
         device = self.devices[d]
-        if any(slot.pack == pack for slot in device.slots):
+        slots = self._slots_for(d, pack)
+        if any(slot.pack == pack for slot in slots):
             return
-        free = [slot for slot in device.slots if slot.pack is None]
+        free = [slot for slot in slots if slot.pack is None]
         for kept in free:
             if kept.good == pack:
                 kept.pack, kept.good = pack, None
                 return
         slot = min(free, key=lambda slot: slot.good is not None, default=None)
         if slot is None:
-            slot = device.slots[0]
+            slot = slots[0]
             slot.released = device.computed
         waits = (slot.released, self.updated[pack], self.controller)
         slot.pack, slot.good, slot.released = pack, None, None
