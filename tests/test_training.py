@@ -240,21 +240,21 @@ def test_bad_knobs_are_refused(options, message):
             trainer(harmony(**options), limit_train_batches=1).fit(Chain(), loader(8))
 
 
-def test_two_hundred_steps_leave_memory_where_ten_left_it():
+def test_a_hundred_steps_leave_memory_where_ten_left_it():
     cluster_bytes, host_bytes = [], []
 
     class Sampling(L.Callback):
         def on_train_batch_end(self, trainer, module, *args):
-            if trainer.global_step in (10, 200):
+            if trainer.global_step in (10, 100):
                 gc.collect()
                 cluster_bytes.append([d.allocated_bytes() for d in trainer.strategy._require_engine().cluster.devices])
                 host_bytes.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
 
-    fitted = trainer(harmony(2), max_epochs=-1, max_steps=200, callbacks=[Sampling()])
+    fitted = trainer(harmony(2), max_epochs=-1, max_steps=100, callbacks=[Sampling()])
     fitted.fit(Chain(), loader(8))
     assert cluster_bytes[0] == cluster_bytes[1]
     # The interpreter's own allocator moves in arenas of 1 MiB.
-    assert host_bytes[1] - host_bytes[0] < 8 << 20
+    assert host_bytes[1] - host_bytes[0] < 4 << 20
 
 
 def test_host_holds_the_weights_once():
