@@ -36,10 +36,10 @@ def predicted_usage(schedule: Schedule, plan: Plan, costs: Costs) -> Usage:
         return tuple(map(round, total))
 
     visits = []
-    for device, pack, nbytes in visit_bytes(schedule, costs):
+    for device, visited, nbytes in visit_bytes(schedule, costs):
         is_alone = schedule.mode == "pp"
         by_device = tuple(round(nbytes) if d == device or not is_alone else 0 for d in range(count))
-        visits.append(VisitPeak(pack=pack, nbytes=by_device))
+        visits.append(VisitPeak(pack=visited, nbytes=by_device))
     held = []
     for index, (span, pack) in enumerate(zip(packs, plan.packs, strict=True)):
         if schedule.stash == "host" and index + 1 < len(packs):

@@ -11,11 +11,13 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.plan import Plan
 from harmony_lightning.profiled import Planned, Question, find_plan, machine_of, profile, step_of
+from harmony_lightning.profiler import Machine
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import split_minibatch
 from harmony_lightning.runtime.randomness import HostState
@@ -78,9 +80,13 @@ class AutomaticPlan:
         """
         reason = self._reason_against(samples, decomposition, in_use)
         try:
-            if reason is None:
+            machine = machine_of(self._engine.cluster) if reason is None else None
+            if machine is not None:
                 with self._aside():
-                    return self._find(batch, samples, min_samples, decomposition, in_use, keeps_microbatches)
+                    return self._find(
+                        machine, batch, samples, min(min_samples, samples), decomposition, in_use, keeps_microbatches
+                    )
+            reason = reason or "nobody knows how fast these devices are"
         except Exception as error:  # whatever has gone wrong aside, the run goes on without it
             reason = (str(error) or type(error).__name__).splitlines()[0]
         log.info("harmony: the plan made from sizes stays: %s", reason)
@@ -97,11 +103,12 @@ class AutomaticPlan:
 
     @contextmanager
     def _aside(self) -> Iterator[None]:
-        """Random numbers that are drawn within, and what is warned of, are nobody's business."""
+        """Random numbers that are drawn within, what is warned of, and what modes would see, are nobody's business: an
+        optimizer's step is around this, in which emulated GPUs watch all arithmetic, and the user may count it."""
         devices = self._engine.cluster.devices
         on_host, on_devices = HostState.capture(), [device.random_state() for device in devices]
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _disable_current_modes():
                 warnings.simplefilter("ignore")
                 yield
         finally:
@@ -112,18 +119,15 @@ class AutomaticPlan:
 
     def _find(
         self,
+        machine: Machine,
         batch: Any,
         samples: int,
-        min_samples: int,
+        smallest: int,
         decomposition: Decomposition,
         in_use: Plan,
         keeps_microbatches: bool,
-    ) -> Planned | None:
+    ) -> Planned:
         engine, config = self._engine, self._config
-        machine = machine_of(engine.cluster)
-        if machine is None:
-            raise UnsupportedError("nobody knows how fast these devices are")
-        smallest = min(min_samples, samples)
         size = config.microbatch_size if isinstance(config.microbatch_size, int) else None
         if keeps_microbatches:
             size = smallest = in_use.microbatch_size
@@ -139,7 +143,7 @@ class AutomaticPlan:
             engine.cluster,
             machine,
             largest=min(samples, size or samples),
-            smallest=min(smallest, samples),
+            smallest=smallest,
             precision=self._precision,
         )
         log.info(

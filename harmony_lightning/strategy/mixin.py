@@ -59,7 +59,8 @@ class HarmonyMixin(Training, Evaluation):
         Args:
             plan: a plan, or a file that holds one in JSON. None: the first step runs under a plan made from sizes alone;
                 then the module is profiled and a faster plan searched, with the same microbatches, so that results are the
-                same on GPUs of any kind. "auto": before the first step, microbatch size and mode are searched, too. "sizes": no search.
+                same on GPUs of any kind. "auto": before the first step, microbatch size and mode are searched, too.
+                "sizes": no search.
             cluster: emulated GPUs to train on instead of the Trainer's devices.
             lightning: for Lightning's own `SingleDeviceStrategy`: accelerator, checkpoint_io, precision_plugin.
 
