@@ -17,8 +17,10 @@ LossWeight = Literal["mean", "sum"] | Callable[[Any], float]
 class HarmonyConfig:
     """What a user may choose; everything else is in the plan."""
 
-    mode: Literal["auto", "pp", "dp"] = "auto"
-    """pp deals packs over the GPUs, dp deals microbatches; auto is pp, which moves N times fewer bytes."""
+    mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
+    """pp deals packs over the GPUs, dp deals microbatches; auto is pp, which moves N times fewer bytes. mixed deals packs,
+    but of the last pack, where forward and backward meet, it deals microbatches: no GPU then waits for another one's
+    large head. Gradients of that pack alone are added up as in dp: over each GPU's microbatches, then over GPUs."""
     microbatch_size: int | Literal["auto"] = "auto"
     """Samples per microbatch; auto makes four microbatches per GPU, one where the host is the only device."""
     microbatches_per_forward: int = 1
@@ -30,10 +32,12 @@ class HarmonyConfig:
     stash: Literal["auto", "device", "host"] = "auto"
     """Where inputs of layers wait from forward to backward; auto is the host where there is one beside the device,
     but for what is seen to fit on the device."""
-    update: Literal["auto", "host", "device"] = "auto"
+    update: Literal["auto", "host", "device", "first"] = "auto"
     """Where the optimizer steps weights whose gradients are complete: on the host, or on the GPU that has the gradients,
-    where the states of the optimizer are swapped in and out. Auto is the host. What must see all gradients first (clipping
-    by norm, a scaler, hooks) is done on the host in any case."""
+    where the states of the optimizer are swapped in and out. "first" is the host but for the first pack, if there is room
+    for it: its gradients are the last to be complete and its weights the first to be needed, and all GPUs wait meanwhile.
+    Its weights and states stay on its GPU. Auto is the host. What must see all gradients first (clipping by norm, a
+    scaler, hooks) is done on the host in any case."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())
@@ -61,14 +65,14 @@ class HarmonyConfig:
     swapped in up to as many times less. Results are the same; a step must not depend on what another one leaves behind."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("auto", "pp", "dp"):
-            raise ConfigurationError(f"mode must be 'auto', 'pp' or 'dp', got {self.mode!r}")
+        if self.mode not in ("auto", "pp", "dp", "mixed"):
+            raise ConfigurationError(f"mode must be 'auto', 'pp', 'dp' or 'mixed', got {self.mode!r}")
         if self.stash not in ("auto", "device", "host"):
             raise ConfigurationError(f"stash must be 'auto', 'device' or 'host', got {self.stash!r}")
         if self.gradient_wire not in ("exact", "half"):
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
-        if self.update not in ("auto", "host", "device"):
-            raise ConfigurationError(f"update must be 'auto', 'host' or 'device', got {self.update!r}")
+        if self.update not in ("auto", "host", "device", "first"):
+            raise ConfigurationError(f"update must be 'auto', 'host', 'device' or 'first', got {self.update!r}")
         if self.searches not in ("packs", "all", "nothing"):
             raise ConfigurationError(f"searches must be 'packs', 'all' or 'nothing', got {self.searches!r}")
         size = self.microbatch_size
@@ -107,8 +111,8 @@ class Environment:
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names, and
     HARMONY_PLAN the argument `plan` of the strategy: "auto", "sizes" or a file;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
-    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each;
-    HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
+    check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each, which
+    are not strict; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
     plan: str | None

@@ -71,7 +71,8 @@ def prepare(
                 f'masters live: build it on the CPU, or declare it under torch.device("meta")'
             )
     decomposition, memory_bytes = layers_of(root, cluster, config)
-    updates_there = config.update == "device" and not cluster.host_is_device
+    if cluster.host_is_device:
+        state_nbytes = None
     if state_nbytes is not None:
         decomposition = decomposition.with_states(state_nbytes)
     if call_order is not None:
@@ -81,14 +82,14 @@ def prepare(
         decomposition = decomposition.narrowed({layer: names & wide for layer, names in narrow.weights.items()})
     plan = make_plan(
         decomposition,
-        mode="dp" if config.mode == "dp" else "pp",
+        mode="pp" if config.mode == "auto" else config.mode,
         num_devices=len(cluster.devices),
         memory_bytes=memory_bytes,
         microbatch_size=workload.microbatch_size,
         num_microbatches=workload.num_microbatches,
         microbatches_per_forward=config.microbatches_per_forward,
         stash="device" if cluster.host_is_device or config.stash == "device" else "host",
-        update="device" if updates_there and state_nbytes is not None else "host",
+        update=_update(config, state_nbytes),
         host_is_device=cluster.host_is_device,
         one_layer_per_pack=config.one_layer_per_pack,
         together=call_order.loops if call_order is not None else (),
@@ -98,7 +99,7 @@ def prepare(
     log.info(
         "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "
         "%d packs updated on devices",
-        plan.mode,
+        "mixed" if plan.dealt else plan.mode,
         len(decomposition.layers),
         len(plan.packs),
         format_nbytes(max(pack.nbytes for pack in plan.packs)),
@@ -108,6 +109,12 @@ def prepare(
         sum(pack.update == "device" for pack in plan.packs),
     )
     return decomposition, plan
+
+
+def _update(
+    config: HarmonyConfig, state_nbytes: Mapping[str, tuple[int, ...]] | None
+) -> Literal["device", "host", "first"]:
+    return "host" if state_nbytes is None or config.update == "auto" else config.update
 
 
 def layers_of(root: nn.Module, cluster: Cluster, config: HarmonyConfig) -> tuple[Decomposition, int]:

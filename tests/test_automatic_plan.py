@@ -198,6 +198,7 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
         ({}, "cannot be profiled: ValueError: not twice"),
         ({"update": "device", "memory": "1MiB"}, "simulator knows nothing"),
         ({"one_layer_per_pack": True}, "one layer in each pack"),
+        ({"mode": "mixed"}, "are dealt"),
     ],
 )
 def test_where_no_plan_can_be_found_the_one_from_sizes_stays(plan, options, reason, told):

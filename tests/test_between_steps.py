@@ -63,7 +63,7 @@ def test_tensors_on_one_device_stay_there():
         host += second
         host[0] = first[0]
         assert host.tolist() == [1, 2, 2]
-        with mode.suspended(), pytest.raises(RuntimeError, match="same device"):
+        with mode.suspended(), cluster.activate(), pytest.raises(RuntimeError, match="same device"):
             first + second
         assert torch.stack([first.sum(), second.sum()]).tolist() == [3, 6]
     finally:

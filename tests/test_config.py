@@ -23,9 +23,9 @@ def test_memory_is_a_size(memory):
 @pytest.mark.parametrize(
     ("knobs", "message"),
     [
-        ({"mode": "tp"}, r"mode must be 'auto', 'pp' or 'dp', got 'tp'"),
+        ({"mode": "tp"}, r"mode must be 'auto', 'pp', 'dp' or 'mixed', got 'tp'"),
         ({"stash": "disk"}, r"stash must be 'auto', 'device' or 'host', got 'disk'"),
-        ({"update": "gpu"}, r"update must be 'auto', 'host' or 'device', got 'gpu'"),
+        ({"update": "gpu"}, r"update must be 'auto', 'host', 'device' or 'first', got 'gpu'"),
         ({"microbatch_size": 0}, r"microbatch_size must be 'auto' or a positive integer, got 0"),
         ({"microbatch_size": -2}, r"got -2"),
         ({"microbatch_size": 2.0}, r"got 2\.0"),

@@ -3,12 +3,15 @@
 import dataclasses
 import itertools
 import logging
+import re
 
 import lightning as L
 import pytest
 import torch
 from chain import Chain, assert_same_optimizers, loader, same_weights, trainer
 from torch.optim import lr_scheduler
+from torch.utils.data import DataLoader, TensorDataset
+from wide import Wide, cluster_of, on_meta
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 
@@ -115,6 +118,55 @@ def test_the_plan_that_is_made_keeps_packs_where_they_are_updated(mode):
     assert_same(fit(strategy), fit(on_host))
     assert len(strategy.plan.updates_stay) == len(strategy.plan.packs) > 1
     assert updates(strategy) == (NUM_STEPS - 1) * len(strategy.plan.packs)
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp", "mixed"])
+def test_the_first_pack_alone(mode):
+    """All GPUs wait for it when a step begins."""
+    options = {"mode": mode, "microbatch_size": 2, "one_layer_per_pack": True}
+    strategy = HarmonyStrategy(update="first", cluster=EmulatedCluster(2, MEMORY), **options)
+    on_host = HarmonyStrategy(cluster=EmulatedCluster(2, MEMORY), **options)
+    assert_same(fit(strategy), fit(on_host))
+    plan = strategy.plan
+    assert [index for index, pack in enumerate(plan.packs) if pack.update == "device"] == [0]
+    assert plan.updates_stay == (0,)
+    assert updates(strategy) == NUM_STEPS - 1
+
+
+def tied(depth):
+    module = Chain(depth=depth)
+    module.net[3][0].weight, module.net[3][0].bias = module.net[0][0].weight, module.net[0][0].bias
+    return module
+
+
+@pytest.mark.parametrize(
+    ("make", "memory", "reason"),
+    [(Chain, "150KiB", r"slots would take \d.*, each has 150 KiB"), (tied, MEMORY, "has no weights of its own")],
+)
+def test_not_even_the_first_pack(make, memory, reason, caplog):
+    options = {"microbatch_size": 2, "one_layer_per_pack": True}
+    strategy = HarmonyStrategy(update="first", cluster=EmulatedCluster(2, memory), **options)
+    on_host = HarmonyStrategy(cluster=EmulatedCluster(2, memory), **options)
+    with caplog.at_level(logging.INFO, logger="harmony_lightning"):
+        assert_same(fit(strategy, make, num_steps=2), fit(on_host, make, num_steps=2))
+    assert re.search(reason, caplog.text)
+    assert updates(strategy) == 0
+
+
+def turn_seconds(update):
+    """From the last backward of a step to the second forward of the next one, at the first pack, which is a large one."""
+    strategy = HarmonyStrategy(update=update, microbatch_size=2, one_layer_per_pack=True, cluster=cluster_of(2))
+    data = TensorDataset(torch.zeros(12, 128, 1024), torch.zeros(12, 128, dtype=torch.long))
+    module = on_meta(lambda: Wide(2)).to_empty(device="cpu")
+    trainer(strategy).fit(module, DataLoader(data, batch_size=4))
+    spans = strategy.timeline().lane(0, "compute")
+    backward = max(i for i, span in enumerate(spans[:-20]) if span.name == "backward of pack 0, microbatch 1")
+    forward = next(span for span in spans[backward:] if span.name == "forward of pack 0, microbatch 1")
+    return forward.start - spans[backward].end
+
+
+def test_the_next_step_begins_at_once():
+    assert turn_seconds("first") < 0.3 * turn_seconds("host")
 
 
 class Scheduled(Chain):

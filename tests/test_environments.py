@@ -1,10 +1,12 @@
 """Where a run comes from: the command line, YAML, environment variables, a cluster, other accelerators."""
 
 import lightning as L
+import lightning.fabric
+import lightning.pytorch
 import pytest
 import torch
 import yaml
-from chain import Chain, loader, same_weights, trainer
+from chain import Chain, harmony, loader, same_weights, trainer
 from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch.accelerators import CPUAccelerator
 
@@ -171,6 +173,47 @@ def test_other_accelerators_are_refused():
     run = L.Trainer(strategy=HarmonyStrategy(), **{**QUIET, "accelerator": Elsewhere()})
     with pytest.raises(ConfigurationError, match="not on mps:0; pass accelerator='cpu' or 'cuda'"):
         run.fit(Chain(), loader(8))
+
+
+class Scaled(torch.nn.Linear):
+    """Was never meant for a GPU."""
+
+    def forward(self, inputs):
+        return super().forward(inputs * torch.arange(1.0, 1 + inputs.shape[1])) + self.weight.new_ones(1).numpy().item()
+
+
+class OfTheHost(Chain):
+    def __init__(self):
+        super().__init__(depth=4)
+        self.net[1] = Scaled(64, 64)
+        self.net[2].register_forward_pre_hook(lambda module, inputs: (inputs[0] - torch.full((64,), 0.5),))
+
+
+def test_layers_of_the_host_run_where_the_environment_says_that_gpus_are_emulated(monkeypatch):
+    monkeypatch.setenv("HARMONY_EMULATED_GPUS", "2")
+    monkeypatch.setenv("HARMONY_MEMORY", "120KiB")
+    monkeypatch.setenv("HARMONY_MICROBATCH_SIZE", "8")
+    fits = []
+    for strategy in ("auto", "harmony"):
+        torch.manual_seed(0)
+        fits.append(OfTheHost())
+        trainer(strategy).fit(fits[-1], loader(8))
+    assert same_weights(*fits)
+    with pytest.raises(RuntimeError, match="same device"):
+        trainer(harmony(2)).fit(fits[-1], loader(8))
+
+
+@pytest.mark.parametrize("precision", ["32-true", "16-mixed"])
+def test_gpus_are_emulated_where_there_are_real_ones_too(monkeypatch, precision):
+    for package in (lightning.fabric, lightning.pytorch):
+        monkeypatch.setattr(package.accelerators.cuda, "num_cuda_devices", lambda: 2)
+    run = L.Trainer(strategy=harmony(2, microbatch_size=8), precision=precision, **{**QUIET, "accelerator": "auto"})
+    assert not isinstance(run.accelerator, CPUAccelerator)
+    torch.manual_seed(0)
+    module = Chain()
+    run.fit(module, loader(8))
+    assert isinstance(run.accelerator, CPUAccelerator) and run.global_step == 5
+    assert same_weights(module, reference()) == (precision == "32-true")
 
 
 def test_several_servers_are_refused():

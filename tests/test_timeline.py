@@ -6,10 +6,14 @@ import json
 import pytest
 import torch
 from chain import Chain, loader, trainer
+from torch.utils.data import DataLoader, TensorDataset
+from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyStrategy
+from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.observability.trace import chrome_trace
 from harmony_lightning.plan.timeline import HOST, Timeline
+from harmony_lightning.scheduler import make_plan
 
 
 def timeline(preset="3090", **options):
@@ -60,3 +64,21 @@ def test_timelines_go_to_json_and_to_traces():
 def test_no_preset_no_timeline():
     with pytest.raises(ConfigurationError, match="emulated"):
         HarmonyStrategy().timeline()
+
+
+def test_in_backward_weights_arrive_while_the_pack_before_computes():
+    """The last pack's slot is free as soon as its backward is over, which is part of its forward."""
+    inputs, targets = (tensor.expand(32, *tensor.shape[1:]) for tensor in batch_of(1))
+    data = DataLoader(TensorDataset(inputs, targets), batch_size=32)
+    module = on_meta(lambda: Wide(3)).to_empty(device="cpu")
+    layers = decompose(module, 2**26)
+    options = {"memory_bytes": 2**30, "microbatch_size": 16, "num_microbatches": 2, "stash": "device"}
+    plan = make_plan(layers, mode="pp", num_devices=1, one_layer_per_pack=True, **options)
+    assert len(plan.packs) == 4 and not plan.resident
+    strategy = HarmonyStrategy(plan=plan, cluster=cluster_of(1))
+    trainer(strategy).fit(module, data)
+    spans = strategy.timeline().lane(0, "swap-in")
+    arrived = {span.name: span.end for span in spans}
+    starts = {span.name: span.start for span in reversed(strategy.timeline().lane(0, "compute"))}
+    for pack in (0, 1):  # 2 is there since its forward
+        assert arrived[f"weights of pack {pack}"] < starts[f"backward of pack {pack + 1}, microbatch 1"]

@@ -13,6 +13,7 @@ from chain import Chain, harmony, loader, same_weights, trainer
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import HostModel
 from harmony_lightning.runtime.residency import DeviceWeights
+from harmony_lightning.strategy import updates
 
 NUM_STEPS = 4
 
@@ -276,3 +277,12 @@ def test_weights_may_be_written_within_the_step(place):
     trainer(limit_train_batches=NUM_STEPS).fit(plain, loader(8))
     trainer(harmony(2, microbatch_size=8), limit_train_batches=NUM_STEPS).fit(ours, loader(8))
     assert same_weights(plain, ours)
+
+
+@pytest.mark.parametrize("end", [{"max_epochs": 2}, {"max_steps": 3, "max_epochs": -1}])
+def test_the_last_gradients_are_there_after_the_run(end, monkeypatch):
+    fits = [fit(strategy, **end) for strategy in (None, harmony(2))]
+    assert same_weights(*fits)
+    assert all(torch.equal(p.grad, q.grad) for p, q in zip(*(one.parameters() for one in fits), strict=True))
+    monkeypatch.setattr(updates, "LEFT_NBYTES", 1000)
+    assert all(p.grad is None for p in fit(harmony(2), **end).parameters())

@@ -1,4 +1,7 @@
-"""What no schedule can beat: the busiest of compute, links, updates and host memory, if all of them never waited."""
+"""What no schedule can beat: the busiest of compute, links, updates and host memory, if all of them never waited.
+
+All of one settled step: what was begun from its second pack's first kernel to that of the next step.
+"""
 
 from dataclasses import dataclass
 
@@ -10,8 +13,10 @@ from harmony_lightning.plan.timeline import HOST, Timeline
 class Bound:
     """Seconds per step that each resource needs."""
 
-    compute: float
-    """All floating-point operations at the full rate of all GPUs."""
+    products: float
+    """All floating-point operations, recomputation included, at the full rate of all GPUs."""
+    kernels: float
+    """The model's own kernels (`own`), the same recomputation included, on all GPUs; products are part of it."""
     link_in: float
     """Weights and stashes to the GPUs."""
     link_out: float
@@ -28,14 +33,20 @@ class Bound:
     def resource(self) -> str:
         return max(vars(self), key=lambda name: vars(self)[name])
 
+    @property
+    def seconds_of_products(self) -> float:
+        """The bound with products in the place of kernels."""
+        return max(value for name, value in vars(self).items() if name != "kernels")
+
 
 def starts(timeline: Timeline) -> list[float]:
-    """When each step's first kernel started."""
-    spans = timeline.lane(0, "compute")
+    """When each step came to its second pack: by then the weights of the first have arrived, as they do in every step."""
+    first = "forward of pack 1, microbatch 0"
+    device = next(span.device for span in timeline.spans if span.name == first)
     former = "backward"
     found = []
-    for span in spans:
-        if former.startswith("backward") and span.name == "forward of pack 0, microbatch 0":
+    for span in timeline.lane(device, "compute"):
+        if former.startswith("backward") and span.name == first:
             found.append(span.start)
         if span.name.startswith(("forward", "backward")):
             former = span.name
@@ -43,12 +54,22 @@ def starts(timeline: Timeline) -> list[float]:
 
 
 def bound(
-    timeline: Timeline, num_steps: int, num_gpus: int, num_parameters: int, gpu: GpuModel, host: HostModel, dtype: str
+    timeline: Timeline,
+    start: float,
+    end: float,
+    *,
+    num_gpus: int,
+    num_parameters: int,
+    kernel_seconds: float,
+    gpu: GpuModel,
+    host: HostModel,
+    dtype: str,
 ) -> Bound:
-    """Of one step, from what all steps of a timeline have done."""
+    """Of the step that goes from `start` to `end`, by what began meanwhile. `kernel_seconds`: of all GPUs together."""
+    spans = [span for span in timeline.spans if start <= span.start < end]
 
     def total(what: str, *lanes: str) -> float:
-        return sum(getattr(s, what) for s in timeline.spans if s.device != HOST and s.lane in lanes) / num_steps
+        return float(sum(getattr(s, what) for s in spans if s.device != HOST and s.lane in lanes))
 
     def on_link(nbytes: float) -> float:
         own = nbytes / (num_gpus * gpu.link_bytes_per_second)
@@ -57,9 +78,10 @@ def bound(
     peers = 0.0 if gpu.peer_bytes_per_second is not None else total("nbytes", "peer-out")
     bytes_in = total("nbytes", "swap-in", "stash-in") + peers
     bytes_out = total("nbytes", "swap-out") + peers
-    on_host = sum(span.nbytes for span in timeline.spans if span.device == HOST) / num_steps
+    on_host = sum(span.nbytes for span in spans if span.device == HOST)
     return Bound(
-        compute=total("flops", "compute") / (num_gpus * gpu.flops(dtype)),
+        products=total("flops", "compute") / (num_gpus * gpu.flops(dtype)),
+        kernels=kernel_seconds / num_gpus,
         link_in=on_link(bytes_in),
         link_out=on_link(bytes_out),
         update=num_parameters / host.update_parameters_per_second,

@@ -26,17 +26,15 @@ CLASSES = {
 
 
 class Breakdown(L.Callback):
-    """Counts from the last but one step on; a step's forward meets the updates of the step before."""
+    """Counts the last whole one of so many steps; those behind it only show when it ends."""
 
-    def __init__(self) -> None:
+    def __init__(self, num_steps: int) -> None:
+        self._last = num_steps - 1
         self.seconds: Counter[str] = Counter()
-        self.num_steps = 0
+        self._is_counting = False
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == trainer.max_steps - 2:
-            self.seconds.clear()
-            self.num_steps = 0
-        self.num_steps += 1
+        self._is_counting = batch_idx == self._last
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -49,7 +47,7 @@ class Breakdown(L.Callback):
             return use(machine, device, func, operands)
 
         def kernel_and_note(clock: VirtualClock, agent: Any, what: str, dtype: str, flops: int, nbytes: int) -> None:
-            if what.startswith(("forward", "backward")):
+            if self._is_counting and what.startswith(("forward", "backward")):
                 took = max(flops / clock.gpu.flops(dtype), nbytes / clock.gpu.memory_bytes_per_second)
                 self.seconds[_kind(*running)] += took + clock.gpu.launch_seconds
             kernel(clock, agent, what, dtype, flops, nbytes)
@@ -62,7 +60,7 @@ class Breakdown(L.Callback):
 
     def table(self, num_gpus: int, step_seconds: float) -> str:
         """What is not computing is waiting."""
-        parts = [(name, seconds / self.num_steps / num_gpus) for name, seconds in self.seconds.most_common()]
+        parts = [(name, seconds / num_gpus) for name, seconds in self.seconds.most_common()]
         parts.append(("waiting", step_seconds - sum(seconds for _, seconds in parts)))
         rows = [f"| {name} | {seconds:.3f} s |" for name, seconds in parts]
         return "\n".join(["| operations | per step and GPU |", "|---|---|", *rows])

@@ -9,69 +9,106 @@ from pathlib import Path
 
 import lightning as L
 import torch
-from bound import bound, starts
+from bound import Bound, bound, starts
 from breakdown import Breakdown
 from models import MODELS, LanguageModel, tokens
+from own import own_kernels
+from plans import LAYERS, first_on_device, travelling
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import gpu_model, host_model
 from harmony_lightning.observability.trace import chrome_trace
 
-NUM_STEPS = 4
-"""The first one is not yet in full flow; the time between the starts of the last two is told."""
+NUM_STEPS = 5
+"""In the first ones it shows what travels in bfloat16, and what may stay. A plan that says both needs fewer."""
+NUM_STEPS_OF_PLAN = {"host": 2, "first": 3}
+"""By place of the first pack's update. States are made on the host, in the first step, and come in in the second."""
 HEADER = (
-    "| model | GPUs | tokens per step | packs | step | bound | ratio | of which | peak per GPU | this took |\n"
-    "|---|---|---|---|---|---|---|---|---|---|"
+    "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | to products alone | of which | "
+    "peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
 def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
     """One row of the table."""
-    shape, num_gpus = MODELS[arguments.model], arguments.num_gpus
-    cluster = EmulatedCluster(num_gpus, preset=arguments.gpu, host=arguments.host, fake=True, check_races=False)
+    shape, num_gpus, gpu = MODELS[arguments.model], arguments.num_gpus, gpu_model(arguments.gpu)
+    cluster = EmulatedCluster(num_gpus, preset=gpu, host=arguments.host, fake=True, check_races=False)
     num_sequences = max(1, num_tokens // arguments.length)
     microbatch_size = max(1, num_sequences // arguments.microbatches)
-    strategy = HarmonyStrategy(
-        mode="pp",
-        microbatch_size=microbatch_size,
-        one_layer_per_pack=arguments.one_layer_per_pack,
-        cluster=cluster,
-    )
+    num_microbatches = -(-num_sequences // microbatch_size)
+    with torch.device("meta"):
+        module = LanguageModel(shape)
+    module.to_empty(device="cpu")
+    if arguments.travelling:
+        plan = travelling(
+            module,
+            mode=arguments.mode,
+            num_gpus=num_gpus,
+            memory_bytes=gpu.memory_bytes,
+            microbatch_size=microbatch_size,
+            num_microbatches=num_microbatches,
+            stash=arguments.stash,
+        )
+        plan = first_on_device(plan, module) if arguments.update == "first" else plan
+        strategy = HarmonyStrategy(plan=plan, layers=LAYERS, cluster=cluster)
+    else:
+        strategy = HarmonyStrategy(
+            mode=arguments.mode,
+            update=arguments.update,
+            microbatch_size=microbatch_size,
+            one_layer_per_pack=True,
+            cluster=cluster,
+        )
+    num_steps = NUM_STEPS_OF_PLAN[arguments.update] if arguments.travelling else NUM_STEPS
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
         precision=arguments.precision,
-        callbacks=[breakdown := Breakdown()],
-        max_steps=NUM_STEPS,
+        callbacks=[breakdown := Breakdown(num_steps)],
+        max_steps=num_steps + 1,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    with torch.device("meta"):
-        module = LanguageModel(shape)
-    module.to_empty(device="cpu")
     begin = time.perf_counter()
     with breakdown.counting() if arguments.breakdown else nullcontext():
-        trainer.fit(module, tokens(num_sequences, arguments.length, shape.vocabulary, NUM_STEPS))
-    took = time.perf_counter() - begin
+        # The last step only shows when it can begin, for which one microbatch will do.
+        trainer.fit(module, tokens(num_sequences, arguments.length, shape.vocabulary, num_steps, microbatch_size))
     timeline, statistics = strategy.timeline(), strategy.statistics()
+    took = time.perf_counter() - begin
     if arguments.trace is not None:
         arguments.trace.write_text(chrome_trace(timeline))
-    num_parameters = sum(parameter.numel() for parameter in module.parameters())
-    dtype = "float32" if arguments.precision == "32-true" else "bfloat16"
-    least = bound(
-        timeline, NUM_STEPS, num_gpus, num_parameters, gpu_model(arguments.gpu), host_model(arguments.host), dtype
-    )
+    one = own_kernels(shape, (microbatch_size, arguments.length + 1), gpu, arguments.precision)
+    recomputed = [f"blocks.{i}" for i in range(shape.depth) if f"blocks.{i}" not in strategy.plan.keep]
     first, second = starts(timeline)[-2:]
-    seconds = second - first
-    parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(least).items())
+    least = bound(
+        timeline,
+        first,
+        second,
+        num_gpus=num_gpus,
+        num_parameters=sum(parameter.numel() for parameter in module.parameters()),
+        kernel_seconds=one.per_step(num_microbatches, recomputed),
+        gpu=gpu,
+        host=host_model(arguments.host),
+        dtype="float32" if arguments.precision == "32-true" else "bfloat16",
+    )
+    stays = f"{len(strategy.plan.resident)} of {statistics.num_packs} packs stay"
     row = (
         f"| {arguments.model} | {num_gpus}x {arguments.gpu} | {num_sequences * arguments.length} | "
-        f"{statistics.num_packs} | {seconds:.3f} s | {least.seconds:.3f} s ({least.resource.replace('_', ' ')}) | "
-        f"{seconds / least.seconds:.3f} | {parts} | {max(statistics.peak_device_bytes) / 2**30:.1f} GiB | {took:.0f} s |"
+        f"{num_microbatches} of {microbatch_size} | {'travel' if arguments.travelling else stays} | "
+        f"{_times(second - first, least)} | "
+        f"{max(statistics.peak_device_bytes) / 2**30:.1f} GiB | {took:.0f} s |"
     )
-    return f"{row}\n\n{breakdown.table(num_gpus, seconds)}\n" if arguments.breakdown else row
+    return f"{row}\n\n{breakdown.table(num_gpus, second - first)}\n" if arguments.breakdown else row
+
+
+def _times(seconds: float, least: Bound) -> str:
+    parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(least).items())
+    return (
+        f"{seconds:.3f} s | {least.seconds:.3f} s ({least.resource.replace('_', ' ')}) | {seconds / least.seconds:.3f} | "
+        f"{seconds / least.seconds_of_products:.3f} | {parts}"
+    )
 
 
 def main() -> None:
@@ -83,8 +120,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
+    parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
+    parser.add_argument("--update", default="host", choices=("host", "first"))
+    parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
+    parser.add_argument(
+        "--stash", default="device", choices=("device", "host"), help="where inputs wait if weights travel"
+    )
     parser.add_argument("--precision", default="bf16-mixed")
-    parser.add_argument("--one-layer-per-pack", action="store_true")
     parser.add_argument("--breakdown", action="store_true", help="tell what the GPUs compute, by class of operation")
     parser.add_argument("--trace", type=Path, help="write the last run's timeline, for https://ui.perfetto.dev")
     arguments = parser.parse_args()

@@ -105,9 +105,9 @@ class _Tokens(Dataset):
         return self.rows[index]
 
 
-def tokens(num_sequences: int, length: int, vocabulary: int, steps: int) -> DataLoader:
-    """Batches of [num_sequences, length + 1] for so many steps."""
-    return DataLoader(_Tokens(num_sequences * steps, length, vocabulary), batch_size=num_sequences)
+def tokens(num_sequences: int, length: int, vocabulary: int, steps: int, rest: int = 0) -> DataLoader:
+    """Batches of [num_sequences, length + 1] for so many steps, and a last one of `rest` sequences if there is one."""
+    return DataLoader(_Tokens(num_sequences * steps + rest, length, vocabulary), batch_size=num_sequences)
 
 
 def llama_70b() -> LanguageModel:

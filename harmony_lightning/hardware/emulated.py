@@ -33,7 +33,8 @@ class EmulatedCluster:
     With `check_races`, memory that is used without being waited for raises `RaceError`. With a `preset` ("3090", see
     `hardware.presets`, or a model of your own) the run is timed as on these GPUs in that `host`: `activities`. With `fake`,
     large tensors have shapes and no numbers, and take no memory: models of any size can be timed anywhere. Build them on
-    the meta device and call `to_empty(device="cpu")`.
+    the meta device and call `to_empty(device="cpu")`. With `strict` False, host tensors may be used on a device, where
+    CUDA would refuse, and are copied: for modules that only ever ran on the host.
 
     Raises:
         ConfigurationError: no GPU, or a memory that is not a size.
@@ -45,6 +46,7 @@ class EmulatedCluster:
     host: str | HostModel | None = None
     check_races: bool = True
     fake: bool = False
+    strict: bool = True
     devices: tuple[EmulatedDevice, ...] = field(init=False)
     machine: Machine = field(init=False)
 
@@ -58,7 +60,7 @@ class EmulatedCluster:
             object.__setattr__(self, "memory", gpu.memory_bytes if gpu is not None else "64MiB")
         assert self.memory is not None
         memory_bytes = parse_nbytes(self.memory)
-        machine = Machine(self.num_gpus, is_checked=self.check_races, is_fake=self.fake)
+        machine = Machine(self.num_gpus, is_checked=self.check_races, is_fake=self.fake, is_strict=self.strict)
         if gpu is not None:
             machine.clock = VirtualClock(machine.agents, gpu, host_model(self.host or DEFAULT_HOST))
         devices = tuple(EmulatedDevice(index, memory_bytes, machine) for index in range(self.num_gpus))
@@ -125,4 +127,5 @@ class EmulatedCluster:
         return f"EmulatedCluster(num_gpus={self.num_gpus}, memory={self.memory!r}{preset})"
 
     def __reduce__(self) -> tuple[type[Self], tuple[Any, ...]]:
-        return type(self), (self.num_gpus, self.memory, self.preset, self.host, self.check_races, self.fake)
+        options = (self.num_gpus, self.memory, self.preset, self.host, self.check_races, self.fake, self.strict)
+        return type(self), options

@@ -58,11 +58,13 @@ class Machine:
         clock: None if nobody asked for times.
         waits: where the package waits, by file and line, and how often; None unless somebody collects them.
         is_fake: large tensors have shapes and no numbers.
+        is_strict: host tensors are refused on devices where CUDA would.
         ignored: a place whose waits do nothing: tests show with it that the check would notice their absence.
     """
 
-    def __init__(self, num_devices: int, *, is_checked: bool, is_fake: bool = False) -> None:
+    def __init__(self, num_devices: int, *, is_checked: bool, is_fake: bool = False, is_strict: bool = True) -> None:
         self.is_fake = is_fake
+        self.is_strict = is_strict
         self.agents = Agents(num_devices)
         self.check = RaceCheck(self.agents) if is_checked else None
         self.clock: VirtualClock | None = None

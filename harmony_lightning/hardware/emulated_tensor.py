@@ -12,6 +12,9 @@ All of this happens below autograd, which sees ordinary tensors of device `cpu:i
 
 import contextlib
 import copy
+import functools
+import logging
+import operator
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -20,8 +23,10 @@ from typing_extensions import override
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
-from harmony_lightning.hardware.operations import Operation, operation
+from harmony_lightning.hardware.operations import Operation, operation, tensors
 from harmony_lightning.hardware.shapes import run_on_shapes
+
+log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 HOST = torch.device("cpu")
@@ -120,13 +125,29 @@ class EmulatedTensor(torch.Tensor):
 
     @override
     def numpy(self, *, force: bool = False) -> Any:
-        if not force:
-            raise TypeError(f"can't convert a tensor on {self.home.name} to numpy; call .cpu() first")
-        return self.detach().cpu().numpy(force=True)
+        """A copy, for which the calling thread waits. A real GPU refuses; code that was written for the host need not."""
+        return self.cpu().numpy(force=force)
 
-    @override
-    def __array__(self, dtype: Any = None) -> Any:
-        return self.numpy()
+    def __bool__(self) -> bool:
+        return bool(self._number()) if _is_hidden() else super().__bool__()
+
+    def __int__(self) -> int:
+        return int(self._number()) if _is_hidden() else super().__int__()
+
+    def __index__(self) -> int:
+        return operator.index(self._number()) if _is_hidden() else super().__index__()
+
+    def __float__(self) -> float:
+        return float(self._number()) if _is_hidden() else super().__float__()
+
+    def __complex__(self) -> complex:
+        return complex(self._number()) if _is_hidden() else super().__complex__()
+
+    def _number(self) -> Any:
+        if self.numel() != 1:
+            raise ValueError("only one element tensors can be converted to Python scalars")
+        with below_functions():
+            return run(aten._local_scalar_dense.default, (self,), {}, None)
 
     @override
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
@@ -172,6 +193,11 @@ class EmulatedTensor(torch.Tensor):
 _BASE_DATA: Any = torch.Tensor.data
 
 
+def _is_hidden() -> bool:
+    """Whether torch passes by `__torch_dispatch__`, as `torch.tensor` does while it reads the items of a list."""
+    return torch._C._dispatch_tls_is_dispatch_key_excluded(torch._C.DispatchKey.Python)
+
+
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory: the address of the storage that holds the numbers."""
     return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
@@ -192,8 +218,8 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
             home = resolve(kwargs["device"], home, devices)
             inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
-    elif hosts or any(tensor.home is not home for tensor in ours):
-        _check_same_device(known, args, kwargs, ours, hosts, is_at_rest=devices is None)
+    elif (hosts or any(tensor.home is not home for tensor in ours)) and not _may_mix(known, args, kwargs, ours, hosts):
+        return _bring_together(known, args, kwargs, home if devices is not None else None)
     if home is not None and home.machine.is_fake:
         out = run_on_shapes(known, inner_args, inner_kwargs)
     else:
@@ -305,35 +331,61 @@ def resolve(
     return known[device.index]
 
 
-def _check_same_device(
-    known: Operation,
-    args: Any,
-    kwargs: Any,
-    ours: Sequence[EmulatedTensor],
-    hosts: list[torch.Tensor],
-    *,
-    is_at_rest: bool,
-) -> None:
-    """What CUDA asks for: one device, beside which only host scalars and host indices may be read. `is_at_rest`: no cluster
-    is in use, and what several have left behind on their first GPUs lies, as it would, on the first GPU."""
+def _may_mix(
+    known: Operation, args: Any, kwargs: Any, ours: Sequence[EmulatedTensor], hosts: list[torch.Tensor]
+) -> bool:
+    """Whether CUDA would take these: they are on one device, beside which only host scalars and host indices are read."""
     if not ours:
-        return
+        return True
     home, func = ours[0].home, known.func
-    is_mixed = any(t.home is not home and not (is_at_rest and t.home.index == home.index) for t in ours)
-    if func in _HOST_INDICES and not is_mixed:
+    if any(tensor.home is not home for tensor in ours):
+        return False
+    indices: list[torch.Tensor] = []
+    if func in _HOST_INDICES:
         indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
-        home.traffic.host_to_device_bytes += sum(index.nbytes for index in indices)
         hosts = [host for host in hosts if all(host is not index for index in indices)]
     if func in _HOST_BATCH_SIZES:
         hosts = [host for host in hosts if host is not args[1]]
     written = known.written(args, kwargs)
-    if is_mixed or any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
-        _refuse(func, args, kwargs)
-    home.traffic.host_to_device_bytes += sum(host.nbytes for host in hosts)
+    if any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
+        return False
+    home.traffic.host_to_device_bytes += sum(host.nbytes for host in (*indices, *hosts))
+    return True
+
+
+def _bring_together(known: Operation, args: Any, kwargs: Any, home: EmulatedDevice | None) -> Any:
+    """What CUDA refuses, for code that was written for the host: tensors meet where one is written, else on the device
+    `home`, or on the host if it is None. While a cluster is in use these are tensors of one device and the host's, and the
+    cluster must not be strict."""
+    homes = {t.home if type(t) is EmulatedTensor else None for t in known.written(args, kwargs)}
+    if home is not None:
+        others = {getattr(tensor, "home", None) for tensor in tensors((args, kwargs.values()))} - {None, home}
+        if home.machine.is_strict or others:
+            _refuse(known.func, args, kwargs)
+        _tell_once(f"a layer's code brings host tensors and those of {home.name} together; CUDA would refuse")
+    if len(homes) > 1:
+        _refuse(known.func, args, kwargs)
+    home = homes.pop() if homes else home
+
+    def come(value: Any) -> Any:
+        if isinstance(value, (list, tuple)):
+            return [come(item) for item in value]
+        if isinstance(value, torch.Tensor) and getattr(value, "home", None) is not home:
+            goal = {"device": HOST if home is None else home.torch_device}
+            return run(aten._to_copy.default, (value,), goal, home.cluster_devices if home is not None else None)
+        return value
+
+    args, kwargs = come(args), {name: come(value) for name, value in kwargs.items()}
+    return known.func(*args, **kwargs) if home is None else run(known.func, args, kwargs, home.cluster_devices)
+
+
+@functools.cache
+def _tell_once(text: str) -> None:
+    log.warning("harmony: %s", text)
 
 
 def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
-    tensors: list[str] = []
+    found: list[str] = []
 
     def note(value: Any) -> None:
         if isinstance(value, (list, tuple)):
@@ -341,11 +393,11 @@ def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
                 note(item)
         elif isinstance(value, torch.Tensor):
             place = value.home.name if isinstance(value, EmulatedTensor) else "host"
-            tensors.append(f"{tuple(value.shape)} on {place}")
+            found.append(f"{tuple(value.shape)} on {place}")
 
     note([*args, *kwargs.values()])
     raise RuntimeError(
-        f"{func}: expected all tensors to be on the same device, but found {', '.join(tensors)}; move them to one "
+        f"{func}: expected all tensors to be on the same device, but found {', '.join(found)}; move them to one "
         "device with .to()"
     )
 

@@ -2,7 +2,8 @@
 
 The runtime carries a plan out and decides nothing that stands here. Vocabulary and placement are those of Li et al.,
 "Harmony", VLDB 2022, section 4: packs of consecutive layers, dealt round-robin over the GPUs (*pp*, wrap-around), or
-microbatches dealt round-robin while every GPU runs every pack (*dp*).
+microbatches dealt round-robin while every GPU runs every pack (*dp*). Ours is the *mixed* one: single packs of a plan in pp
+whose microbatches are dealt (`Plan.dealt`).
 """
 
 from collections.abc import Sequence
@@ -102,6 +103,9 @@ class Plan(Record):
     """What narrow weights are cast to: the type of autocast."""
     gradient_wire: Literal["exact", "half"] = "exact"
     """How gradients of narrow weights travel: `HarmonyConfig.gradient_wire`."""
+    dealt: tuple[int, ...] = ()
+    """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
+    takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -128,14 +132,22 @@ class Plan(Record):
         for name in self.keep:
             if name not in layers:
                 raise ConfigurationError(f"keep names layer {name!r}, which is in no pack")
-        for field in ("resident", "stash_stays"):
+        if self.dealt and self.mode == "dp":
+            raise ConfigurationError(
+                f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
+            )
+        for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
                     raise ConfigurationError(f"{field} names pack {index}, but packs are 0 to {len(self.packs) - 1}")
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
-        return (pack if self.mode == "pp" else microbatch) % self.num_devices
+        return (microbatch if self.is_dealt(pack) else pack) % self.num_devices
+
+    def is_dealt(self, pack: int) -> bool:
+        """Whether the microbatches of a pack go to different devices."""
+        return self.mode == "dp" or pack in self.dealt
 
     def follows(self, order: Sequence[str], loops: Sequence[frozenset[str]]) -> bool:
         """Whether packs are in the order of these calls, and layers that take turns share one."""
@@ -147,7 +159,7 @@ class Plan(Record):
     @property
     def num_active_devices(self) -> int:
         """Devices that get any work in one step."""
-        return min(self.num_devices, len(self.packs) if self.mode == "pp" else self.num_microbatches)
+        return len({device for pack in range(len(self.packs)) for device in self.visitors(pack)})
 
     def visitors(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack visits in one step, ascending."""
@@ -172,13 +184,18 @@ class Plan(Record):
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
-        each once, none of frozen weights. Gradients of narrow weights leave as they are made where there is only one
-        microbatch to make them: a sum of several needs float32."""
-        is_half = self.gradient_wire == "half" or self.num_microbatches == 1
-        leaving = (pack for index, pack in enumerate(self.packs) if not self.weights_stay(index))
-        return self._state_bytes + sum(
-            pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2 for pack in leaving
-        )
+        each once, and once from each device if they are dealt, none of frozen weights. Gradients of narrow weights leave as
+        they are made where there is only one microbatch to make them: a sum of several needs float32."""
+        total = self._state_bytes
+        for index, pack in enumerate(self.packs):
+            if self.weights_stay(index):
+                continue
+            leaves_each = index in self.dealt and pack.update == "host"
+            for device in self.visitors(index) if leaves_each else (None,):
+                made = [m for m in range(self.num_microbatches) if device is None or self.device(index, m) == device]
+                is_half = self.gradient_wire == "half" or len(made) == 1
+                total += pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2
+        return total
 
     @property
     def _state_bytes(self) -> int:
@@ -186,7 +203,7 @@ class Plan(Record):
 
     def weights_stay(self, pack: int) -> bool:
         """Whether new weights of a pack stay on the only device that ever needs them."""
-        return pack in self.updates_stay and (self.mode == "pp" or self.num_devices == 1)
+        return pack in self.updates_stay and len(self.devices_of(pack)) == 1
 
     @property
     def num_gradient_buffers(self) -> int:
@@ -199,9 +216,15 @@ class Plan(Record):
         gradients that others wait to take the place of go in the order of their arrival."""
         return 0 if pack >= self.num_gradient_buffers else 1 + pack
 
+    def devices_of(self, pack: int) -> tuple[int, ...]:
+        """Devices that a pack may visit, ascending, however many microbatches there are."""
+        return tuple(range(self.num_devices)) if self.is_dealt(pack) else (pack % self.num_devices,)
+
     def packs_on(self, device: int) -> tuple[int, ...]:
         """Packs that may visit a device, ascending, however many microbatches there are."""
-        return tuple(range(device, len(self.packs), self.num_devices) if self.mode == "pp" else range(len(self.packs)))
+        return tuple(
+            pack for pack in range(len(self.packs)) if self.is_dealt(pack) or pack % self.num_devices == device
+        )
 
     def rotating(self, device: int) -> tuple[int, ...]:
         """Packs that share the slots of a device: all but those with slots of their own."""

@@ -10,6 +10,7 @@ of a transformer block is never computed again, nor any of an embedding's or a h
 import contextlib
 import weakref
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -166,3 +167,26 @@ class Activations:
 def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
     # Not the tensor itself: an operation that saves its own result would hold itself alive for ever.
     return tensor.detach(), tensor._version
+
+
+def keep_detached(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach()  # an operation that saves its own result would hold itself alive for ever
+
+
+def hand_out(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor
+
+
+def unreachable(_: Any) -> Any:
+    raise AssertionError("gradients of a layer's inputs are taken where its graph begins, and a second run has none")
+
+
+def is_layer_hook(pack: Any) -> bool:
+    """Whether a saved-tensor hook is that of a layer's forward, which may be taken off the thread.
+
+    Raises:
+        TakesDerivative: it is, but without it the layer's graph would hold weights.
+    """
+    if isinstance(getattr(pack, "__self__", None), Activations):
+        raise TakesDerivative
+    return pack is keep_detached

@@ -152,10 +152,10 @@ def first_derivative_only(backward: Callable[..., tuple[Any, ...]]) -> Callable[
 
     @functools.wraps(backward)
     def wrapper(ctx: Any, *gradients: Any) -> tuple[Any, ...]:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *gradients)
         with torch.no_grad():
             results = backward(ctx, *gradients)
-        if not torch.is_grad_enabled():
-            return results
         anchor, layer = ctx.call.segment.state.anchor, ctx.call.site.name
         return tuple(
             result if result is None else _Refusal.apply(anchor, result, layer)  # type: ignore[no-untyped-call]

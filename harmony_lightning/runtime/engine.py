@@ -78,7 +78,7 @@ class Engine:
         self.settle()
         if self._code is not None:
             self.bring_home()
-            self.state.close()
+            self.state.weights.close()
             self._code = None
         with self.cluster.activate():
             state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker, self.uses)
@@ -161,8 +161,8 @@ class Engine:
         self._measures = None
         with self.cluster.activate(continues=True):
             if trains:
-                self.state.allocate()
-            self.state.meter = Meter(self.plan, self.cluster.devices, self.state.weight_slots_nbytes, trains=trains)
+                self.state.weights.allocate()
+            self.state.meter = Meter(self.plan, self.cluster.devices, self.state.weights.slot_nbytes, trains=trains)
 
     def _end_measuring(self) -> None:
         meter, self.state.meter = self.state.meter, None
@@ -186,7 +186,7 @@ class Engine:
                 self.bring_home()
             except Exception:
                 log.exception("the newest weights could not be brought to the host")
-            self.state.close()
+            self.state.weights.close()
         self.worker.close()
         self.cluster.close()
         self._code = None
@@ -241,9 +241,9 @@ class Engine:
                 written; the next step must be the same with `is_cut` False.
         """
         self.end_step()
-        self.state.begin()
+        self.state.weights.begin()
         if self.has_settled:  # since anybody may have written masters
-            self.state.forget_casts()
+            self.state.weights.forget_casts()
         self.state.is_learning = not self.trace.is_complete
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
@@ -310,8 +310,8 @@ class Engine:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
         differentiates and updates by itself (`trains`)."""
         self.settle()
-        self.state.begin()
-        self.state.forget_casts()
+        self.state.weights.begin()
+        self.state.weights.forget_casts()
         code = self._user_code
         microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
         self._microbatches = [microbatch]
@@ -330,8 +330,8 @@ class Engine:
         """Run user code that trains nothing: all functions go through each pack before the next one is brought in, and
         come out as if each had been run after the one before (`together`)."""
         self.settle()
-        self.state.begin()
-        self.state.forget_casts()
+        self.state.weights.begin()
+        self.state.weights.forget_casts()
         shared = self._shared_pass = SharedPass(self._user_code, functions)
         self._microbatches = shared.microbatches
         self._begin_measuring(trains=False)
@@ -380,7 +380,7 @@ class Engine:
             if current is not None:
                 self.state.masters_written(trained_only=True)
             else:
-                self.state.expect_writes(trained_only=True)
+                self.state.weights.expect_writes(trained_only=True)
 
         def user_code() -> Any:
             put_current()
@@ -429,9 +429,9 @@ class Engine:
 
     def bring_home(self) -> None:
         """Bring what has stayed on devices, and is newer there, to the host: anybody may look at it, and write it."""
-        if self._code is not None and self.state.is_behind:
+        if self._code is not None and self.state.weights.is_behind:
             with self.cluster.activate(continues=True), torch._C.DisableTorchFunction():
-                self.state.bring_home()
+                self.state.weights.bring_home()
 
     @property
     def updated(self) -> Collection[str]:
@@ -449,7 +449,7 @@ class Engine:
 
     def notice(self, arguments: Any) -> None:
         """User code is about to work with these: what is still being updated must be finished first."""
-        if self.has_settled and (self._code is None or not self.state.is_behind):
+        if self.has_settled and (self._code is None or not self.state.weights.is_behind):
             return
         if not any(self.is_updated(tensor) for tensor in tensors_in(arguments)):
             return
@@ -465,12 +465,12 @@ class Engine:
         to others than torch."""
         self.notice(arguments)
         if self._code is not None and shows:
-            self.state.notice_look(arguments, leaks=leaks)
+            self.state.weights.notice_look(arguments, leaks=leaks)
 
     def _come_to_rest(self) -> None:
         """Wait for all copies: from here on anybody may write the masters, and slots may go."""
         if self._code is not None:
-            self.state.finish_enqueuing()
+            self.state.weights.finish_enqueuing()
         for device in self.cluster.devices:
             for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT):
                 device.record(lane).synchronize()

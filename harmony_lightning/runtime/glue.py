@@ -28,7 +28,7 @@ from harmony_lightning.runtime.objects import ObjectTensors
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
-    """__get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
+    """__array__ __get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
     __deepcopy__ __reduce_ex__ _set_grad_enabled data_ptr dense_dim detach dim element_size get_device
     has_names item ndimension nelement numel numpy register_hook register_post_accumulate_grad_hook requires_grad_
     retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905

@@ -68,6 +68,7 @@ class GradientStore:
         take on each device."""
         self._reads = reads
         self._parameters = parameters
+        self._order = {name: index for index, name in enumerate(parameters)}
         self._limit_nbytes = limit_nbytes
         self._plan = plan
         self._devices = cluster.devices
@@ -103,9 +104,8 @@ class GradientStore:
         self.updates: DeviceUpdates | None = None
         """Takes complete gradients where they are; None if there are no such devices."""
 
-    @torch.no_grad()
     def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
-        """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue.
+        """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue. Called without grad mode.
 
         The tensor may be kept, but is written only if it `is_ours`: autograd hands the same one to several takers.
         """
@@ -181,7 +181,12 @@ class GradientStore:
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
             assert pack is not None
-            self._reduce(holders)
+            if pack in self._plan.dealt and self._plan.packs[pack].update == "host":
+                # Devices have other packs to go on with: the host adds, in the same order, and none of them waits.
+                while len(holders) > 1:
+                    self._swap_out(*holders.pop(0), lambda name: False, _ignore)
+            else:
+                self._reduce(holders)
             self._update_there(*holders[0], is_complete)
             self._swap_out(*holders[0], is_complete, on_complete)
 
@@ -359,6 +364,7 @@ class GradientStore:
 
         in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
         self._in_parts.update(arrived.keys() - complete)
+        self._in_parts -= complete
         priority = 0 if in_turn else self._plan.update_priority(slot_pack)
         ticket = self._submit(take, complete, on_complete, arrival, priority)
         self._buffers.follow(buffer, ticket)
@@ -431,7 +437,7 @@ class GradientStore:
         on_complete(self._in_order(complete - self._for_hooks.keys()))
 
     def _in_order(self, names: frozenset[str]) -> list[str]:
-        return [name for name in self._parameters if name in names]
+        return sorted(names, key=self._order.__getitem__)
 
 
 def has_hooks(parameter: nn.Parameter) -> bool:

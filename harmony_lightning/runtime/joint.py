@@ -183,7 +183,7 @@ class Joint:
         first = self._members[0]
         with torch.enable_grad(), saved_tensors_hooks(_drop, _refuse):
             args, kwargs = first.arguments.build(tensors)
-            weights = first.state.weights_of(self._site, first.device, first.trained)
+            weights = first.state.weights.of_site(self._site, first.device, first.trained)
             result, _ = run_layer(
                 first.state,
                 self._site,

@@ -13,6 +13,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.hardware.device import Device, Lane
+from harmony_lightning.runtime.differentiate import accumulate
 from harmony_lightning.runtime.joint import Joint, Waiting
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Moved, Replaced, Segment
@@ -94,7 +95,7 @@ class Microbatch:
     def park(self, pack: int, needed: Sequence[torch.Tensor] = (), *, awaits_turn: bool = False) -> None:
         """Called within the greenlet: wait until the engine has come to `pack`, which first needs these tensors."""
         self.waits_for, self.awaits_turn = pack, awaits_turn
-        self._luggage = Luggage(self.segment, needed)
+        self._luggage = Luggage(self.segment, needed if len(self._state.cluster.devices) > 1 else ())
         self.segment.leave()  # while this one waits, nothing of the past may stay on the device for it
         assert self._greenlet is not None and self._greenlet.parent is not None
         self._greenlet.parent.switch()
@@ -196,8 +197,8 @@ class Microbatch:
                         gradients = [_total(parts) for _, parts in arrived]
                     edges = [edge for edge, _ in arrived]
                     del arrived
-                    torch.autograd.backward(edges, gradients)
-            with torch._C.DisableTorchFunction():
+                    accumulate(edges, gradients)
+            with torch._C.DisableTorchFunction(), torch.no_grad():
                 segment.add_partial_gradients()
         finally:
             self._in_backward = None

@@ -6,15 +6,14 @@ from visit to visit.
 """
 
 import dataclasses
-import functools
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
 
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
@@ -22,14 +21,11 @@ from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
 from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.device_update import DeviceUpdates
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.narrow import Watch, WeightUses
-from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights, WeightStore
-from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.transfer import Arrival, Departures, send
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.weights import SwappedWeights
 from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:
@@ -47,11 +43,11 @@ class RuntimeState:
             they give way to the next: code between layers may go through all weights.
         travelling_nbytes: what tensors may take on a device that are on their way to or from others, beyond those of the
             running microbatch and its neighbours.
+        weights: those of layers, on all devices.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         slot_nbytes: of the largest pack's weights.
-        upcoming: by device, the pack to swap in behind the running one.
         objects: what the running layer has been given within objects.
         narrow: names of narrow weights by pack.
         uses: what has been seen of how layers use their weights; `is_learning` in the first step.
@@ -75,20 +71,22 @@ class RuntimeState:
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
-        self._packs_of: dict[str, list[int]] = {}
-        for index, pack in enumerate(plan.packs):
-            for name in pack.parameters:
-                self._packs_of.setdefault(name, []).append(index)
         self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
         self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
         # Where not even a second pack fits, nothing is to spare.
         self.travelling_nbytes = self.spare_nbytes if plan.prefetch else 0
-        self.gradients = GradientStore(self.parameters, plan, cluster, counters, worker, self._reads, self.spare_nbytes)
+        self.weights = SwappedWeights(
+            self.parameters,
+            plan,
+            cluster,
+            counters,
+            lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
+        )
+        self.gradients = self.weights.gradients
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
-        self.upcoming: dict[int, int] = {}
         self.objects: Any = None
         self.uses = uses or WeightUses()
         self.is_learning = False
@@ -113,43 +111,16 @@ class RuntimeState:
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
         self.departures = Departures(cluster.devices, self.travelling_nbytes, lambda: self.plan.num_microbatches)
-        self._loaders: list[HostWorker] = []
-        """By device, who enqueues its swap-ins: they wait for updates, and the controller need not."""
         layered = {name for pack in plan.packs for name in pack.parameters}
         self.glue = GlueWeights(
             self.parameters,
             self.parameters.keys() - layered,
             counters,
             self.spare_nbytes,
-            self._await_masters,
+            self.weights.await_masters,
             host_is_device=cluster.host_is_device,
         )
         self.narrow = [frozenset(pack.narrow) for pack in plan.packs]
-        self._store: WeightStore | None = None
-        self._updates: DeviceUpdates | None = None
-        self._weights: list[DeviceWeights] | list[HostWeights]
-        if cluster.host_is_device:
-            self._weights = [HostWeights(self.parameters, plan)]
-        else:
-            store = self._store = WeightStore(self.parameters, plan, cluster)
-            self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
-            weights = self._weights = [
-                DeviceWeights(device, store, plan, counters, loader, self.gradients.await_updates, self._reads)
-                for device, loader in zip(cluster.devices, self._loaders, strict=True)
-            ]
-            self._updates = self.gradients.updates = DeviceUpdates(
-                self.parameters,
-                plan,
-                cluster,
-                counters,
-                store,
-                weights,
-                self._loaders,
-                self.gradients.await_updates,
-                self._reads,
-            )
-            for device, one in enumerate(weights):
-                one.find_newer = functools.partial(self._updates.slots.newer, device=device)
 
     # Where things are -------------------------------------------------------------------------------------------------
 
@@ -176,61 +147,19 @@ class RuntimeState:
         """`pack` if the weight has a place in its gradient slot."""
         return pack if name in self.plan.packs[pack].parameters else None
 
-    def _reads(self, names: Iterable[str]) -> list[Event]:
-        packs = sorted({pack for name in names for pack in self._packs_of.get(name, ())})
-        reads = (weights.last_read(pack) for weights in self._weights for pack in packs)
-        return [read for read in reads if read is not None]
-
-    def weights_of(self, site: Site, device: Device, trained: Sequence[str]) -> Weights:
-        """Device-resident weights of a layer; those in `trained` require a gradient."""
-        if site.pack is None:
-            return Weights()
-        weights = self._weights[device.index].acquire(site.pack, site.weight_names)
-        upcoming = self.upcoming.pop(device.index, None)
-        if upcoming is not None:
-            self._weights[device.index].prefetch(upcoming)
-        for name in site.weight_names:
-            weights[name].requires_grad_(name in trained)
-        return weights
-
     def is_weight_memory(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in a device copy of weights, which the plan moves, not the user's code."""
-        return self.glue.holds(tensor) or any(weights.holds(tensor) for weights in self._weights)
-
-    def refer_to_slot(self, device: Device, tensor: torch.Tensor) -> Callable[[], torch.Tensor] | None:
-        """What finds a tensor in slot memory again when the slot holds another pack; None for others."""
-        weights = self._weights[device.index]
-        if isinstance(weights, HostWeights) or (found := weights.find_slice(tensor)) is None:
-            return None
-        return functools.partial(weights.restore, *found)
-
-    def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The tensor itself, or a copy if it lies in slot memory, which will be overwritten."""
-        return tensor.clone() if any(weights.holds(tensor) for weights in self._weights) else tensor
+        return self.glue.holds(tensor) or self.weights.holds(tensor)
 
     def notice_write(self, tensor: torch.Tensor) -> None:
         """User code has written a tensor off the segment's device: if it is a master, its copies are out of date."""
         if self.is_master(tensor):
             self.masters_written()
 
-    def expect_writes(self, *, trained_only: bool = False) -> None:
-        """Masters are written, or are going to be: device copies are no good any more."""
-        if self._store is not None:
-            self._store.expect_writes(trained_only=trained_only)
-
-    def notice_look(self, arguments: Iterable[Any], *, leaks: bool) -> None:
-        """User code between steps is about to work with these, and may write masters behind any view of them."""
-        store = self._store
-        if store is None or not (store.is_copied or leaks):
-            return
-        if any(isinstance(leaf, torch.Tensor) and store.holds(leaf) for leaf in arguments):
-            store.has_leaked |= leaks
-            store.expect_writes()
-
     def before_write(self, tensor: torch.Tensor) -> None:
         """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
         if self.is_master(tensor):
-            self.finish_enqueuing()
+            self.weights.finish_enqueuing()
             for device in self.cluster.devices:
                 device.record(Lane.SWAP_IN).synchronize()
             self.glue.before_write(tensor.data_ptr())
@@ -240,8 +169,7 @@ class RuntimeState:
         is_on_host = tensor.device.type == "cpu" and not self.is_device(tensor.device)
         if not is_on_host or tensor.layout != torch.strided:
             return False
-        in_arena = self._store is not None and self._store.holds(tensor)
-        return in_arena or tensor.data_ptr() in {p.data_ptr() for p in self.parameters.values()}
+        return self.weights.is_master_memory(tensor)
 
     # What is running --------------------------------------------------------------------------------------------------
 
@@ -254,8 +182,16 @@ class RuntimeState:
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
         try:
-            with device.lane(Lane.COMPUTE), nullcontext() if is_watched else _unseen_by(self.watcher):
-                yield
+            with device.lane(Lane.COMPUTE):
+                if is_watched or self.watcher is None or _get_current_function_mode() is not self.watcher:  # type: ignore[no-untyped-call]
+                    yield
+                    return
+                # A function mode costs microseconds for every function, and a layer calls a hundred.
+                _pop_mode()  # type: ignore[no-untyped-call]
+                try:
+                    yield
+                finally:
+                    _push_mode(self.watcher)  # type: ignore[no-untyped-call]
         finally:
             torch.set_autocast_cache_enabled(is_cached)
             self.depth -= 1
@@ -304,100 +240,25 @@ class RuntimeState:
             self.masters_written()  # most likely an update follows
         self._worker.drain()
 
-    # From visit to visit ----------------------------------------------------------------------------------------------
-
-    def prefetch_first(self) -> None:
-        """A step begins: on each device, bring in the pack that comes first there."""
-        for device in range(len(self._weights)):
-            packs = range(len(self.plan.packs))
-            first = next((p for p in packs if device in self.plan.visitors(p)), None)
-            if first is not None:
-                self._weights[device].prefetch(first)
-
-    def begin(self) -> None:
-        """A step begins."""
-        if self._store is not None and self._store.has_leaked:
-            self._store.expect_writes()
-
-    def begin_updates(self, update: JustInTimeUpdate | None) -> None:
-        """A backward begins; `update` is to be taken on devices for the packs of which the plan says so."""
-        if self._updates is not None:
-            self._updates.begin(update)
-
-    def prefetch_states(self, pack: int) -> None:
-        """The backward of a pack begins, and its update will come behind."""
-        if self._updates is not None:
-            self._updates.prefetch(pack)
-
-    def end_updates(self) -> None:
-        """No gradient will be complete on a device any more."""
-        if self._updates is not None:
-            self._updates.end()
-
-    @property
-    def is_behind(self) -> bool:
-        """Whether devices have newer weights, or states of the optimizer, than the host."""
-        return self._updates is not None and self._updates.slots.is_behind()
-
-    def bring_home(self, names: Iterable[str] | None = None) -> None:
-        """Return when the host has the newest weights and states: of all, or of these weights at least."""
-        if self._updates is not None:
-            self._updates.slots.bring_home(names)
-
-    def _await_masters(self, names: Iterable[str]) -> None:
-        self.gradients.await_updates(names)
-        self.bring_home(names)
-
-    def finish_enqueuing(self) -> None:
-        """Return when all swap-ins that were asked for are in their lanes."""
-        for loader in self._loaders:
-            loader.wait()
-
     def wait(self) -> None:
         """Return when no weights are updated or read any more."""
-        for worker in (self._worker, *self._loaders):
-            worker.wait()
+        self._worker.wait()
+        self.weights.finish_enqueuing()
 
     def settle(self) -> None:
         """Return when no weights are updated or read any more; raise what an update has raised."""
-        for worker in (self._worker, *self._loaders):
-            worker.drain()
-
-    def close(self) -> None:
-        """Let go of threads and of device memory: nobody else would end the circle of those who wait for weights."""
-        for loader in self._loaders:
-            loader.close()
-        self._weights, self._store = [], None
-        if self._updates is not None:
-            self._updates.slots.close()
-        self._updates = self.gradients.updates = None
-        self.gradients.close()
+        self._worker.drain()
+        self.weights.drain()
 
     def leave_pack(self) -> None:
         """User code goes on to another pack: what it used beside weights of layers may go."""
         self.glue.clear()
         self.buffers.drop_clean()
 
-    def release(self, pack: int, device: int) -> None:
-        """A pack's weights are not needed on a device for now."""
-        self._weights[device].release(pack)
-
     def take_up(self, plan: Plan) -> None:
         """Go on under another plan for the same packs."""
-        if plan.resident != self.plan.resident:
-            for weights in self._weights:
-                weights.change_slots(plan)
+        self.weights.take_up(plan)
         self.plan = plan
-
-    def weight_slots_nbytes(self) -> list[int]:
-        """Bytes that slots for weights take now, by device."""
-        return [weights.slots_nbytes for weights in self._weights]
-
-    def allocate(self) -> None:
-        """Make all slots that a training step will use."""
-        for weights in self._weights:
-            weights.allocate()
-        self.gradients.allocate()
 
     def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
         """What the function returns, which needs memory of the device: if there is none, it is called again when what was
@@ -418,7 +279,7 @@ class RuntimeState:
 
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
-        found = self._weights[device.index].let_go_idle()
+        found = self.weights.let_go_idle(device)
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
@@ -427,25 +288,14 @@ class RuntimeState:
 
     def masters_written(self, *, trained_only: bool = False) -> None:
         """Somebody has written masters, or may do so: all that was made of them is out of date."""
-        self.expect_writes(trained_only=trained_only)
-        self.forget_casts()
+        self.weights.expect_writes(trained_only=trained_only)
+        self.weights.forget_casts()
         self.release_all()
-
-    def forget_casts(self) -> None:
-        """Narrow weights have to be cast again before they travel."""
-        if self._store is not None:
-            self._store.narrow.forget()
-
-    def cast(self, names: Iterable[str]) -> None:
-        """On the worker: these masters have been updated."""
-        if self._store is not None:
-            self._store.narrow.cast(names)
 
     def release_all(self) -> None:
         """No weights are needed on any device for now."""
         self.glue.clear()
-        for weights in self._weights:
-            weights.release_all()
+        self.weights.release_all()
 
     def discard(self) -> None:
         """Drop what a step has left behind when it is given up; masters stay as they are."""
@@ -456,21 +306,10 @@ class RuntimeState:
         self.captured = None
         self._is_collecting = False
         self.watching = None
-        self.upcoming = {}
+        self.weights.upcoming = {}
         self.departures.let_go()
         self.buffers.discard()
         self.masters_written()
-        for loader in self._loaders:
-            loader.drain()
-        self.end_updates()
+        self.weights.drain()
+        self.weights.end_updates()
         self.gradients.discard()
-
-
-@contextmanager
-def _unseen_by(mode: TorchFunctionMode | None) -> Iterator[None]:
-    """A function mode costs microseconds for every function, and a layer calls a hundred."""
-    if mode is None or torch.overrides._get_current_function_mode() is not mode:  # type: ignore[no-untyped-call]
-        yield
-        return
-    with torch.overrides._pop_mode_temporarily():
-        yield

@@ -68,7 +68,7 @@ class TrainingStep:
     def forward(self) -> None:
         """To the end of all microbatches, with the backward of the last segment of each."""
         state, microbatches = self._state, self._microbatches
-        state.prefetch_first()
+        state.weights.prefetch_first()
         if not self.is_cut:
             for microbatch in microbatches:
                 self._run(microbatch)
@@ -97,23 +97,25 @@ class TrainingStep:
         if state.meter is not None:
             state.meter.turn_back()
         state.gradients.begin()
-        state.begin_updates(on_device)
+        state.weights.begin_updates(on_device)
         for pack in reversed(range(len(state.plan.packs))):
             if not self._segments_left[pack]:
                 self._send(pack, on_complete)
+                for device in state.plan.devices_of(pack):
+                    state.weights.release(pack, device)  # the next but one comes in its place
         ahead = Lookahead(microbatches if state.plan.prefetch else (), self._code.stash.bring_back)
         while left := [m for m in microbatches if m.segments]:
             pack = max(m.segment.pack for m in left)
             visitors = [m for m in left if m.segment.pack == pack]
             with visit(state, pack, visitors, next_in_backward(pack, left)):
-                state.prefetch_states(pack)
+                state.weights.prefetch_states(pack)
                 for microbatch in visitors:
                     while microbatch.segments and microbatch.segment.pack == pack:
                         ahead.begin(microbatch.segment)
                         self._backward_segment(microbatch)
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)  # while the weights are there, for an update on the device
-        state.end_updates()
+        state.weights.end_updates()
         state.gradients.finish(on_complete)
 
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> list[Group]:

@@ -151,7 +151,7 @@ class Arguments:
         self._own: Any = (args, tuple(kwargs.values()))
         self._containers: list[tuple[Any, Any, list[Any]]] = []
         """Lists and dicts of the user's, those that stand for them in a call, and what was in these at first."""
-        flat, self._spec = pytree.tree_flatten((args, kwargs))
+        flat, self._spec = _flatten(args, kwargs)
         self._rest: list[Any] = flat
         self._places: list[tuple[int, int]] = []
         """Leaf index, and index among the distinct tensors."""
@@ -183,9 +183,10 @@ class Arguments:
         flat = list(self._rest)
         for place, index in self._places:
             flat[place] = tensors[index]
-        args, kwargs = pytree.tree_unflatten(flat, self._spec)
-        built = (args, tuple(kwargs.values()))
-        self._containers = list(_pairs(built if self._own is None else self._own, built))
+        args, kwargs = _unflatten(flat, self._spec)
+        if not _is_flat(self._spec):
+            built = (args, tuple(kwargs.values()))
+            self._containers = list(_pairs(built if self._own is None else self._own, built))
         return args, kwargs
 
     def keep_written(self) -> None:
@@ -239,6 +240,38 @@ class Arguments:
             twin._rest[i] = copy_structure(self._rest[i], shared, put)
         return twin
 
+
+def _flatten(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
+    """As `pytree` does, which takes ten times as long for what most layers are given."""
+    flat = [*args, *kwargs.values()]
+    if all(isinstance(leaf, _LEAVES) for leaf in flat):
+        return flat, (len(args), tuple(kwargs))
+    return pytree.tree_flatten((args, kwargs))
+
+
+def _unflatten(flat: list[Any], spec: Any) -> tuple[Any, Any]:
+    if _is_flat(spec):
+        number, names = spec
+        return tuple(flat[:number]), dict(zip(names, flat[number:], strict=True))
+    args, kwargs = pytree.tree_unflatten(flat, spec)
+    return args, kwargs
+
+
+def _is_flat(spec: Any) -> bool:
+    """Whether `_flatten` has found no containers."""
+    return isinstance(spec, tuple)
+
+
+def flatten_result(result: Any) -> tuple[list[Any], Any]:
+    """`pytree.tree_flatten`, with a short way for what most layers return; `unflatten_result` undoes it."""
+    return ([result], None) if isinstance(result, torch.Tensor) else pytree.tree_flatten(result)
+
+
+def unflatten_result(leaves: list[Any], spec: Any) -> Any:
+    return leaves[0] if spec is None else pytree.tree_unflatten(leaves, spec)
+
+
+_LEAVES = (torch.Tensor, str, bytes, int, float, complex, type(None), torch.dtype, torch.device)
 
 _MUTABLE = (list, deque, dict, OrderedDict, defaultdict)
 """Containers that are taken apart, so that a call gets others in their place."""

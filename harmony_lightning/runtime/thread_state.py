@@ -6,13 +6,11 @@ the state *above* the runtime's own base is taken off the thread and put back wh
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch.overrides import _get_current_function_mode_stack
 from torch.overrides import _pop_mode as _pop_function_mode
 from torch.overrides import _push_mode as _push_function_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
 from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
@@ -20,9 +18,9 @@ _hooks = torch._C._autograd
 AUTOCAST_TYPES = ("cpu", "cuda")
 
 
-@dataclass(frozen=True, slots=True)
-class Autocast:
-    """Autocast switches of one thread, for every device type that the runtime serves."""
+class Autocast(NamedTuple):
+    """Autocast switches of one thread, for every device type that the runtime serves. A tuple: one is made for each call of
+    a layer and each switch, in a third of a dataclass's time."""
 
     enabled: tuple[bool, ...]
     dtypes: tuple[torch.dtype, ...]
@@ -30,10 +28,11 @@ class Autocast:
 
     @classmethod
     def capture(cls) -> "Autocast":
+        cpu, cuda = AUTOCAST_TYPES
         return cls(
-            enabled=tuple(torch.is_autocast_enabled(kind) for kind in AUTOCAST_TYPES),
-            dtypes=tuple(torch.get_autocast_dtype(kind) for kind in AUTOCAST_TYPES),
-            is_cached=torch.is_autocast_cache_enabled(),
+            (torch.is_autocast_enabled(cpu), torch.is_autocast_enabled(cuda)),
+            (torch.get_autocast_dtype(cpu), torch.get_autocast_dtype(cuda)),
+            torch.is_autocast_cache_enabled(),
         )
 
     def apply(self) -> None:
@@ -51,17 +50,17 @@ class ThreadState:
         self._grad = torch.is_grad_enabled()
         self._inference = torch.is_inference_mode_enabled()
         self._autocast = Autocast.capture()
-        self._num_function_modes = len(_get_current_function_mode_stack())  # type: ignore[no-untyped-call]
-        self._num_dispatch_modes = len(_get_current_dispatch_mode_stack())
+        self._num_function_modes = torch._C._len_torch_function_stack()
+        self._num_dispatch_modes = torch._C._len_torch_dispatch_stack()
         self._saved_tensor_hooks = _hooks._top_saved_tensors_default_hooks(True)
 
     def park(self) -> "Parked":
         """Bring the thread back to this state and return what was taken off."""
         function_modes = []
-        while len(_get_current_function_mode_stack()) > self._num_function_modes:  # type: ignore[no-untyped-call]
+        while torch._C._len_torch_function_stack() > self._num_function_modes:
             function_modes.append(_pop_function_mode())  # type: ignore[no-untyped-call]
         dispatch_modes = []
-        while len(_get_current_dispatch_mode_stack()) > self._num_dispatch_modes:
+        while torch._C._len_torch_dispatch_stack() > self._num_dispatch_modes:
             dispatch_modes.append(_pop_dispatch_mode())
         saved_tensor_hooks = []
         while (top := _hooks._top_saved_tensors_default_hooks(True)) != self._saved_tensor_hooks and top is not None:

@@ -16,8 +16,9 @@ from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.arena import Layout, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.masters import WeightStore
 from harmony_lightning.runtime.optimizer_states import StateArena, region_name
-from harmony_lightning.runtime.residency import Newer, WeightStore
+from harmony_lightning.runtime.residency import Newer
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 

@@ -9,20 +9,21 @@ from typing import Any
 import greenlet
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils import _pytree as pytree
 
+from harmony_lightning.runtime.activations import is_layer_hook
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.derivatives import yielding_hooks
 from harmony_lightning.runtime.functions import watched_functions
 from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.layer import call_layer, is_layer_hook
+from harmony_lightning.runtime.layer import call_layer
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.stash import Stash
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.trace import Trace
 
 
@@ -117,8 +118,7 @@ class UserCode:
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:
-                    leaves = pytree.tree_leaves((args, kwargs))
-                    microbatch.park(site.pack, [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)])
+                    microbatch.park(site.pack, list(tensors_in((args, kwargs))))
                 else:
                     self._change_pack(microbatch, site.pack)
             if microbatch.is_cut and not microbatch.is_in_backward:
@@ -150,7 +150,7 @@ class UserCode:
     def _change_pack(self, microbatch: Microbatch, pack: int) -> None:
         """A microbatch that is in one piece goes on to another pack without a switch."""
         former = microbatch.segment
-        self.state.release(former.pack, former.device.index)
+        self.state.weights.release(former.pack, former.device.index)
         self.state.leave_pack()
         self.state.departures.let_go()
         if not torch.is_grad_enabled():

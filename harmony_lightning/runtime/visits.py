@@ -13,12 +13,12 @@ def visit(state: RuntimeState, pack: int, visitors: Sequence[Microbatch], upcomi
     """Some microbatches are in `pack`; `upcoming` tells the next pack by device, where it is known."""
     devices = dict.fromkeys(state.plan.device(pack, m.index) for m in visitors)
     leaving = [device for device in devices if upcoming.get(device, pack) != pack]
-    state.upcoming = {device: upcoming[device] for device in leaving}
+    state.weights.upcoming = {device: upcoming[device] for device in leaving}
     yield
-    state.upcoming = {}
+    state.weights.upcoming = {}
     state.leave_pack()
     for device in leaving:
-        state.release(pack, device)
+        state.weights.release(pack, device)
     if state.meter is not None:
         state.meter.end_visit(pack)
 
@@ -26,9 +26,11 @@ def visit(state: RuntimeState, pack: int, visitors: Sequence[Microbatch], upcomi
 def next_in_forward(plan: Plan, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:
     """By device, the pack that follows in the plan."""
     following: dict[int, int] = {}
-    for later in range(len(plan.packs) - 1, pack, -1):
+    for later in range(pack + 1, len(plan.packs)):
         for microbatch in waiting:
-            following[plan.device(later, microbatch.index)] = later
+            following.setdefault(plan.device(later, microbatch.index), later)
+        if len(following) == plan.num_devices:
+            break
     return following
 
 

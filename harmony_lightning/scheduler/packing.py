@@ -57,14 +57,14 @@ def automatic_microbatch_size(
 def make_plan(
     decomposition: Decomposition,
     *,
-    mode: Literal["pp", "dp"],
+    mode: Literal["pp", "dp", "mixed"],
     num_devices: int,
     memory_bytes: int,
     microbatch_size: int,
     num_microbatches: int,
     microbatches_per_forward: int = 1,
     stash: Literal["device", "host"],
-    update: Literal["device", "host"] = "host",
+    update: Literal["device", "host", "first"] = "host",
     host_is_device: bool = False,
     one_layer_per_pack: bool = False,
     together: Sequence[frozenset[str]] = (),
@@ -75,14 +75,15 @@ def make_plan(
 
     Args:
         decomposition: layers in call order.
-        mode: pp deals packs, dp microbatches over the devices.
+        mode: pp deals packs, dp microbatches over the devices; mixed deals packs, but microbatches of the last one.
         num_devices: devices in the cluster.
         memory_bytes: what each offers.
         microbatch_size: samples.
         num_microbatches: of one minibatch.
         microbatches_per_forward: in one call of a layer.
         stash: where layer inputs wait.
-        update: where packs are updated; on the host, too, if the device has no room for that.
+        update: where packs are updated; on the host, too, if the device has no room for that. first: the first pack on its
+            device, all others on the host.
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
@@ -95,9 +96,9 @@ def make_plan(
     groups = _groups(decomposition.layers, together)
     limit = Limit(sys.maxsize, sys.maxsize, None, 0)
     if not host_is_device:
-        limit = _limit(decomposition, groups, memory_bytes, update)
+        limit = _limit(decomposition, groups, memory_bytes, "device" if update == "device" else "host")
     pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
-    if mode == "pp" and num_devices > 1:
+    if mode != "dp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
     members: Group = ()
@@ -108,7 +109,7 @@ def make_plan(
         members += group
     packs.append(pack(members))
     plan = Plan(
-        mode=mode,
+        mode="dp" if mode == "dp" else "pp",
         num_devices=num_devices,
         memory_bytes=memory_bytes,
         microbatch_size=microbatch_size,
@@ -120,7 +121,10 @@ def make_plan(
         keep=packs[-1].layers[-1:],
         narrow_dtype=narrow_dtype,
         gradient_wire=gradient_wire,
+        dealt=(len(packs) - 1,) if mode == "mixed" and num_devices > 1 else (),
     )
+    if update == "first":
+        return _with_first_on_device(plan, decomposition)
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
@@ -201,6 +205,29 @@ def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
                 staying += here[:number]
                 break
     return tuple(sorted(staying))
+
+
+def _with_first_on_device(plan: Plan, decomposition: Decomposition) -> Plan:
+    """The plan with its first pack updated where it is, and staying there, if `ARENA_SHARE` has room for that."""
+    names = plan.packs[0].layers
+    layers = tuple(layer for layer in decomposition.layers if layer.name in names)
+    first = pack_of_layers(decomposition, layers, is_updated_there=True)
+    if first.update == "host":
+        log.info("harmony: the first pack has no weights of its own that train, and is updated on the host")
+        return plan
+    wider = replace(plan, packs=(first, *plan.packs[1:]), updates_stay=(0,))
+    largest_weight = max(w.nbytes for w in decomposition.weights if w.name in first.parameters)
+    nbytes = wider.arena_nbytes() + STEP_TEMPORARIES * largest_weight
+    if nbytes > ARENA_SHARE * plan.memory_bytes:
+        log.info(
+            "harmony: the first pack is updated on the host: on its device slots would take %s, each has %s, of which "
+            "%.0f %% are for activations",
+            format_nbytes(nbytes),
+            format_nbytes(plan.memory_bytes),
+            100 * (1 - ARENA_SHARE),
+        )
+        return plan
+    return wider
 
 
 def _limit(

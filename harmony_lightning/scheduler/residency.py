@@ -34,7 +34,7 @@ def let_stay(plan: Plan, usage: Usage, grown: Sequence[int] = (), *, moves_stash
     best, full = plan, set[int]()
     for candidate in _candidates(plan, usage, moves_stash):
         pack = candidate.pack
-        devices = set(range(plan.num_devices)) if plan.mode == "dp" else {pack % plan.num_devices}
+        devices = set(plan.devices_of(pack))
         if not devices.isdisjoint(full):
             continue
         wider = candidate.added_to(best)

@@ -9,6 +9,7 @@ the gradients of too many packs are on the host.
 """
 
 from collections import deque
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -120,6 +121,7 @@ class RuntimeSteps:
         self._following: dict[tuple[int, int], tuple[int, int]] = {}
         latest: dict[int, tuple[int, int]] = {}
         self._send(last)
+        self._leave(last, self._visitors(last))
         for visit in order if self.schedule.prefetch else ():
             d = self.device(*visit)
             if d in latest:
@@ -174,7 +176,7 @@ class RuntimeSteps:
                 left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
                 self.stashed[pack, m] = left
                 device.departing[-1][0].append(left)
-        self._leave(pack, upcoming)
+        self._leave(pack, [d for d, following in upcoming.items() if following is not None])
 
     def _fused_backward(self, pack: int, turn: int, m: int, size: int) -> None:
         d = self.device(pack, m)
@@ -217,13 +219,11 @@ class RuntimeSteps:
             stash = self._ahead.pop((pack, m), None)
             self._compute(d, seconds, Kind.BACKWARD, turn, m, self.gradients[m], stash, weights, slot)
             self._hand_back(pack, turn, m)
-        self._leave(pack, upcoming)
+        self._leave(pack, [d for d, following in upcoming.items() if following is not None])
         self._send(pack)
 
-    def _leave(self, pack: int, upcoming: dict[int, int | None]) -> None:
-        for d, following in upcoming.items():
-            if following is None:
-                continue
+    def _leave(self, pack: int, devices: Iterable[int]) -> None:
+        for d in devices:
             for slot in self.devices[d].slots:
                 if slot.pack == pack:
                     slot.pack, slot.good, slot.released = None, pack, self.devices[d].computed

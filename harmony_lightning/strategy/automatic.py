@@ -99,6 +99,8 @@ class AutomaticPlan:
             return "there is one layer in each pack"
         if any(pack.update == "device" for pack in in_use.packs):
             return "weights are updated on devices, of which the simulator knows nothing"
+        if in_use.dealt:
+            return "microbatches of single packs are dealt, of which the simulator knows nothing"
         return None
 
     @contextmanager
@@ -156,7 +158,7 @@ class AutomaticPlan:
         question = Question(
             minibatch=samples,
             memory_bytes=int(self._share * in_use.memory_bytes),
-            mode=in_use.mode if keeps_microbatches else config.mode,
+            mode=in_use.mode if keeps_microbatches or config.mode == "mixed" else config.mode,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",

@@ -37,12 +37,12 @@ class HarmonyMixin(Training, Evaluation):
     def __init__(
         self,
         *,
-        mode: Literal["auto", "pp", "dp"] | None = None,
+        mode: Literal["auto", "pp", "dp", "mixed"] | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
         microbatches_per_forward: int | None = None,
         memory: str | int | None = None,
         stash: Literal["auto", "device", "host"] | None = None,
-        update: Literal["auto", "host", "device"] | None = None,
+        update: Literal["auto", "host", "device", "first"] | None = None,
         one_layer_per_pack: bool | None = None,
         layers: Sequence[str | type] = (),
         split_batch: SplitBatch | None = None,
@@ -93,7 +93,7 @@ class HarmonyMixin(Training, Evaluation):
             loss_weight=loss_weight,
         )
         if cluster is None and environment.emulated_gpus is not None:
-            cluster = EmulatedCluster(environment.emulated_gpus, config.memory_bytes or "64MiB")
+            cluster = EmulatedCluster(environment.emulated_gpus, config.memory_bytes or "64MiB", strict=False)
         if cluster is not None and not isinstance(cluster, EmulatedCluster):
             raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
         given_plan = None

@@ -34,6 +34,12 @@ def check_plugin(plugin: Any) -> None:
             )
 
 
+def move_to_host(plugin: Any) -> None:
+    """Let a plugin that was made for a GPU cast what the host computes."""
+    if hasattr(plugin, "device"):
+        plugin.device = "cpu"
+
+
 def extend_backward(plugin: Any, extended: Callable[..., None]) -> None:
     """Until `restore_backward`, the plugin's `backward` is `extended`, which gets the plugin's own as first argument."""
     plugin.backward = functools.partial(extended, plugin.backward)

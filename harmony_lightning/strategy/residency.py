@@ -133,7 +133,7 @@ class Residency:
         assert self._base is not None
         state = self._engine.state
         in_use = [device.allocated_bytes() for device in self._engine.cluster.devices]
-        beside = [total - slots for total, slots in zip(in_use, state.weight_slots_nbytes(), strict=True)]
+        beside = [total - slots for total, slots in zip(in_use, state.weights.slot_nbytes(), strict=True)]
         grown = tuple(max(0, now - then) for now, then in zip(beside, measured.usage.resting, strict=True))
         if measured.plan is None or measured.grown != grown:
             measured.plan = _plan(self._base, measured.usage, grown, self._moves_stash)

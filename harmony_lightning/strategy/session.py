@@ -128,6 +128,13 @@ class Session:
                 f"strategy='harmony' trains on CUDA GPUs, emulated GPUs or the host, not on {self.root_device}; pass "
                 f"accelerator='cpu' or 'cuda'"
             )
+        accelerators = self._pl.accelerators
+        if self._emulated is not None and isinstance(
+            self.accelerator, accelerators.CUDAAccelerator | accelerators.MPSAccelerator
+        ):
+            self._tell_once("GPUs are emulated in the host's memory; the accelerator that was found is left alone")
+            self.accelerator = accelerators.CPUAccelerator()
+            precision.move_to_host(self.precision_plugin)
         super().setup_environment()  # type: ignore[misc]
         module = self.lightning_module
         if overrides.copies_at_setup(module.trainer.callbacks, self._pl):
@@ -167,7 +174,7 @@ class Session:
     def _state_nbytes(self) -> dict[str, tuple[int, ...]] | None:
         """By weight, what the optimizer will remember; None if devices are not to update any."""
         module = self.lightning_module
-        if self._config.update != "device" or self._require_engine().cluster.host_is_device:
+        if self._config.update not in ("device", "first") or self._require_engine().cluster.host_is_device:
             return None
         if module.trainer.state.fn != "fit":
             return None

@@ -27,6 +27,10 @@ from harmony_lightning.strategy import overrides
 
 log = logging.getLogger(__name__)
 
+LEFT_NBYTES = 256 * 2**20
+"""Gradients of an epoch's last step stay for whoever looks behind it, as on one device, if they are no larger: a model that
+just fits the host must not fail there."""
+
 
 class Updates:
     """Choices of one strategy. Trainer, module and Lightning package come in with each step: they may have changed."""
@@ -96,8 +100,8 @@ class Updates:
             engine.state.parameters,
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
             # A training_step that works with gradients may find those of the step before.
-            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut,
-            behind=engine.state.cast,
+            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut or _leaves_gradients(engine, trainer),
+            behind=engine.state.weights.cast,
             stepped=self._stepped,
         )
         return self._just_in_time
@@ -112,7 +116,7 @@ class Updates:
             reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
             reason = reason or self._separability.reason_against_moving(optimizers[0])
         if reason is not None:
-            text = f"update='device' is left out, weights are updated on the host: {reason}"
+            text = f"updates on devices are left out, weights are updated on the host: {reason}"
             self._tell_once(text, logging.WARNING)
             return None
         return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
@@ -171,6 +175,18 @@ class Updates:
         if text not in self._told:
             self._told.add(text)
             log.log(level, "harmony: %s", text)
+
+
+def _leaves_gradients(engine: Engine, trainer: Any) -> bool:
+    """Whether gradients of the running step are to be there behind the epoch. Those that devices use up never reach the
+    host."""
+    loop = trainer.fit_loop
+    is_last = loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
+    if not is_last and (loop.max_steps == -1 or trainer.global_step + 1 < loop.max_steps):
+        return False
+    if any(pack.update != "host" for pack in engine.plan.packs):
+        return False
+    return sum(p.nbytes for p in engine.state.parameters.values() if p.requires_grad) <= LEFT_NBYTES
 
 
 def _has_gradients(optimizer: Optimizer) -> bool:

@@ -89,7 +89,7 @@ def compare_with_one_device(
     microbatch_size: int,
     *,
     cluster: EmulatedCluster,
-    mode: Literal["pp", "dp"] = "pp",
+    mode: Literal["pp", "dp", "mixed"] = "pp",
     seed: int = 0,
     precision: str = "32-true",
     **strategy: Any,
@@ -101,7 +101,7 @@ def compare_with_one_device(
         batches: one minibatch per step.
         microbatch_size: samples; must divide the minibatches, as accumulation counts microbatches alike.
         cluster: emulated GPUs for harmony.
-        mode: deal packs or microbatches.
+        mode: deal packs, microbatches, or both (`HarmonyConfig.mode`).
         seed: of both runs.
         precision: of both Trainers.
         strategy: further arguments of `HarmonyStrategy`.
@@ -154,7 +154,7 @@ def train_harmony(
     microbatch_size: int,
     *,
     cluster: EmulatedCluster,
-    mode: Literal["pp", "dp"] = "pp",
+    mode: Literal["pp", "dp", "mixed"] = "pp",
     seed: int = 0,
     precision: str = "32-true",
     **strategy: Any,

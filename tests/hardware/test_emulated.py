@@ -8,6 +8,7 @@ import pickle
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -242,9 +243,34 @@ def test_reading_values(cluster: EmulatedCluster) -> None:
     assert f"{x[0]:.2f}" == "1.50" and "gpu0" in repr(x) and [v.item() for v in x] == [1.5, 2.0]
     assert x.inner(x).item() == 6.25
     assert torch.equal(x, x.clone()) and x.is_same_size(x.clone()) and x.data_ptr() == x.detach().data_ptr()
-    with pytest.raises(TypeError, match=r"call \.cpu"):
+    with pytest.raises(RuntimeError, match="detach"):
         x.numpy()
-    assert x.numpy(force=True).tolist() == [1.5, 2.0]
+    assert x.numpy(force=True).tolist() == x.detach().numpy().tolist() == [1.5, 2.0]
+    assert numpy.asarray(x.detach(), dtype="int64").tolist() == [1, 2]
+
+
+def test_lists_of_numbers_on_devices_make_tensors(cluster: EmulatedCluster) -> None:
+    x, y = torch.tensor(1.5, device="cpu:0"), torch.tensor(2, device="cpu:1")
+    assert torch.tensor([x, y]).tolist() == torch.tensor([x, 2.0], device="cpu:1").tolist() == [1.5, 2]
+    assert torch.tensor([y, y]).dtype is torch.int64 and torch.tensor([y > 1, y > 2]).tolist() == [True, False]
+    assert torch.as_tensor([[x], [x]]).shape == (2, 1) and torch.tensor([x * 1j]).tolist() == [1.5j]
+    assert cluster.devices[0].traffic.device_to_host_bytes > 0
+    with pytest.raises(ValueError, match="one element"):
+        torch.tensor([x.expand(2)])
+
+
+def test_between_steps_tensors_meet_where_one_is_written_and_on_the_host_otherwise() -> None:
+    cluster = EmulatedCluster(2)
+    with cluster.activate():
+        x, y = torch.ones(2, 3, device="cpu:0"), torch.ones(2, 3, device="cpu:1")
+    host = torch.full((2, 3), 2.0)
+    assert torch.allclose(x, host / 2) and type(x + host) is torch.Tensor and type(torch.stack([x, y])) is torch.Tensor
+    before = [device.traffic.host_to_device_bytes for device in cluster.devices]
+    assert x.add_(host) is x and x.home is cluster.devices[0] and x.numpy().tolist() == [[3, 3, 3], [3, 3, 3]]
+    assert [device.traffic.host_to_device_bytes for device in cluster.devices] == [before[0] + host.nbytes, before[1]]
+    assert host.mul_(y) is host and (x * torch.tensor(2.0)).device == x.device
+    with pytest.raises(RuntimeError, match="same device"):
+        torch._foreach_add_([x, host], [host, x])
 
 
 def test_tensors_work_when_no_mode_is_active() -> None:
@@ -277,6 +303,21 @@ def test_mixed_devices_are_refused(cluster: EmulatedCluster) -> None:
         torch.cat([host, y])
     with pytest.raises(RuntimeError, match="same device"):
         F.embedding(torch.tensor([0]), x)
+
+
+def test_a_cluster_that_is_not_strict_copies_host_tensors(caplog: pytest.LogCaptureFixture) -> None:
+    cluster = EmulatedCluster(2, "1MiB", strict=False)
+    with cluster.activate():
+        x, y, host = torch.ones(2, 3, device="cpu:0"), torch.ones(2, 3, device="cpu:1"), torch.ones(2, 3)
+        assert (x * host).device == torch.cat([host, x]).device == x.device and type(host.add_(x)) is torch.Tensor
+        assert x.add_(host) is x and x.tolist() == [[3, 3, 3], [3, 3, 3]]
+        assert cluster.devices[0].traffic == Traffic(host_to_device_bytes=72, device_to_host_bytes=48)
+        with pytest.raises(RuntimeError, match="same device"):
+            x + y
+        with pytest.raises(RuntimeError, match="same device"):
+            torch.addmm(x, y, host)
+    assert pickle.loads(pickle.dumps(cluster)).machine.is_strict is False
+    assert caplog.text.count("CUDA would refuse") == 1
 
 
 def test_host_scalars_mix_with_device_tensors_but_take_nothing_from_them(cluster: EmulatedCluster) -> None:

@@ -1,0 +1,68 @@
+"""Plans by hand, for rows in which weights do not stay: every pack is swapped in for its forward and for its backward."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal
+
+import torch
+from torch import nn
+
+from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.decomposer.discover import decompose
+from harmony_lightning.plan import Plan
+from harmony_lightning.scheduler.packing import make_plan, pack_of_layers
+
+LAYERS = ("embedding", "blocks.*", "head")
+
+
+def travelling(
+    module: nn.Module,
+    *,
+    mode: Literal["pp", "mixed"],
+    num_gpus: int,
+    memory_bytes: int,
+    microbatch_size: int,
+    num_microbatches: int,
+    stash: Literal["device", "host"],
+) -> Plan:
+    """One layer per pack, all of them swapped, and everything but the head computed twice. Weights of linear layers are
+    bfloat16, as autocast casts them."""
+    layers = decomposition(module)
+    plan = make_plan(
+        layers,
+        mode=mode,
+        num_devices=num_gpus,
+        memory_bytes=memory_bytes,
+        microbatch_size=microbatch_size,
+        num_microbatches=num_microbatches,
+        stash=stash,
+        one_layer_per_pack=True,
+        narrow_dtype="bfloat16",
+    )
+    return replace(plan, prefetch=1)
+
+
+def first_on_device(plan: Plan, module: nn.Module) -> Plan:
+    """The plan with its first pack updated where it is, and staying there."""
+    layers = decomposition(module).with_states(_states(module))
+    first = pack_of_layers(layers, layers.layers[:1], is_updated_there=True)
+    return replace(plan, packs=(first, *plan.packs[1:]), updates_stay=(0,))
+
+
+def decomposition(module: nn.Module) -> Decomposition:
+    """Blocks are layers, whatever their size."""
+    found = decompose(
+        module, sum(parameter.nbytes for parameter in module.parameters()), ("embedding", "blocks.*", "head")
+    )
+    narrow = {
+        f"{layer.name}.{name}.weight".replace("..", ".")
+        for layer in found.layers
+        for name, inner in module.get_submodule(layer.name).named_modules()
+        if isinstance(inner, nn.Linear)
+    }
+    return found.narrowed({layer.name: narrow & set(layer.weights) for layer in found.layers})
+
+
+def _states(module: nn.Module) -> Mapping[str, tuple[int, ...]]:
+    """Of fused AdamW: two moments, and a count of steps."""
+    return {name: (weight.nbytes, weight.nbytes, torch.float32.itemsize) for name, weight in module.named_parameters()}

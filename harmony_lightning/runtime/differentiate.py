@@ -1,0 +1,25 @@
+"""Autograd's engine, without what `torch.autograd.grad` and `backward` do in front of it to find out what they were given.
+Of a small layer's backward that was a tenth, and the function mode over user code was called for each of its checks."""
+
+from collections.abc import Sequence
+
+import torch
+from torch.autograd.graph import GradientEdge, _engine_run_backward
+
+
+def gradients_of(
+    edges: Sequence[GradientEdge],
+    gradients: Sequence[torch.Tensor],
+    targets: Sequence[GradientEdge],
+    *,
+    keeps_graph: bool,
+) -> tuple[torch.Tensor | None, ...]:
+    """Gradients of `targets`, given those of `edges`; None for what is not reached."""
+    return _engine_run_backward(
+        tuple(edges), tuple(gradients), keeps_graph, False, tuple(targets), True, accumulate_grad=False
+    )
+
+
+def accumulate(edges: Sequence[GradientEdge], gradients: Sequence[torch.Tensor]) -> None:
+    """Backward to all leaves, given the gradients of `edges`."""
+    _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)

@@ -1,0 +1,143 @@
+"""One call of a layer by one microbatch, from its forward to its backward, and the buffers that it may write."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+
+from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.runtime.activations import Activations
+from harmony_lightning.runtime.joint import Joint, Waiting
+from harmony_lightning.runtime.objects import ObjectTensors
+from harmony_lightning.runtime.randomness import Replay
+from harmony_lightning.runtime.residency import Weights
+from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.site import Site
+from harmony_lightning.runtime.structure import Arguments
+from harmony_lightning.runtime.thread_state import Autocast
+from harmony_lightning.runtime.watching import Begin, run_layer
+
+
+class LayerCall:
+    """One call of a layer by one microbatch, from its forward to its backward."""
+
+    def __init__(self, site: Site, segment: Segment, arguments: Arguments, *, is_kept: bool) -> None:
+        self.site = site
+        self.segment = segment
+        state, device = segment.state, segment.device
+        self.activations = Activations(
+            site.name,
+            is_kept=is_kept,
+            refer=functools.partial(state.weights.refer, device),
+            make_room=functools.partial(state.make_room, device),
+        )
+        if is_kept:
+            state.kept[device.index].add(self.activations)
+        self.autocast = Autocast.capture()
+        self.replay: Replay | None = None
+        self.buffers_before: dict[int, torch.Tensor] = {}
+        """Values of written buffers in front of the forward, by place."""
+        self.weight_versions = self._read_weight_versions()
+        self.trained: tuple[str, ...] = ()
+        """Weights that get a gradient from this call."""
+        self.stash: Callable[[], tuple[torch.Tensor, ...]] | None = None
+        """The inputs, during backward."""
+        self.input_edges: list[GradientEdge | None] = []
+        self.weight_edges: dict[str, GradientEdge] = {}
+        self.wide_edges: dict[str, GradientEdge] = {}
+        """Of float32 versions of narrow weights, where the layer's code has asked for them."""
+        self.result_edges: list[GradientEdge | None] = []
+        """Where the layer's own graph begins and ends; None for tensors that are not part of it."""
+        self.result_spec: Any = None
+        self.result_leaves: list[Any] = []
+        self.tensor_positions: list[int] = []
+        self.objects = ObjectTensors(site.name, segment, arguments)
+        self.arguments = self.objects.copy(arguments)
+        self.given: list[torch.Tensor] = []
+        """The user's tensors, while the layer's forward runs."""
+        self.waiting: Waiting | None = None
+        self.joint: Joint | None = None
+        """The call for several microbatches that this one is part of, until its part is taken."""
+        self.is_part = False
+        """The joint call has given the results, so there is no graph of the forward."""
+        self.mutated: list[int] = []
+        """Input tensors that the layer writes; their new values follow the results."""
+
+    def run(
+        self, weights: Weights, buffers: list[torch.Tensor], args: Any, kwargs: Any, begin: Begin
+    ) -> tuple[Any, Any]:
+        """The layer's own code on these weights: what it returns, and float32 versions of narrow weights by name, which
+        `begin` has made."""
+        segment = self.segment
+        return run_layer(
+            segment.state,
+            self.site,
+            segment.device,
+            weights,
+            buffers,
+            args,
+            kwargs,
+            begin,
+            sums_narrow=self.autocast.is_cached,
+        )
+
+    def _read_weight_versions(self) -> tuple[int, ...]:
+        parameters = self.segment.state.parameters
+        # While a microbatch is cut its weights cannot change: updates follow backward.
+        return () if self.segment.is_cut else tuple(parameters[name]._version for name in self.site.weight_names)
+
+    def check_weights(self) -> None:
+        """In front of backward.
+
+        Raises:
+            UnsupportedError: weights are not those of the forward any more.
+        """
+        if self._read_weight_versions() != self.weight_versions:
+            raise UnsupportedError(
+                f"weights of layer {self.site.name} were changed between its forward and its backward (by an optimizer's "
+                f"step?), so its gradient cannot be computed; torch refuses that, too. Call backward before the step, or "
+                f"the layer again behind it"
+            )
+
+
+def versions_of(buffers: list[torch.Tensor]) -> list[int]:
+    return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
+
+
+class CallBuffers:
+    """A layer's buffers around one forward: which ones it wrote, and what was in them before.
+
+    Version counters do not tell: torch's own batch normalisation writes its statistics without counting. So the first
+    call in each combination of training flags compares values, and what was written then counts as written always.
+    """
+
+    def __init__(self, call: LayerCall) -> None:
+        self._call = call
+        self._site = call.site
+        self._store = call.segment.state.buffers
+        self._device = call.segment.device
+        self.tensors = [self._store.fetch(place, self._device) for place in self._site.buffer_places]
+        self._held, self._versions = list(self.tensors), versions_of(self.tensors)
+        self._flags = self._site.training_flags()
+        self._known = self._site.written_buffers.get(self._flags)
+        self._before = {i: b.clone() for i, b in enumerate(self.tensors) if self._known is None or i in self._known}
+
+    def take_back(self) -> None:
+        """The forward will run again: let buffers have their values in front of it."""
+        with torch.no_grad():
+            for index, value in self._before.items():
+                self._held[index].copy_(value)
+
+    def report_written(self) -> dict[int, torch.Tensor]:
+        """Tell the store what the forward wrote; returns the values in front of it, by place."""
+        written = set(self._known or ())
+        for index, (before, version, after) in enumerate(zip(self._held, self._versions, self.tensors, strict=True)):
+            is_replaced = after is not before or versions_of([after]) != [version]
+            if is_replaced or (self._known is None and not torch.equal(self._before[index], after)):
+                written.add(index)
+        for index in written:
+            self._store.written(self._site.buffer_places[index], self._device, self.tensors[index].detach())
+        self._site.written_buffers[self._flags] = frozenset(written)
+        return {index: value for index, value in self._before.items() if index in written}
