@@ -166,6 +166,21 @@ def test_the_plan_is_kept_with_the_run_and_in_the_checkpoint(tmp_path):
     assert given.plan.packs == found.packs
 
 
+def test_a_plan_that_was_made_for_other_memory_is_carried_out():
+    """With less memory, smaller layers were found."""
+    plans = []
+    for memory in ("120KiB", "1MiB"):
+        strategy = HarmonyStrategy(cluster=EmulatedCluster(2, memory), microbatch_size=4)
+        trainer(strategy, max_steps=1).fit(Chain(depth=8), loader(16, 16))
+        plans.append(strategy.plan)
+    assert plans[0].packs[0].layers[0] == "net.0.0" and plans[1].packs[0].layers[0] == "net.0"
+    module, reference = twins(depth=8)
+    given = HarmonyStrategy(cluster=EmulatedCluster(2, "1MiB"), plan=plans[0])
+    trainer(given).fit(module, loader(16, 48))
+    assert given.plan.packs == plans[0].packs
+    assert same_weights(module, trained_plainly(reference, 4))
+
+
 def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
     budgets = []
     original = automatic.find_plan

@@ -14,8 +14,8 @@ from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.plan import Plan, check_plan
-from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare
+from harmony_lightning.plan import Plan
+from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
@@ -75,11 +75,11 @@ class Planning:
         )
 
     def _load(self, workload: Workload) -> None:
-        decomposition, plan = self._prepare(workload)
-        if self._given is not None:
-            plan = self._given
-            check_plan(plan, decomposition, len(self._engine.cluster.devices))
         self.searched = None
+        if self._given is not None:
+            plan, decomposition = self._given, prepare_given(self._engine.root, self._engine.cluster, self._given)
+        else:
+            decomposition, plan = self._prepare(workload)
         self._take_up(plan, decomposition)
 
     def _take_up(self, plan: Plan, decomposition: Decomposition) -> None:
