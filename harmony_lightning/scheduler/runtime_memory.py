@@ -13,8 +13,13 @@ from harmony_lightning.scheduler.costs import Costs
 
 def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
     """The most that any device holds if nothing stays that need not."""
-    slots = (1 + schedule.prefetch) * max(costs.weight_bytes(span) for span in schedule.packs_backward)
-    return slots + max(nbytes for _, _, nbytes in visit_bytes(schedule, costs))
+    packs, is_pp = schedule.packs_backward, schedule.mode == "pp"
+
+    def slots(device: int) -> float:
+        here = packs[device :: schedule.num_devices] if is_pp else packs
+        return min(1 + schedule.prefetch, len(here)) * max(costs.weight_bytes(span) for span in here)
+
+    return max(slots(device) + nbytes for device, _, nbytes in visit_bytes(schedule, costs))
 
 
 def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, float]]:

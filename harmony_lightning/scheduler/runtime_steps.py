@@ -87,14 +87,17 @@ class RuntimeSteps:
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: deque[Event] = deque()
-        """Updates of the packs whose gradients take host buffers."""
+        self.on_host: deque[tuple[float, Event]] = deque()
+        """Host buffers that gradients have taken last: their bytes, and the updates that free them."""
+        self.dealt_with: list[tuple[float, Event]] = []
+        """Those before."""
         self.controller: Event = None
         self.updates: list[tuple[Event, int]] = []
         """With their priorities: of those whose gradients have come, the host does the lowest first."""
         self.starts: list[Event] = []
         """First computation of each step."""
         self._turn = 0
+        self.travelling_nbytes = costs.machine.memory_bytes // 16 if schedule.prefetch else 0
 
     def _make_slots(self, d: int) -> list[_Slot]:
         here = range(d, len(self.packs), self.schedule.num_devices) if self.is_pp else range(len(self.packs))
@@ -150,21 +153,20 @@ class RuntimeSteps:
         is_fused, turn = pack == last, self._next_turn()
         upcoming = {d: self._next(pack, 1) for d in self._visitors(pack)}
         crosses = self.is_pp and pack > 0 and self.schedule.num_devices > 1
-        sent: dict[int, Event] = {}
-        if crosses:
-            sent[0] = self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, 0, self.outputs[0])
+        sent: list[Event] = []
+        entering = [self.costs.input_bytes(size, self.packs[pack][0]) for size in self.sizes]
         for m, size in enumerate(self.sizes):
             d = self.device(pack, m)
             device = self.devices[d]
-            if crosses and m + 1 < len(self.sizes) and self.schedule.prefetch:
-                sent[m + 1] = self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, m + 1, self.outputs[m + 1])
-            if crosses and m not in sent:
-                behind = self.devices[self.device(pack - 1, m)].computed
-                sent[m] = self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, m, behind)
+            while crosses and len(sent) < len(self.sizes):  # as `runtime.microbatch.sending_ahead`
+                n = len(sent)
+                if n > m + self.schedule.prefetch and sum(entering[m : n + 1]) > self.travelling_nbytes:
+                    break
+                sent.append(self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, n, self.outputs[n]))
             self._let_go(device, _TURNS_HELD)
             weights = self._acquire(d, pack, upcoming)
             seconds = self.costs.forward_seconds(size, self.packs[pack])
-            done = self._compute(d, seconds, Kind.FORWARD, turn, m, sent.get(m), weights)
+            done = self._compute(d, seconds, Kind.FORWARD, turn, m, sent[m] if crosses else None, weights)
             if len(self.starts) == self._steps and pack == 0 and m == 0:
                 self.starts.append(done)
             self.outputs[m] = done
@@ -291,8 +293,7 @@ class RuntimeSteps:
         if not nbytes:
             self.devices[home].gradient_slots.append(None)
             return
-        if len(self.on_host) >= num_gradient_buffers(self.schedule):
-            self.controller = self.on_host.popleft()
+        buffer_nbytes = self._take_buffer(nbytes)
         ready = self.devices[home].computed
         left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
         self.devices[home].gradient_slots.append(left)
@@ -301,7 +302,18 @@ class RuntimeSteps:
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
         self.updates.append((updated, 0 if pack >= num_gradient_buffers(self.schedule) else 1 + pack))
         self.updated[pack] = updated
-        self.on_host.append(self.updated[pack])
+        self.on_host.append((buffer_nbytes, self.updated[pack]))
+
+    def _take_buffer(self, nbytes: float) -> float:
+        """As `runtime.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
+        if len(self.on_host) >= num_gradient_buffers(self.schedule):
+            self.dealt_with.append(self.on_host.popleft())
+        for index, (size, free) in enumerate(self.dealt_with):
+            if nbytes <= size <= 2 * nbytes:
+                del self.dealt_with[index]
+                self.controller = free
+                return size
+        return nbytes
 
     # Computations and copies ------------------------------------------------------------------------------------------
 
