@@ -82,3 +82,18 @@ def test_in_backward_weights_arrive_while_the_pack_before_computes():
     starts = {span.name: span.start for span in reversed(strategy.timeline().lane(0, "compute"))}
     for pack in (0, 1):  # 2 is there since its forward
         assert arrived[f"weights of pack {pack}"] < starts[f"backward of pack {pack + 1}, microbatch 1"]
+
+
+def test_who_updates_does_not_cast_what_travels():
+    """Weights are cast for the next step by the threads that swap them in, one for each device."""
+    inputs, targets = (tensor.expand(4 * 8, *tensor.shape[1:]) for tensor in batch_of(1))
+    data = DataLoader(TensorDataset(inputs, targets), batch_size=8)
+    module = on_meta(lambda: Wide(3)).to_empty(device="cpu")
+    strategy = HarmonyStrategy(microbatch_size=4, one_layer_per_pack=True, cluster=cluster_of(2))
+    trainer(strategy, precision="bf16-mixed").fit(module, data)
+    assert all(pack.narrow for pack in strategy.plan.packs)
+    on_host = [span for span in strategy.timeline().spans if span.device == HOST and span.nbytes > 2**20]
+    last_steps = [span for span in on_host if span.start > strategy.timeline().seconds / 2]
+    assert {span.name for span in last_steps if "host-worker" in span.lane} == {"update"}
+    narrow = sum(weight.nbytes for weight in module.parameters() if weight.dim() == 2)
+    assert sum(span.nbytes for span in last_steps if "swap-in" in span.lane) > narrow

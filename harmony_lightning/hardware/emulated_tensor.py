@@ -12,21 +12,18 @@ All of this happens below autograd, which sees ordinary tensors of device `cpu:i
 
 import contextlib
 import copy
-import functools
-import logging
 import operator
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from typing_extensions import override
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError, UnsupportedError
 from harmony_lightning.hardware.emulated_device import Allocation, EmulatedDevice
-from harmony_lightning.hardware.operations import Operation, operation, tensors
+from harmony_lightning.hardware.emulated_mixing import bring_together, may_mix
+from harmony_lightning.hardware.operations import Operation, operation
 from harmony_lightning.hardware.shapes import run_on_shapes
-
-log = logging.getLogger(__name__)
 
 aten = torch.ops.aten
 HOST = torch.device("cpu")
@@ -218,8 +215,8 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
             home = resolve(kwargs["device"], home, devices)
             inner_kwargs["device"] = HOST if home is not None else kwargs["device"]
         inner_kwargs.pop("pin_memory", None)
-    elif (hosts or any(tensor.home is not home for tensor in ours)) and not _may_mix(known, args, kwargs, ours, hosts):
-        return _bring_together(known, args, kwargs, home if devices is not None else None)
+    elif (hosts or any(tensor.home is not home for tensor in ours)) and not may_mix(known, args, kwargs, ours, hosts):
+        return bring_together(run, known, args, kwargs, home if devices is not None else None)
     if home is not None and home.machine.is_fake:
         out = run_on_shapes(known, inner_args, inner_kwargs)
     else:
@@ -329,86 +326,3 @@ def resolve(
             f"use an index below {len(known)}"
         )
     return known[device.index]
-
-
-def _may_mix(
-    known: Operation, args: Any, kwargs: Any, ours: Sequence[EmulatedTensor], hosts: list[torch.Tensor]
-) -> bool:
-    """Whether CUDA would take these: they are on one device, beside which only host scalars and host indices are read."""
-    if not ours:
-        return True
-    home, func = ours[0].home, known.func
-    if any(tensor.home is not home for tensor in ours):
-        return False
-    indices: list[torch.Tensor] = []
-    if func in _HOST_INDICES:
-        indices = [index for index in args[1] if index is not None and type(index) is not EmulatedTensor]
-        hosts = [host for host in hosts if all(host is not index for index in indices)]
-    if func in _HOST_BATCH_SIZES:
-        hosts = [host for host in hosts if host is not args[1]]
-    written = known.written(args, kwargs)
-    if any(host.dim() > 0 or any(host is target for target in written) for host in hosts):
-        return False
-    home.traffic.host_to_device_bytes += sum(host.nbytes for host in (*indices, *hosts))
-    return True
-
-
-def _bring_together(known: Operation, args: Any, kwargs: Any, home: EmulatedDevice | None) -> Any:
-    """What CUDA refuses, for code that was written for the host: tensors meet where one is written, else on the device
-    `home`, or on the host if it is None. While a cluster is in use these are tensors of one device and the host's, and the
-    cluster must not be strict."""
-    homes = {t.home if type(t) is EmulatedTensor else None for t in known.written(args, kwargs)}
-    if home is not None:
-        others = {getattr(tensor, "home", None) for tensor in tensors((args, kwargs.values()))} - {None, home}
-        if home.machine.is_strict or others:
-            _refuse(known.func, args, kwargs)
-        _tell_once(f"a layer's code brings host tensors and those of {home.name} together; CUDA would refuse")
-    if len(homes) > 1:
-        _refuse(known.func, args, kwargs)
-    home = homes.pop() if homes else home
-
-    def come(value: Any) -> Any:
-        if isinstance(value, (list, tuple)):
-            return [come(item) for item in value]
-        if isinstance(value, torch.Tensor) and getattr(value, "home", None) is not home:
-            goal = {"device": HOST if home is None else home.torch_device}
-            return run(aten._to_copy.default, (value,), goal, home.cluster_devices if home is not None else None)
-        return value
-
-    args, kwargs = come(args), {name: come(value) for name, value in kwargs.items()}
-    return known.func(*args, **kwargs) if home is None else run(known.func, args, kwargs, home.cluster_devices)
-
-
-@functools.cache
-def _tell_once(text: str) -> None:
-    log.warning("harmony: %s", text)
-
-
-def _refuse(func: Any, args: Any, kwargs: Any) -> NoReturn:
-    found: list[str] = []
-
-    def note(value: Any) -> None:
-        if isinstance(value, (list, tuple)):
-            for item in value:
-                note(item)
-        elif isinstance(value, torch.Tensor):
-            place = value.home.name if isinstance(value, EmulatedTensor) else "host"
-            found.append(f"{tuple(value.shape)} on {place}")
-
-    note([*args, *kwargs.values()])
-    raise RuntimeError(
-        f"{func}: expected all tensors to be on the same device, but found {', '.join(found)}; move them to one "
-        "device with .to()"
-    )
-
-
-_HOST_BATCH_SIZES = {aten.lstm.data, aten.gru.data, aten.rnn_tanh.data, aten.rnn_relu.data}
-"""Recurrent layers over packed sequences; only inference mode lets them come here in one piece."""
-_HOST_INDICES = {
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten._index_put_impl_.default,
-    aten._unsafe_index.Tensor,
-    aten._unsafe_index_put.default,
-}

@@ -27,6 +27,8 @@ class Statistics:
     """Minibatches and module buffers brought to devices."""
     joint_forwards: int
     """Calls of layers that served several microbatches at once."""
+    out_of_turn: int
+    """Packs that took memory of others in use: user code has called layers in another order than the plan's."""
     updates_just_in_time: int
     """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
     updates_whole: int

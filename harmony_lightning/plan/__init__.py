@@ -1,6 +1,7 @@
 """The plan room: what to do, as frozen data. No torch in here."""
 
 from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
+from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.plan.usage import Held, Usage, VisitPeak
@@ -12,6 +13,7 @@ __all__ = [
     "Held",
     "Kind",
     "Lane",
+    "Lifetime",
     "Pack",
     "Plan",
     "Record",
@@ -24,4 +26,5 @@ __all__ = [
     "VisitPeak",
     "aligned",
     "check_plan",
+    "lay_at_offsets",
 ]

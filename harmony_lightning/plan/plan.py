@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.slots import swap_ins
 from harmony_lightning.record import Record
 
@@ -227,27 +228,43 @@ class Plan(Record):
         )
 
     def rotating(self, device: int) -> tuple[int, ...]:
-        """Packs that share the slots of a device: all but those with slots of their own."""
+        """Packs whose slots share memory on a device: all but the resident ones."""
         return tuple(index for index in self.packs_on(device) if index not in self.resident)
 
-    def num_shared_slots(self, device: int) -> int:
-        """Slots for weights that rotating packs share."""
-        return min(1 + self.prefetch, len(self.rotating(device)))
+    def slot_offsets(self, device: int) -> dict[int, int]:
+        """Where the slots of rotating packs begin in the memory that these share. A pack is there from the visit before its
+        own, if it is prefetched, to the end of its own; in backward the same packs meet, in reverse."""
+        return self._in_turn({index: self.packs[index].slot_nbytes for index in self.rotating(device)})
 
-    def shared_slot_nbytes(self, device: int) -> int:
-        """Bytes of each of them."""
-        return max((self.packs[index].slot_nbytes for index in self.rotating(device)), default=0)
+    def shared_slots_nbytes(self, device: int) -> int:
+        """Bytes of that memory."""
+        offsets = self.slot_offsets(device).items()
+        return max((offset + self.packs[index].slot_nbytes for index, offset in offsets), default=0)
+
+    def gradient_offsets(self, device: int) -> dict[int, int]:
+        """The same for gradients of packs that train: one's leave while those of the next are made."""
+        sizes = {index: self.packs[index].gradient_slot_nbytes for index in self.packs_on(device)}
+        return self._in_turn({index: nbytes for index, nbytes in sizes.items() if nbytes})
+
+    def gradient_slots_nbytes(self, device: int) -> int:
+        """Bytes that the slots for gradients take on a device."""
+        offsets = self.gradient_offsets(device).items()
+        return max((offset + self.packs[index].gradient_slot_nbytes for index, offset in offsets), default=0)
+
+    def _in_turn(self, sizes: dict[int, int]) -> dict[int, int]:
+        """Offsets for packs that come one after the other, each while the one before is there."""
+        lifetimes = (Lifetime(turn, turn + 1 + self.prefetch, nbytes) for turn, nbytes in enumerate(sizes.values()))
+        return dict(zip(sizes, lay_at_offsets(tuple(lifetimes)), strict=True))
 
     def slots_nbytes(self, device: int) -> int:
         """Bytes that all slots for weights take on a device."""
         own = sum(self.packs[index].slot_nbytes for index in self.packs_on(device) if index in self.resident)
-        return own + self.num_shared_slots(device) * self.shared_slot_nbytes(device)
+        return own + self.shared_slots_nbytes(device)
 
     def arena_nbytes(self) -> int:
         """Bytes that the slots for weights, gradients and updates take on the device that has most of them."""
-        per_gradient_slot = max(pack.gradient_slot_nbytes for pack in self.packs)
-        weights = max(map(self.slots_nbytes, range(self.num_devices)))
-        return weights + (1 + self.prefetch) * per_gradient_slot + self.updates_nbytes
+        devices = range(self.num_devices)
+        return max(self.slots_nbytes(d) + self.gradient_slots_nbytes(d) for d in devices) + self.updates_nbytes
 
     @property
     def updates_nbytes(self) -> int:

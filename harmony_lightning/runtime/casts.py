@@ -1,15 +1,13 @@
 """Narrow weights on the host: what is cast of the masters, and when.
 
-A pack's narrow weights lie in one arena, from which they travel. They are cast again when masters may have changed:
+A pack's narrow weights lie in one arena, from which they travel. They are cast again at the first swap-in since masters may
+have changed, by the thread that enqueues the swap-in: each device has one, and the worker that updates goes on meanwhile.
 
-    behind an update that goes on while the next step begins     by the worker that has stepped them
-    at the first swap-in since anybody else may have written     by the thread that enqueues the swap-in
-
-Whether others may have written nobody can tell in general (`weight.data`, numpy): so they may have whenever weights are at
-rest between two steps, and within a step when user code writes a master.
+Updates change those that they step. Whether anybody else has written nobody can tell in general (`weight.data`, numpy): so
+all may have changed whenever weights are at rest between two steps, and within a step when user code writes a master.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 
 import torch
 from torch import nn
@@ -26,7 +24,8 @@ class Casts:
     def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan, cluster: Cluster) -> None:
         self._parameters = parameters
         self._jobs: dict[int, Ticket] = {}
-        """By pack that is up to date: the job that has cast it, unless an update has."""
+        """By pack: the last job that casts it."""
+        self._out_of_date: set[int] = set()
         self.arenas: list[torch.Tensor] = []
         """By pack, uint8; empty for one without narrow weights."""
         self._views: list[dict[str, torch.Tensor]] = []
@@ -36,9 +35,13 @@ class Casts:
             self._views.append({name: region.view(self.arenas[-1]) for name, region in layout.items()})
         self.forget()
 
-    def forget(self) -> None:
-        """Masters may have been written."""
-        self._out_of_date = {pack for pack, views in enumerate(self._views) if views}
+    def forget(self, names: Collection[str] | None = None) -> None:
+        """Masters may have been written: these, or any."""
+        self._out_of_date |= {
+            pack
+            for pack, views in enumerate(self._views)
+            if views and (names is None or not views.keys().isdisjoint(names))
+        }
 
     def prepare(
         self,
@@ -53,7 +56,7 @@ class Casts:
             await_updates: returns when weights are not being updated.
 
         Returns:
-            The job behind which the arena is up to date; None if the updates of its weights see to that.
+            The job behind which the arena is up to date; None if nothing of the pack is cast.
         """
         if pack in self._out_of_date:
             self._out_of_date.discard(pack)
@@ -65,11 +68,6 @@ class Casts:
 
             self._jobs[pack] = loader.submit(cast)
         return self._jobs.get(pack)
-
-    def cast(self, names: Iterable[str]) -> None:
-        """On the worker: these masters have been updated, and no swap-in reads what was cast of them."""
-        for pack, views in enumerate(self._views):
-            self._cast(pack, [name for name in names if name in views])
 
     @torch.no_grad()
     def _cast(self, pack: int, names: Iterable[str]) -> None:

@@ -16,6 +16,7 @@ class Counters:
     stash_out_bytes: int = 0
     input_bytes: int = 0
     joint_forwards: int = 0
+    out_of_turn: int = 0
     updates_just_in_time: int = 0
     updates_whole: int = 0
     updates_on_devices: int = 0

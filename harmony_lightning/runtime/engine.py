@@ -242,8 +242,8 @@ class Engine:
         """
         self.end_step()
         self.state.weights.begin()
-        if self.has_settled:  # since anybody may have written masters
-            self.state.weights.forget_casts()
+        # Weights at rest may have been written by anybody, others only by their updates.
+        self.state.weights.forget_casts(None if self.has_settled else self.updated)
         self.state.is_learning = not self.trace.is_complete
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
@@ -354,6 +354,7 @@ class Engine:
         self.state.release_all()
         self._user_code.stash.end()
         self.state.departures.let_go()
+        self.state.landings.let_go()
         if self.has_settled:
             self._come_to_rest()
 

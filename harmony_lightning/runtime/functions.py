@@ -14,6 +14,14 @@ import torch
 _PACKAGE = __name__.partition(".")[0] + "."
 
 
+def apply_own(function: type[torch.autograd.Function], *args: Any) -> Any:
+    """`function.apply(*args)` for functions of ours, without what that does for others: watching them, default arguments,
+    and transforms of `torch.func`, which are refused in front of layers and go the long way in glue."""
+    if torch._C._are_functorch_transforms_active():
+        return function.apply(*args)  # type: ignore[no-untyped-call]
+    return super(torch.autograd.Function, function).apply(*args)  # type: ignore[misc]
+
+
 @contextmanager
 def watched_functions(bring: Callable[[torch.Tensor], torch.Tensor]) -> Iterator[None]:
     """Within, on this thread, `bring` sees each tensor that such a function is applied to, and says what it gets."""

@@ -33,15 +33,25 @@ OnComplete = Callable[[list[str]], None]
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    home: int
+    """The pack that it is for."""
+    memory: torch.Tensor
+    """The piece that it lies in, with others."""
+    start: int
     bytes: torch.Tensor
+    """From there on."""
     pack: int | None = None
+    """The same, while gradients of it are here."""
     written: dict[str, torch.Tensor] = field(default_factory=dict)
     """Views of the gradients that hold data."""
     narrow: set[str] = field(default_factory=set)
     """Those that are one gradient of a narrow weight, and so have no more digits than its type."""
     left: Event | None = None
-    """Behind the swap-out of the former content."""
-    last_use: int = 0
+    """Behind the swap-out of the former content, unless compute has waited for that."""
+
+    def overlaps(self, other: "_Slot") -> bool:
+        start, stop = max(self.start, other.start), min(self.start + len(self.bytes), other.start + len(other.bytes))
+        return self.memory is other.memory and start < stop
 
     def empty(self) -> None:
         """What it held has left."""
@@ -100,7 +110,6 @@ class GradientStore:
         """By weight: the job that has made its gradient complete, and updates it if updates are just in time."""
         self._in_parts: set[str] = set()
         """Weights of which some part has been sent in this backward."""
-        self._clock = 0
         self.updates: DeviceUpdates | None = None
         """Takes complete gradients where they are; None if there are no such devices."""
 
@@ -149,7 +158,7 @@ class GradientStore:
             gradient = self._loose.pop(key)
             self._owned.discard(key)
             total -= _payload_nbytes(gradient)
-            self._send_loose(key[0], [(key[1], gradient)], False, _ignore)
+            self._send_loose({key[0]: [(key[1], gradient)]}, frozenset(), _ignore)
 
     @torch.no_grad()
     def scale(self, factor: float) -> None:
@@ -176,8 +185,9 @@ class GradientStore:
             held.setdefault(name, []).append((device, gradient if is_ours else gradient.clone()))
         self._forget_loose()
         in_slots = {name for slots in self._slots for slot in slots for name in slot.written}
-        for name, gradients in held.items():
-            self._send_loose(name, gradients, name not in in_slots and is_complete(name), on_complete)
+        if held:
+            complete = frozenset(name for name in held if name not in in_slots and is_complete(name))
+            self._send_loose(held, complete, on_complete)
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
             assert pack is not None
@@ -277,29 +287,37 @@ class GradientStore:
     def _allocate(self, device: int) -> None:
         if self._slots[device]:
             return
-        nbytes = max(1, max(layout_nbytes(layout) for layout in self._layouts))
-        with torch.inference_mode(False):
-            self._slots[device] += [
-                _Slot(torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device))
-                for _ in range(1 + self._plan.prefetch)
-            ]
+        if offsets := self._plan.gradient_offsets(device):
+            memory = self._make_memory(device, self._plan.gradient_slots_nbytes(device))
+            for pack, start in offsets.items():
+                self._add_slot(pack, device, memory, start)
+
+    @torch.inference_mode(False)
+    def _make_memory(self, device: int, nbytes: int) -> torch.Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device)
+
+    @torch.inference_mode(False)
+    def _add_slot(self, pack: int, device: int, memory: torch.Tensor, start: int) -> _Slot:
+        slot = _Slot(pack, memory, start, memory[start : start + layout_nbytes(self._layouts[pack])])
+        self._slots[device].append(slot)
+        return slot
 
     def _slot(self, pack: int, device: int) -> _Slot:
-        slots = self._slots[device]
-        slot = next((slot for slot in slots if slot.pack == pack), None)
-        if slot is None:
-            self._allocate(device)
-            free = (slot for slot in slots if slot.pack is None)
-            slot = min(free, key=lambda slot: slot.last_use, default=None)  # what it held has most likely left
-            if slot is None:  # a pack is visited again later: what it has so far waits on the host
-                slot = min(slots, key=lambda slot: slot.last_use)
-                self._swap_out(device, slot, lambda name: False, _ignore)
-            if slot.left is not None:
-                self._devices[device].wait(Lane.COMPUTE, slot.left)
-                slot.left = None
+        self._allocate(device)
+        slot = next((slot for slot in self._slots[device] if slot.home == pack), None)
+        if slot is None:  # a pack that should be on other devices
+            self._counters.out_of_turn += 1
+            slot = self._add_slot(pack, device, self._make_memory(device, layout_nbytes(self._layouts[pack])), 0)
+        if slot.pack is None:
+            for other in self._slots[device]:
+                if other.overlaps(slot):
+                    if other.pack is not None:  # packs are visited out of turn: what it has so far waits on the host
+                        self._counters.out_of_turn += 1
+                        self._swap_out(device, other, lambda name: False, _ignore)
+                    if other.left is not None:
+                        self._devices[device].wait(Lane.COMPUTE, other.left)
+                        other.left = None
             slot.pack = pack
-        self._clock += 1
-        slot.last_use = self._clock
         return slot
 
     @torch.no_grad()
@@ -379,19 +397,20 @@ class GradientStore:
 
     @torch.no_grad()
     def _send_loose(
-        self, name: str, held: list[tuple[int, torch.Tensor]], is_complete: bool, on_complete: OnComplete
+        self, held: Mapping[str, list[tuple[int, torch.Tensor]]], complete: frozenset[str], on_complete: OnComplete
     ) -> None:
-        home, total = held[0]
-        for _, gradient in held[1:]:
-            arrived = gradient.to(self._devices[home].torch_device)
-            self._counters.p2p_bytes += _payload_nbytes(arrived)
-            total = total + arrived
-        if not self._host_is_device:
-            self._counters.swap_out_bytes += _payload_nbytes(total)
-            total = total.cpu()
-        complete = frozenset((name,)) if is_complete else frozenset[str]()
-        self._in_parts.update({name} - complete)
-        self._submit(lambda: {name: total}, complete, on_complete)
+        totals: dict[str, torch.Tensor] = {}
+        for name, ((home, total), *others) in held.items():
+            for _, gradient in others:
+                arrived = gradient.to(self._devices[home].torch_device)
+                self._counters.p2p_bytes += _payload_nbytes(arrived)
+                total = total + arrived
+            if not self._host_is_device:
+                self._counters.swap_out_bytes += _payload_nbytes(total)
+                total = total.cpu()
+            totals[name] = total
+        self._in_parts.update(totals.keys() - complete)
+        self._submit(lambda: totals, complete, on_complete)
 
     def _submit(
         self,

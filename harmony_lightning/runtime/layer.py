@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.derivatives import refuse_transforms
+from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.joint import Join, Waiting
 from harmony_lightning.runtime.layer_call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer_node import LayerFunction
@@ -56,7 +57,7 @@ def call_layer(
         call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, call.autocast)
         call.joint = join(call.waiting)
     with state.inside_layer(segment.device, is_watched=bool(objects)), _weighed(call, tensors):
-        results = LayerFunction.apply(state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
+        results = apply_own(LayerFunction, state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
     call.result_leaves, call.given = [], []
     objects.let_go()

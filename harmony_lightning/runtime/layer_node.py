@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
+from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.joint import Part
 from harmony_lightning.runtime.layer_backward import differentiate
 from harmony_lightning.runtime.layer_call import CallBuffers, LayerCall, versions_of
@@ -184,7 +185,7 @@ def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch
     """An input as the layer's own graph begins with it. The graph does not hold the tensor, as a leaf would."""
     source = tensor.detach()
     if tensor.requires_grad:
-        return Import.apply(anchor, source, unreachable, is_copied)  # type: ignore[no-any-return,no-untyped-call]
+        return apply_own(Import, anchor, source, unreachable, is_copied)  # type: ignore[no-any-return,no-untyped-call]
     return clone_with_strides(source) if is_copied else source
 
 

@@ -1,13 +1,17 @@
 """Which pack's weights are on which device: slots, swap-in, release.
 
-Each device has a fixed number of slots, allocated once: one for each resident pack, and equal ones that the others share.
-Swap-in copies a pack's arena into a slot on the SWAP_IN lane; compute waits for that copy, and the next copy into the slot
-waits for the compute that used it. Weights are never copied back: the host's are the masters, and only gradients leave
-(`gradients`). What a released slot holds stays good until the masters are written or another pack takes the slot.
+Each device has one slot for each pack. Those of resident packs have memory of their own; the others lie in one piece, at
+offsets by which packs that are there at the same time do not overlap (`Plan.slot_offsets`). Swap-in copies a pack's arena
+into its slot on the SWAP_IN lane; compute waits for that copy, and the copy waits for the compute that used what lies in
+its place. Weights are never copied back: the host's are the masters, and only gradients leave (`gradients`). What a
+released slot holds stays good until the masters are written or a pack comes whose slot overlaps with it.
+
+User code that asks for packs in another order than the plan's gets them at another place where there is room, or in the
+place of packs that are in use, which have to come back then: `Counters.out_of_turn`.
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -47,25 +51,33 @@ Newer = tuple[dict[str, torch.Tensor], Event]
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    pack: int
+    memory: torch.Tensor
+    """The piece that it lies in: of its own, or that of all packs that are not resident."""
+    start: int
     bytes: torch.Tensor
-    owner: int | None = None
-    """The resident pack that it is for; None if packs share it."""
-    pack: int | None = None
-    """Whose weights are in it, or on their way."""
+    """From there on; it counts its own versions."""
+    weights: Weights
+    """Leaves over it."""
+    released: Event | None
+    """Behind the last compute on its content, or on what the memory was before; None once a swap-in has waited for that."""
     is_free: bool = True
-    """Whether nobody needs them now."""
+    """Whether nobody needs the pack here now."""
     generation: int = -1
-    """Of the masters that they are copies of."""
+    """Of the masters that its content are copies of; -1: of none, another slot has had the memory."""
     versions: tuple[int, int] = (-1, -1)
     """Of those masters, and of the copy, behind the swap-in."""
     loading: Ticket | None = None
     """Of the job that enqueues the swap-in of the present content; None once compute waits for that."""
     ready: Event | None = None
     """Behind that swap-in."""
-    released: Event | None = None
-    """Behind the last compute on the former content, or on what the memory was before."""
-    views: dict[int, Weights] = field(default_factory=dict)
-    """Leaves of each pack that was ever here; the memory behind them is that of the present one."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.bytes.numel()
+
+    def overlaps(self, memory: torch.Tensor, start: int, stop: int) -> bool:
+        return self.memory is memory and max(self.start, start) < min(self.stop, stop)
 
 
 class DeviceWeights:
@@ -95,7 +107,10 @@ class DeviceWeights:
         self._reads: dict[int, Event] = {}
         """By pack: behind the last swap-in."""
         self._slots: list[_Slot] = []
-        """Least recently used first."""
+        self._shared: torch.Tensor | None = None
+        """Memory for packs that are not resident."""
+        self._keys: dict[int, int] = {}
+        """Bytes of each piece of memory that slots lie in, by what tells that a tensor does."""
         self._last: _Slot | None = None
         self.find_newer: Callable[[int], Newer | None] = lambda pack: None
         """Tells of a pack whose newest weights are on this device (`update_slots`)."""
@@ -104,17 +119,14 @@ class DeviceWeights:
         """Weights of `pack`, brought in if they are not there; compute enqueued from now on may use them. Only `names` will
         be asked for, which makes no difference here."""
         if self._last is not None and self._last.pack == pack and not self._last.is_free:
-            return self._last.views[pack]
+            return self._last.weights
         slot = self._last = self._load(pack)
         self._finish_loading(slot)
-        self._slots.remove(slot)
-        self._slots.append(slot)
-        return slot.views[pack]
+        return slot.weights
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in slot memory, and so will be overwritten."""
-        key = storage_key(tensor)
-        return any(storage_key(slot.bytes) == key for slot in self._slots)
+        return storage_key(tensor) in self._keys
 
     def last_read(self, pack: int) -> Event | None:
         """The point behind the last swap-in of `pack`."""
@@ -123,7 +135,7 @@ class DeviceWeights:
         return self._reads.get(pack)
 
     def prefetch(self, pack: int) -> None:
-        """Start to bring `pack` in if a slot is free."""
+        """Start to bring `pack` in if there is room."""
         self._allocate()
         if self._find(pack) is not None or self._vacant(pack) is not None:
             self._load(pack)
@@ -140,30 +152,40 @@ class DeviceWeights:
     def release(self, pack: int) -> None:
         """The pack is not needed here for now."""
         for slot in self._slots:
-            if slot.pack == pack and not slot.is_free:
-                slot.is_free = True
-                slot.released = self._device.record(Lane.COMPUTE)
+            if slot.pack == pack:
+                self._release(slot)
+
+    def _release(self, slot: _Slot) -> None:
+        if not slot.is_free:
+            slot.is_free, slot.released = True, self._device.record(Lane.COMPUTE)
 
     def release_all(self) -> None:
         """No pack is needed here for now."""
         for slot in self._slots:
-            if slot.pack is not None:
-                self.release(slot.pack)
-        for slot in [slot for slot in self._slots if slot.owner not in (None, *self._plan.resident)]:
-            self._finish_loading(slot)
-            self._slots.remove(slot)
+            self._release(slot)
+        for slot in [s for s in self._slots if s.memory is not self._shared and s.pack not in self._plan.resident]:
+            self._remove(slot)
+
+    def _remove(self, slot: _Slot) -> None:
+        """Free the slot, which has memory of its own."""
+        self._finish_loading(slot)
+        self._slots.remove(slot)
+        del self._keys[storage_key(slot.memory)]
 
     def find_slice(self, tensor: torch.Tensor) -> tuple[int, Region] | None:
         """The pack, and where in its slot the tensor lies, if it does."""
-        key = storage_key(tensor)
-        slot = next((slot for slot in self._slots if storage_key(slot.bytes) == key), None)
-        if slot is None or slot.pack is None:
+        if not self.holds(tensor):
             return None
-        size = tensor.element_size()
-        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        key, size = storage_key(tensor), tensor.element_size()
         start = int(tensor.storage_offset()) * size
+        last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         stop = start + (last + 1) * size if tensor.numel() else start
-        return slot.pack, Region(start, stop, tensor.dtype, tensor.shape, tensor.stride())
+        for slot in self._slots:
+            is_there = slot.generation >= 0 and storage_key(slot.memory) == key
+            if is_there and slot.start <= start and stop <= slot.stop:
+                region = Region(start - slot.start, stop - slot.start, tensor.dtype, tensor.shape, tensor.stride())
+                return slot.pack, region
+        return None
 
     def restore(self, pack: int, region: Region) -> torch.Tensor:
         """What `find_slice` has found, where it is now."""
@@ -174,7 +196,7 @@ class DeviceWeights:
     @property
     def slots_nbytes(self) -> int:
         """Bytes that the slots take now."""
-        return sum(slot.bytes.numel() for slot in self._slots)
+        return sum(self._keys.values())
 
     def allocate(self) -> None:
         """Make the slots now, not when they are first needed."""
@@ -183,10 +205,10 @@ class DeviceWeights:
     def let_go_idle(self) -> bool:
         """Free the slots of resident packs that nobody uses yet, or any more; these will share the others. Returns whether
         there were any."""
-        idle = [slot for slot in self._slots if slot.owner is not None and (slot.is_free or slot.loading is not None)]
+        own = [slot for slot in self._slots if slot.memory is not self._shared]
+        idle = [slot for slot in own if slot.is_free or slot.loading is not None]
         for slot in idle:
-            self._finish_loading(slot)
-            self._slots.remove(slot)
+            self._remove(slot)
         return bool(idle)
 
     def change_slots(self, plan: Plan) -> None:
@@ -194,7 +216,8 @@ class DeviceWeights:
         for slot in self._slots:
             self._finish_loading(slot)
         self._slots.clear()
-        self._last = None
+        self._keys.clear()
+        self._last = self._shared = None
         self._plan = plan
 
     def _find(self, pack: int) -> _Slot | None:
@@ -210,16 +233,20 @@ class DeviceWeights:
         return None
 
     def _vacant(self, pack: int) -> _Slot | None:
-        """A slot that the pack may have without taking it from one that is needed."""
-        owned = [slot for slot in self._slots if slot.owner == pack]
-        shared = [slot for slot in self._slots if self._is_shared(slot, pack)]
-        free = [slot for slot in owned or shared if slot.is_free]
-        # What is no good any more goes first.
-        return min(free, key=lambda slot: slot.pack is not None and self._find(slot.pack) is slot, default=None)
+        """A slot that the pack may have without taking the memory of one that is needed: its own, else anywhere."""
+        for slot in self._slots:
+            if slot.pack == pack and self._is_vacant(pack, slot.memory, slot.start):
+                return slot
+        if (shared := self._shared) is not None and self._plan.packs[pack].slot_nbytes <= shared.numel():
+            for start in (0, shared.numel() - self._plan.packs[pack].slot_nbytes):
+                if self._is_vacant(pack, shared, start):
+                    return self._add_slot(pack, shared, start)
+        return None
 
-    def _is_shared(self, slot: _Slot, pack: int) -> bool:
-        """Whether packs share the slot, and this one has room in it."""
-        return slot.owner is None and slot.bytes.numel() >= self._plan.packs[pack].slot_nbytes
+    def _is_vacant(self, pack: int, memory: torch.Tensor, start: int) -> bool:
+        """Whether no other pack is needed that lies there."""
+        stop = start + self._plan.packs[pack].slot_nbytes
+        return all(slot.is_free or slot.pack == pack for slot in self._slots if slot.overlaps(memory, start, stop))
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -230,13 +257,18 @@ class DeviceWeights:
         self._allocate()
         slot = self._vacant(pack)
         if slot is None:  # user code asked for a pack out of turn
-            taken = [s for s in self._slots if s.owner == pack] or [s for s in self._slots if self._is_shared(s, pack)]
-            slot = taken[0] if taken else self._add_slot(self._plan.packs[pack].slot_nbytes, pack)
-            slot.released = self._device.record(Lane.COMPUTE)
-        released, slot.released = slot.released, None
-        if slot is self._last:
-            self._last = None
-        slot.pack, slot.is_free, slot.generation = pack, False, self._store.generations[pack]
+            self._counters.out_of_turn += 1
+            slot = next((slot for slot in self._slots if slot.pack == pack), None) or self._add_own(pack)
+        after: list[Event] = []
+        for one in [one for one in self._slots if one.overlaps(slot.memory, slot.start, slot.stop)]:
+            self._release(one)
+            if one.released is not None:  # the lane waits for it once: what it copies later comes behind that, too
+                after.append(one.released)
+                one.released = None
+            one.generation = -1
+            if one is self._last:
+                self._last = None
+        slot.is_free, slot.generation = False, self._store.generations[pack]
         layout = self._store.layouts[pack]
         if self._store.arenas[pack].is_out_of_date():
             self._await_updates(layout)
@@ -245,12 +277,12 @@ class DeviceWeights:
             self._store.move_in(pack)
             self._store.narrow.forget()
         self._store.is_copied = True
-        if pack not in slot.views:
-            slot.views[pack] = Weights((name, region.view(slot.bytes).detach()) for name, region in layout.items())
+        if not slot.weights:
+            slot.weights.update((name, region.view(slot.bytes).detach()) for name, region in layout.items())
         newer, made = self.find_newer(pack) or ({}, None)
         self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(weight.nbytes for weight in newer.values())
         cast = self._store.narrow.prepare(pack, self._worker, self._await_updates)
-        after = [event for event in (released, made) if event is not None]
+        after += [] if made is None else [made]
         slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, after, newer, cast))
         return slot
 
@@ -284,17 +316,29 @@ class DeviceWeights:
         if self._slots:
             return
         plan, device = self._plan, self._device.index
-        for _ in range(plan.num_shared_slots(device)):
-            self._add_slot(plan.shared_slot_nbytes(device))
+        if (nbytes := plan.shared_slots_nbytes(device)) > 0:
+            self._shared = self._make_memory(nbytes)
+            for pack, start in plan.slot_offsets(device).items():
+                self._add_slot(pack, self._shared, start)
         for pack in plan.packs_on(device):
             if pack in plan.resident:
-                self._add_slot(plan.packs[pack].slot_nbytes, pack)
+                self._add_own(pack)
+
+    def _add_own(self, pack: int) -> _Slot:
+        return self._add_slot(pack, self._make_memory(max(1, self._plan.packs[pack].slot_nbytes)), 0)
 
     @torch.inference_mode(False)
-    def _add_slot(self, nbytes: int, owner: int | None = None) -> _Slot:
-        slot_bytes = torch.empty(max(1, nbytes), dtype=torch.uint8, device=self._device.torch_device)
+    def _make_memory(self, nbytes: int) -> torch.Tensor:
+        memory = torch.empty(nbytes, dtype=torch.uint8, device=self._device.torch_device)
+        self._keys[storage_key(memory)] = nbytes
+        return memory
+
+    @torch.inference_mode(False)
+    def _add_slot(self, pack: int, memory: torch.Tensor, start: int) -> _Slot:
+        # `data` counts versions by itself: a swap-in beside it is no write of this one.
+        slot_bytes = memory[start : start + self._plan.packs[pack].slot_nbytes].data
         # The allocator may hand out memory that compute has freed and still uses.
-        slot = _Slot(slot_bytes, owner, released=self._device.record(Lane.COMPUTE))
+        slot = _Slot(pack, memory, start, slot_bytes, Weights(), released=self._device.record(Lane.COMPUTE))
         self._slots.append(slot)
         return slot
 

@@ -25,6 +25,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
+from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides
 from harmony_lightning.runtime.transfer import Arrival, bring_in
@@ -253,7 +254,7 @@ class Segment:
 
     def _import(self, source: torch.Tensor, sink: Sink, is_written: bool = False) -> torch.Tensor:
         self.has_graph = True
-        return Import.apply(self.state.anchor, source, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
+        return apply_own(Import, self.state.anchor, source, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the value on this device, made once as long as the value is the same."""

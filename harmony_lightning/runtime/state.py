@@ -8,7 +8,7 @@ from visit to visit.
 import dataclasses
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -24,7 +24,7 @@ from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.glue_weights import GlueWeights
 from harmony_lightning.runtime.gradients import GradientStore
 from harmony_lightning.runtime.narrow import Watch, WeightUses
-from harmony_lightning.runtime.transfer import Arrival, Departures, send
+from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
 from harmony_lightning.runtime.weights import SwappedWeights
 from harmony_lightning.runtime.worker import HostWorker
 
@@ -111,6 +111,7 @@ class RuntimeState:
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
         self.departures = Departures(cluster.devices, self.travelling_nbytes, lambda: self.plan.num_microbatches)
+        self.landings = Landings(cluster.devices, self.travelling_nbytes)
         layered = {name for pack in plan.packs for name in pack.parameters}
         self.glue = GlueWeights(
             self.parameters,
@@ -137,7 +138,12 @@ class RuntimeState:
     def send(self, tensor: torch.Tensor, source: Device, target: Device, ready: Event | None = None) -> Arrival:
         """Copy a tensor from device to device; `ready`: when it is computed, None for now."""
         self.counters.p2p_bytes += tensor.nbytes
-        return send(tensor, source, target, self.departures, ready)
+        return send(tensor, source, target, self.departures, ready, self.landings)
+
+    def turn(self, device: Device) -> None:
+        """Another microbatch comes to the device."""
+        self.departures.turn(device)
+        self.landings.turn(device)
 
     def weight_name(self, tensor: torch.Tensor) -> str | None:
         """The name of a master; None for any other tensor."""
@@ -182,19 +188,25 @@ class RuntimeState:
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
         try:
-            with device.lane(Lane.COMPUTE):
-                if is_watched or self.watcher is None or _get_current_function_mode() is not self.watcher:  # type: ignore[no-untyped-call]
-                    yield
-                    return
-                # A function mode costs microseconds for every function, and a layer calls a hundred.
-                _pop_mode()  # type: ignore[no-untyped-call]
-                try:
-                    yield
-                finally:
-                    _push_mode(self.watcher)  # type: ignore[no-untyped-call]
+            with device.lane(Lane.COMPUTE), nullcontext() if is_watched else self.unwatched():
+                yield
         finally:
             torch.set_autocast_cache_enabled(is_cached)
             self.depth -= 1
+
+    @contextmanager
+    def unwatched(self) -> Iterator[None]:
+        """The code within is not the user's, or a layer's own. A function mode costs microseconds for every function, and a
+        layer calls a hundred."""
+        watcher = self.watcher
+        if watcher is None or _get_current_function_mode() is not watcher:  # type: ignore[no-untyped-call]
+            yield
+            return
+        _pop_mode()  # type: ignore[no-untyped-call]
+        try:
+            yield
+        finally:
+            _push_mode(watcher)  # type: ignore[no-untyped-call]
 
     @contextmanager
     def recomputing(self, device: Device) -> Iterator[None]:
@@ -308,6 +320,7 @@ class RuntimeState:
         self.watching = None
         self.weights.upcoming = {}
         self.departures.let_go()
+        self.landings.let_go()
         self.buffers.discard()
         self.masters_written()
         self.weights.drain()

@@ -116,7 +116,8 @@ class TrainingStep:
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)  # while the weights are there, for an update on the device
         state.weights.end_updates()
-        state.gradients.finish(on_complete)
+        with state.unwatched():
+            state.gradients.finish(on_complete)
 
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> list[Group]:
         """Those that go through a pack together, each group on one device."""
@@ -145,7 +146,7 @@ class TrainingStep:
 
     def _run(self, microbatch: Microbatch) -> None:
         """Let a microbatch go on; if it comes to its end, differentiate its last segment."""
-        self._state.departures.turn(microbatch.device)
+        self._state.turn(microbatch.device)
         with self._code.running(microbatch):
             microbatch.go_on()
         if not microbatch.is_done:
@@ -173,14 +174,15 @@ class TrainingStep:
     def _backward_segment(self, microbatch: Microbatch) -> None:
         segment = microbatch.segment
         names = tuple(segment.uses)
-        self._state.departures.turn(segment.device)
+        self._state.turn(segment.device)
         with self._code.running(microbatch, "in backward of", segment):
             microbatch.backward_segment()
         self._segments_left[segment.pack] -= 1
         self._uses_left.subtract(names)
 
     def _send(self, pack: int, on_complete: OnComplete) -> None:
-        self._state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
+        with self._state.unwatched():
+            self._state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
 
     def _rescale(self, ratio: float) -> None:
         self._state.gradients.scale(ratio)

@@ -80,7 +80,7 @@ class ThreadState:
         )
         if parked.autocast != self._autocast:
             self._autocast.apply()
-        torch._C._set_grad_enabled(self._grad)
+        _set_grad_enabled(self._grad)
         return parked
 
 
@@ -98,7 +98,7 @@ class Parked:
     def resume(self) -> None:
         """Put the state back onto the thread."""
         self.inference_guard = None
-        torch._C._set_grad_enabled(self.grad)
+        _set_grad_enabled(self.grad)
         if Autocast.capture() != self.autocast:
             self.autocast.apply()
         for mode in self.dispatch_modes:
@@ -107,3 +107,9 @@ class Parked:
             _push_function_mode(mode)  # type: ignore[no-untyped-call]
         for pack, unpack in self.saved_tensor_hooks:
             _hooks._push_saved_tensors_default_hooks(pack, unpack)
+
+
+def _set_grad_enabled(enabled: bool) -> None:
+    # Function modes are asked about it, though it takes no tensors.
+    if torch.is_grad_enabled() != enabled:
+        torch._C._set_grad_enabled(enabled)

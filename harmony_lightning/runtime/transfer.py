@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harmony_lightning.hardware.device import Device, Event, Lane
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 
 _TURNS_HELD = 2
 """Microbatches for which memory that a copy reads is always held: copies of one turn overlap with compute of the next."""
@@ -113,8 +114,68 @@ class Departures:
         turn.tensors.clear()
 
 
+_Kind = tuple[torch.Size, tuple[int, ...], torch.dtype]
+
+
+class Landings:
+    """Memory on each device in which the next tensor from another one arrives, set aside a microbatch ahead.
+
+    A copy waits for the memory that it writes: for all compute enqueued when that was allocated. The first copy for a pack
+    sets out when all of the pack before is enqueued, and so would wait until that is over, and compute would wait for it:
+
+        COMPUTE  | pack 4, microbatch 6 | pack 4, microbatch 7 |      | pack 8, microbatch 0
+        PEER_IN                                                 copy -'     memory allocated now
+        PEER_IN                          copy -'                            memory allocated in front of microbatch 7
+    """
+
+    def __init__(self, devices: Sequence[Device], limit_nbytes: int) -> None:
+        """`limit_nbytes`: what may be set aside on a device; what arrives next is taken to be like what arrived last."""
+        self._devices = devices
+        self._limit_nbytes = limit_nbytes
+        self._last: dict[int, _Kind] = {}
+        """By device: of what arrived last."""
+        self._ready: dict[int, tuple[torch.Tensor, Event]] = {}
+
+    @torch.no_grad()
+    def turn(self, device: Device) -> None:
+        """Another microbatch comes to the device."""
+        if device.index in self._ready or device.index not in self._last:
+            return
+        shape, strides, dtype = self._last[device.index]
+        with torch._C.DisableTorchFunction():
+            try:
+                memory = torch.empty_strided(shape, strides, dtype=dtype, device=device.torch_device)
+            except OUT_OF_MEMORY:
+                self._last.clear()  # it does without
+                return
+        self._ready[device.index] = memory, device.record(Lane.COMPUTE)
+
+    def take(self, tensor: torch.Tensor, device: Device) -> tuple[torch.Tensor, Event]:
+        """Memory for a copy of the tensor, and the point behind which it may be written."""
+        found = self._ready.pop(device.index, None)
+        if found is None or _kind(found[0]) != _kind(tensor):
+            found = torch.empty_like(tensor, device=device.torch_device), device.record(Lane.COMPUTE)
+        if tensor.nbytes <= self._limit_nbytes:
+            self._last[device.index] = _kind(found[0])
+        return found
+
+    def let_go(self) -> None:
+        """Set nothing aside any more."""
+        self._ready.clear()
+        self._last.clear()
+
+
+def _kind(tensor: torch.Tensor) -> _Kind:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
 def send(
-    tensor: torch.Tensor, source: Device, target: Device, departures: Departures, ready: Event | None = None
+    tensor: torch.Tensor,
+    source: Device,
+    target: Device,
+    departures: Departures,
+    ready: Event | None = None,
+    landings: Landings | None = None,
 ) -> Arrival:
     """Copy a tensor from device to device.
 
@@ -123,10 +184,14 @@ def send(
         source, target: different devices.
         departures: keeps the source's memory.
         ready: when the tensor is computed; None: behind all that is enqueued on `source` now.
+        landings: have memory for it, perhaps.
     """
-    result = torch.empty_like(tensor, device=target.torch_device)
+    if landings is not None:
+        result, is_free = landings.take(tensor, target)
+    else:
+        result, is_free = torch.empty_like(tensor, device=target.torch_device), target.record(Lane.COMPUTE)
     source.wait(Lane.PEER_OUT, ready if ready is not None else source.record(Lane.COMPUTE))
-    target.wait(Lane.PEER_IN, target.record(Lane.COMPUTE))  # the memory of `result` may have been in use until now
+    target.wait(Lane.PEER_IN, is_free)  # the memory may have been in use until then
     with source.lane(Lane.PEER_OUT, "peer"), target.lane(Lane.PEER_IN, "peer"):
         result.copy_(tensor, non_blocking=True)
     departures.hold(source, Lane.PEER_OUT, tensor)

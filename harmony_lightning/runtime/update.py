@@ -42,16 +42,13 @@ class JustInTimeUpdate:
         prepare: Prepare | None = None,
         keeps_gradients: bool = False,
         stepped: Collection[str] = (),
-        behind: Callable[[Sequence[str]], None] | None = None,
     ) -> None:
         """
         Args:
             keeps_gradients: hold what was stepped with, for `give_back`, instead of freeing it.
             stepped: weights that the optimizer has stepped before.
-            behind: called with the names of weights that have been stepped on the host.
         """
         self.stepped = stepped
-        self._behind = behind
         self._optimizer = optimizer
         self._parameters = parameters
         self._prepare = prepare
@@ -77,8 +74,6 @@ class JustInTimeUpdate:
             if self.keeps_gradients and weight.grad is not None:
                 self._kept.append((weight, weight.grad))
             weight.grad = None
-        if self._behind is not None:
-            self._behind(names)
 
     def step_there(self, stand_ins: Mapping[str, StandIn]) -> None:
         """Step these, in place of the weights of these names; weights and what is remembered of them stay as they are.

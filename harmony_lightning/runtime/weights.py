@@ -5,7 +5,7 @@ device the masters serve directly, and most of this does nothing.
 """
 
 import functools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -167,15 +167,10 @@ class SwappedWeights:
         in_arena = self._store is not None and self._store.holds(tensor)
         return in_arena or tensor.data_ptr() in {p.data_ptr() for p in self._parameters.values()}
 
-    def forget_casts(self) -> None:
-        """Narrow weights have to be cast again before they travel."""
+    def forget_casts(self, names: Collection[str] | None = None) -> None:
+        """Narrow weights, these or all, have to be cast again before they travel."""
         if self._store is not None:
-            self._store.narrow.forget()
-
-    def cast(self, names: Iterable[str]) -> None:
-        """On the worker: these masters have been updated."""
-        if self._store is not None:
-            self._store.narrow.cast(names)
+            self._store.narrow.forget(names)
 
     # Updates ----------------------------------------------------------------------------------------------------------
 

@@ -99,6 +99,7 @@ class Session:
             stash_out_bytes=counters.stash_out_bytes,
             input_bytes=counters.input_bytes,
             joint_forwards=counters.joint_forwards,
+            out_of_turn=counters.out_of_turn,
             updates_just_in_time=counters.updates_just_in_time,
             updates_whole=counters.updates_whole,
             updates_on_devices=counters.updates_on_devices,

@@ -101,7 +101,6 @@ class Updates:
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
             # A training_step that works with gradients may find those of the step before.
             keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut or _leaves_gradients(engine, trainer),
-            behind=engine.state.weights.cast,
             stepped=self._stepped,
         )
         return self._just_in_time

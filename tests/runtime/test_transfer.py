@@ -6,7 +6,7 @@ import torch
 from harmony_lightning import EmulatedCluster
 from harmony_lightning.hardware.device import Lane
 from harmony_lightning.runtime.microbatch import sending_ahead
-from harmony_lightning.runtime.transfer import Departures
+from harmony_lightning.runtime.transfer import Departures, Landings, send
 
 
 @pytest.mark.parametrize(
@@ -50,3 +50,41 @@ def test_what_follows_sets_out_as_far_as_there_is_memory(num_ahead, limit_nbytes
     for (microbatch,) in sending_ahead([[_Microbatch(name, log)] for name in "abcd"], num_ahead, limit_nbytes):
         log.append(microbatch.name)
     assert ", ".join(log) == expected
+
+
+@pytest.mark.parametrize(("limit_nbytes", "is_set_aside"), [(2**20, True), (2**10, False)])
+def test_what_arrives_for_the_next_pack_does_not_wait_for_the_pack_before(limit_nbytes, is_set_aside):
+    cluster = EmulatedCluster(2, "1GiB", preset="3090", fake=True, check_races=False)
+    source, target = cluster.devices
+    departures, landings = Departures(cluster.devices), Landings(cluster.devices, limit_nbytes)
+    with cluster.activate():
+        tensor = torch.empty(2**16, device=source.torch_device)
+        square = torch.empty(4096, 4096, device=target.torch_device)
+        send(tensor, source, target, departures, None, landings).take()  # shows what arrives
+        for _ in range(2):
+            landings.turn(target)
+        assert target.allocated_bytes() == square.nbytes + is_set_aside * tensor.nbytes
+        with target.lane(Lane.COMPUTE, "microbatch"):
+            square @ square
+        arrival = send(tensor, source, target, departures, None, landings)
+        landings.turn(target)
+        assert target.allocated_bytes() == square.nbytes + (1 + is_set_aside) * tensor.nbytes
+        landings.let_go()
+        assert target.allocated_bytes() == square.nbytes + tensor.nbytes
+        del arrival
+        departures.let_go()
+        (compute,) = (span for span in cluster.activities() if span.name == "microbatch")
+        copy = max((span for span in cluster.activities() if span.lane == "peer-out"), key=lambda span: span.start)
+    assert (copy.end < compute.end) == is_set_aside
+
+
+def test_nothing_is_set_aside_for_what_is_unlike_the_last():
+    cluster = EmulatedCluster(2, "1MiB")
+    source, target = cluster.devices
+    landings = Landings(cluster.devices, 2**20)
+    with cluster.activate():
+        rows = torch.arange(6.0).to(source.torch_device).view(2, 3)
+        landings.take(rows, target)
+        landings.turn(target)
+        memory, _ = landings.take(rows.t(), target)
+        assert (memory.shape, memory.stride()) == (rows.t().shape, rows.t().stride())
