@@ -7,6 +7,7 @@ left for the next pack or wait for from it.
 
 from collections.abc import Iterator
 
+from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, Span, split
 from harmony_lightning.scheduler.costs import Costs
 
@@ -17,7 +18,7 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
 
     def slots(device: int) -> float:
         here = packs[device :: schedule.num_devices] if is_pp else packs
-        return min(1 + schedule.prefetch, len(here)) * max(costs.weight_bytes(span) for span in here)
+        return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
 
     return max(slots(device) + nbytes for device, _, nbytes in visit_bytes(schedule, costs))
 
@@ -29,7 +30,9 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, fl
     is_pp, last = schedule.mode == "pp", len(schedule.packs_backward) - 1
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     size = sizes[0]
-    fixed = (1 + schedule.prefetch) * max(costs.gradient_bytes(span) for span in packs) + 2 * costs.profile.glue_bytes
+    here = [packs[d::num_devices] if is_pp else packs for d in range(num_devices)]
+    gradients = (_in_turn(schedule, [costs.gradient_bytes(span) for span in mine]) for mine in here if mine)
+    fixed: float = max(gradients) + 2 * costs.profile.glue_bytes
     if not is_pp and num_devices > 1:
         # Gradients of the other devices come to the first one by one.
         fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
@@ -62,6 +65,12 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, fl
             if schedule.stash == "device" and p != last:
                 kept += costs.stash_bytes(samples, packs[p])
             yield d, p, fixed + kept + need
+
+
+def _in_turn(schedule: Schedule, sizes: list[float]) -> int:
+    """Bytes of slots for packs that come one after the other, as the plan lays them (`Plan.slot_offsets`)."""
+    lifetimes = tuple(Lifetime(i, i + 1 + schedule.prefetch, round(size)) for i, size in enumerate(sizes))
+    return max(offset + life.nbytes for offset, life in zip(lay_at_offsets(lifetimes), lifetimes, strict=True))
 
 
 def _boundary(costs: Costs, packs: tuple[Span, ...], pack: int, samples: int) -> tuple[float, float]:
