@@ -150,3 +150,47 @@ def test_memory_buys_throughput(modules):
     most, least = curve["rows"]
     assert least["seconds"] >= most["seconds"] * 0.99 and 0 < least["share"] <= most["share"] < 1
     assert all(row["peak_bytes"] <= row["memory_bytes"] for row in curve["rows"])
+
+
+def test_the_model_s_own_kernels_are_those_that_run_but_for_sums_of_gradients(modules):
+    import lightning as L
+
+    from harmony_lightning import EmulatedCluster, HarmonyStrategy
+    from harmony_lightning.hardware.presets import gpu_model
+
+    breakdowns, models, own, plans = modules("step_time", "breakdown", "models", "own", "plans")
+    shape, num_microbatches = models.Shape(3, 256, 4, 4, 1024, 512, is_gated=False), 4
+    module = models.LanguageModel(shape)
+    plan = plans.travelling(
+        module,
+        mode="mixed",
+        num_gpus=2,
+        memory_bytes=2**30,
+        microbatch_size=1,
+        num_microbatches=num_microbatches,
+        stash="device",
+    )
+    plan = plans.first_on_device(plan, module)
+    assert not plan.resident and plan.prefetch == 1 and [pack.update for pack in plan.packs][:2] == ["device", "host"]
+    cluster = EmulatedCluster(2, preset="3090", fake=True, check_races=False)
+    strategy = HarmonyStrategy(plan=plan, layers=plans.LAYERS, cluster=cluster)
+    breakdown = breakdowns.Breakdown(1)
+    trainer = L.Trainer(
+        strategy=strategy,
+        accelerator="cpu",
+        precision="bf16-mixed",
+        max_steps=2,
+        callbacks=[breakdown],
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    with breakdown.counting():
+        trainer.fit(module, models.tokens(num_microbatches, 512, 512, 1, 1))
+    sums = breakdown.seconds.pop("gradient sums")
+    one = own.own_kernels(shape, (1, 513), gpu_model("3090"), "bf16-mixed")
+    expected = one.per_step(num_microbatches, [f"blocks.{i}" for i in range(3)])
+    # The runtime adds a few: seeds of backward, inputs that are brought in.
+    assert 0.9 < expected / sum(breakdown.seconds.values()) <= 1
+    assert sums > 0

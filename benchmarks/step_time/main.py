@@ -21,8 +21,8 @@ from harmony_lightning.observability.trace import chrome_trace
 
 NUM_STEPS = 5
 """In the first ones it shows what travels in bfloat16, and what may stay. A plan that says both needs fewer."""
-NUM_STEPS_OF_PLAN = {"host": 2, "first": 3}
-"""By place of the first pack's update. States are made on the host, in the first step, and come in in the second."""
+NUM_STEPS_OF_PLAN = 3
+"""In the first one the optimizer makes its states, and nothing goes on behind it; those that stay come in in the second."""
 HEADER = (
     "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | to products alone | of which | "
     "peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
@@ -59,7 +59,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
             one_layer_per_pack=True,
             cluster=cluster,
         )
-    num_steps = NUM_STEPS_OF_PLAN[arguments.update] if arguments.travelling else NUM_STEPS
+    num_steps = NUM_STEPS_OF_PLAN if arguments.travelling else NUM_STEPS
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",
