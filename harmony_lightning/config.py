@@ -44,8 +44,10 @@ class HarmonyConfig:
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
-    searches: bool = False
-    """Profile the module and search the plan when the first minibatch is there: `HarmonyStrategy(plan="auto")`."""
+    searches: Literal["packs", "all", "nothing"] = "packs"
+    """What is searched, by profiling the module, instead of made from sizes alone. "packs": which layers form a pack, and
+    how many packs come ahead; results do not depend on that, so they are the same on GPUs of any size and speed. "all", by
+    `HarmonyStrategy(plan="auto")`: microbatch size and mode, too, where they are "auto". "nothing": `plan="sizes"`."""
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
@@ -71,13 +73,8 @@ class HarmonyConfig:
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
         if self.update not in ("auto", "host", "device", "first"):
             raise ConfigurationError(f"update must be 'auto', 'host', 'device' or 'first', got {self.update!r}")
-        if self.searches and (
-            self.update in ("device", "first") or self.microbatches_per_forward > 1 or self.mode == "mixed"
-        ):
-            raise ConfigurationError(
-                "plan='auto' knows pp and dp, updates on the host and one microbatch per forward only; leave mode, update "
-                "and microbatches_per_forward as they are, or the plan"
-            )
+        if self.searches not in ("packs", "all", "nothing"):
+            raise ConfigurationError(f"searches must be 'packs', 'all' or 'nothing', got {self.searches!r}")
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
@@ -111,12 +108,14 @@ class HarmonyConfig:
 class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
-    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names;
+    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names, and
+    HARMONY_PLAN the argument `plan` of the strategy: "auto", "sizes" or a file;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
     check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each, which
     are not strict; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
     """
 
+    plan: str | None
     mode: str | None
     microbatch_size: str | None
     memory: str | None
@@ -139,6 +138,7 @@ class Environment:
         if level is not None and level.upper() not in logging.getLevelNamesMapping():
             raise ConfigurationError(f"HARMONY_LOG_LEVEL must be a level such as INFO, got {level!r}")
         return cls(
+            plan=variables.get("HARMONY_PLAN"),
             mode=variables.get("HARMONY_MODE"),
             microbatch_size=variables.get("HARMONY_MICROBATCH_SIZE"),
             memory=variables.get("HARMONY_MEMORY"),

@@ -10,10 +10,10 @@ from torch import nn
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.decomposer.discover import decompose
+from harmony_lightning.decomposer.discover import decompose, decompose_as
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, check_plan
 from harmony_lightning.scheduler import make_plan, unit_nbytes
 from harmony_lightning.units import format_nbytes
 
@@ -64,12 +64,7 @@ def prepare(
         ConfigurationError: a weight is not on the host, or a knob fits nothing.
         CapacityError: some layer cannot fit.
     """
-    for name, parameter in root.named_parameters():
-        if parameter.device.type != "cpu":
-            raise ConfigurationError(
-                f"weight {name} is on {parameter.device}; the strategy needs the module on the host, because there its "
-                f'masters live: build it on the CPU, or declare it under torch.device("meta")'
-            )
+    _check_masters(root)
     decomposition, memory_bytes = layers_of(root, cluster, config)
     if cluster.host_is_device:
         state_nbytes = None
@@ -115,6 +110,27 @@ def _update(
     config: HarmonyConfig, state_nbytes: Mapping[str, tuple[int, ...]] | None
 ) -> Literal["device", "host", "first"]:
     return "host" if state_nbytes is None or config.update == "auto" else config.update
+
+
+def prepare_given(root: nn.Module, cluster: Cluster, plan: Plan) -> Decomposition:
+    """The layers of `root` that a given plan names; they need not be those that would be found without it.
+
+    Raises:
+        ConfigurationError: a weight is not on the host, or the plan is for another module or another number of devices.
+    """
+    _check_masters(root)
+    decomposition = decompose_as(root, [name for pack in plan.packs for name in pack.layers])
+    check_plan(plan, decomposition, len(cluster.devices))
+    return decomposition
+
+
+def _check_masters(root: nn.Module) -> None:
+    for name, parameter in root.named_parameters():
+        if parameter.device.type != "cpu":
+            raise ConfigurationError(
+                f"weight {name} is on {parameter.device}; the strategy needs the module on the host, because there its "
+                f'masters live: build it on the CPU, or declare it under torch.device("meta")'
+            )
 
 
 def layers_of(root: nn.Module, cluster: Cluster, config: HarmonyConfig) -> tuple[Decomposition, int]:

@@ -17,7 +17,7 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, Schedule
 from harmony_lightning.profiler import Machine
 from harmony_lightning.profiler.cache import cached
 from harmony_lightning.profiler.machine import preset_machine
@@ -28,9 +28,11 @@ from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.outputs import loss_of
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
+from harmony_lightning.scheduler.packing import pack_of_layers
 from harmony_lightning.scheduler.runtime_search import search_runtime
 from harmony_lightning.scheduler.search import Found
-from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.scheduler.staying import with_what_stays
+from harmony_lightning.scheduler.translate import plan_of, schedule_of
 from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)
@@ -53,6 +55,8 @@ class Question:
     microbatch_size: int | None = None
     """None: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
+    moves_stash: bool = False
+    """Stashes go to the host whatever is left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,14 +158,27 @@ def profile(
     return cached(Measured, key, make)
 
 
-def find_plan(measured: Measured, machine: Machine, decomposition: Decomposition, question: Question) -> Planned:
+def find_plan(
+    measured: Measured, machine: Machine, decomposition: Decomposition, question: Question, in_use: Plan | None = None
+) -> Planned:
     """The best plan that the search finds.
+
+    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster; whatever is found,
+    steps let stay on the devices what fits. None: nothing stays.
 
     Raises:
         CapacityError: nothing fits.
     """
-    costs = Costs(measured.profile, machine)
+    ordered = decomposition.reordered(measured.profile.names)
+    travelling = [pack_of_layers(ordered, (layer,)).nbytes for layer in ordered.layers]
+    costs = Costs(measured.profile, machine, travelling)
     places = {name: index for index, name in enumerate(measured.profile.names)}
+    present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
+
+    def stay(schedule: Schedule) -> Schedule:
+        plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
+        return with_what_stays(schedule, plan, costs, moves_stash=question.moves_stash)
+
     found = search_runtime(
         costs,
         minibatch=question.minibatch,
@@ -170,18 +187,28 @@ def find_plan(measured: Measured, machine: Machine, decomposition: Decomposition
         stashes=question.stashes,
         microbatch_size=question.microbatch_size,
         together=tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
+        stay=stay if in_use is not None else None,
+        in_use=present,
     )
-    ordered = decomposition.reordered(measured.profile.names)
-    plan = plan_of(found.best.schedule, ordered, question.memory_bytes)
+    plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)
+    if present is not None and _is_same(found.best.schedule, present):
+        assert in_use is not None
+        plan = in_use
     log.info(
-        "harmony plan: %s; predicted %.4g s per step and %s on each GPU of %s (search took %.2f s)",
+        "harmony plan: %s%s; predicted %.4g s per step and %s on each GPU of %s (search took %.2f s)",
         describe(found.best.schedule),
+        ", as it was" if plan is in_use else "",
         found.best.seconds,
         format_nbytes(found.best.peak_bytes),
         format_nbytes(question.memory_bytes),
         found.search_seconds,
     )
     return Planned(plan=plan, decomposition=ordered, found=found, costs=costs)
+
+
+def _is_same(one: Schedule, other: Schedule) -> bool:
+    """Whether nothing but what stays differs."""
+    return replace(one, resident=(), stash_stays=(), keep=()) == other
 
 
 def host_bytes(planned: Planned) -> float:

@@ -1,6 +1,7 @@
-"""`plan="auto"`: profile, search, train; the same numbers as one device, a plan that is kept, and one that gives way."""
+"""Profile, search, train: the same numbers as one device, a plan that is kept, and one that gives way."""
 
 import dataclasses
+import functools
 import logging
 
 import lightning as L
@@ -8,8 +9,11 @@ import pytest
 import torch
 from chain import Chain, loader, same_weights, stays_within, trainer, twins
 from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+from wide import Wide, batch_of, cluster_of, last_step_seconds, on_meta
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy, Plan
+from harmony_lightning.scheduler.translate import plan_of
 from harmony_lightning.strategy import automatic
 from harmony_lightning.strategy.training import PLAN_FILE, PLAN_KEY
 
@@ -25,14 +29,14 @@ def told(caplog):
     return caplog
 
 
-def automatic_strategy(num_gpus=2, memory="160KiB", preset="3090", **options):
-    return HarmonyStrategy(plan="auto", cluster=EmulatedCluster(num_gpus, memory, preset=preset), **options)
+def automatic_strategy(num_gpus=2, memory="160KiB", preset="3090", plan="auto", **options):
+    return HarmonyStrategy(plan=plan, cluster=EmulatedCluster(num_gpus, memory, preset=preset), **options)
 
 
-def trained_plainly(module, microbatch_size):
+def trained_plainly(module, microbatch_size, num_samples=48):
     """On one device over the same microbatches, gradients added up in their order."""
     optimizer = module.configure_optimizers()
-    for inputs, targets in loader(16, 48):
+    for inputs, targets in loader(16, num_samples):
         optimizer.zero_grad()
         parts = list(zip(inputs.split(microbatch_size), targets.split(microbatch_size), strict=True))
         for part in parts:
@@ -57,14 +61,64 @@ def test_the_plan_is_found_and_trains_to_the_same_weights(mode, told):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
-def test_it_is_no_slower_than_the_plan_from_sizes_alone():
-    def seconds(**options):
-        torch.manual_seed(0)
-        strategy = HarmonyStrategy(cluster=EmulatedCluster(2, "300KiB", preset="1080ti"), **options)
-        trainer(strategy, max_steps=4).fit(Chain(depth=10), loader(32, 128))
-        return strategy.timeline().seconds
+def wide(memory, num_steps=6, **options):
+    """Seconds of the last step of a model whose layers take a GPU long enough, and the plan."""
+    strategy = HarmonyStrategy(cluster=cluster_of(1, memory=memory), **options)
+    data = TensorDataset(*batch_of(8 * num_steps))
+    run = trainer(strategy, max_steps=num_steps)
+    run.fit(on_meta(functools.partial(Wide, depth=3)).to_empty(device="cpu"), DataLoader(data, batch_size=8))
+    return last_step_seconds(strategy.timeline()), strategy.plan
 
-    assert seconds(plan="auto") < seconds()
+
+@pytest.mark.parametrize("memory", [None, "120MiB"])
+def test_nothing_is_slower_than_the_plan_from_sizes_alone(memory):
+    from_sizes, plan = wide(memory, plan="sizes")
+    by_default, found = wide(memory)
+    assert (found.mode, found.microbatch_size) == (plan.mode, plan.microbatch_size)
+    everything, _ = wide(memory, plan="auto")
+    assert everything < by_default <= from_sizes
+    if memory is None:  # one pack holds everything, so nothing overlaps
+        assert len(plan.packs) == 1 < len(found.packs) and by_default < 0.7 * from_sizes
+
+
+def find(monkeypatch, *spans):
+    """Whatever the search finds, these are the packs."""
+    original = automatic.find_plan
+
+    def find_plan(measured, machine, decomposition, question, in_use):
+        planned = original(measured, machine, decomposition, question, in_use)
+        schedule = dataclasses.replace(planned.found.best.schedule, packs_forward=spans[:-1], packs_backward=spans)
+        plan = plan_of(schedule, planned.decomposition, question.memory_bytes, in_use)
+        return dataclasses.replace(planned, plan=plan)
+
+    monkeypatch.setattr(automatic, "find_plan", find_plan)
+
+
+@pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"microbatches_per_forward": 2}])
+def test_by_default_results_are_those_of_the_plan_from_sizes(options, told, monkeypatch):
+    """The search has its turn behind the first step, and changes nothing but packs."""
+    find(monkeypatch, (0, 0), (1, 3), (4, 8))
+    precision = options.pop("precision", "32-true")
+    ends = []
+    for plan in ("sizes", None):
+        module, _ = twins(depth=8)
+        strategy = HarmonyStrategy(plan=plan, cluster=EmulatedCluster(1, "1MiB", preset="3090"), **options)
+        trainer(strategy, precision=precision).fit(module, loader(16, 64))
+        assert stays_within(strategy.statistics(), 2**20) and strategy.plan.resident
+        assert bool(strategy.plan.narrow_dtype) == (precision != "32-true")
+        ends.append((module, strategy.plan.packs))
+    assert same_weights(ends[0][0], ends[1][0]) and len(ends[0][1]) < len(ends[1][1]) == 3
+    assert sum("predicted" in message for message in told.messages) == 1
+
+
+def test_a_plan_that_was_found_behind_the_first_step_gives_way_to_that_of_the_first_step(told, monkeypatch):
+    find(monkeypatch, (0, 8))
+    module, reference = twins(depth=8)
+    strategy = HarmonyStrategy(cluster=EmulatedCluster(1, "200KiB", preset="3090"))
+    trainer(strategy).fit(module, loader(16, 64))
+    assert "the plan does not fit" in told.text and len(strategy.plan.packs) > 1
+    assert stays_within(strategy.statistics(), 200 * 1024) and strategy.statistics().steps == 4
+    assert same_weights(module, trained_plainly(reference, 4, 64))
 
 
 def test_the_second_run_finds_the_profile_in_the_cache(told, monkeypatch):
@@ -91,7 +145,7 @@ def test_the_plan_is_kept_with_the_run_and_in_the_checkpoint(tmp_path):
     run.fit(Chain(depth=6), loader(16, 32))
     path = tmp_path / "run.ckpt"
     found = Plan.from_json((tmp_path / "lightning_logs" / "version_0" / PLAN_FILE).read_text())
-    assert found == strategy.plan
+    assert found == dataclasses.replace(strategy.plan, resident=(), stash_stays=(), keep=found.keep, peak_bytes=())
     again = automatic_strategy()
     run = trainer(again, max_steps=1)
     module = Chain(depth=6)
@@ -112,15 +166,32 @@ def test_the_plan_is_kept_with_the_run_and_in_the_checkpoint(tmp_path):
     assert given.plan.packs == found.packs
 
 
+def test_a_plan_that_was_made_for_other_memory_is_carried_out():
+    """With less memory, smaller layers were found."""
+    plans = []
+    for memory in ("120KiB", "1MiB"):
+        strategy = HarmonyStrategy(cluster=EmulatedCluster(2, memory), microbatch_size=4)
+        trainer(strategy, max_steps=1).fit(Chain(depth=8), loader(16, 16))
+        plans.append(strategy.plan)
+    assert plans[0].packs[0].layers[0] == "net.0.0" and plans[1].packs[0].layers[0] == "net.0"
+    module, reference = twins(depth=8)
+    given = HarmonyStrategy(cluster=EmulatedCluster(2, "1MiB"), plan=plans[0])
+    trainer(given).fit(module, loader(16, 48))
+    assert given.plan.packs == plans[0].packs
+    assert same_weights(module, trained_plainly(reference, 4))
+
+
 def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
     budgets = []
     original = automatic.find_plan
 
-    def too_large(measured, machine, decomposition, question):
+    def too_large(measured, machine, decomposition, question, in_use):
+        planned = original(measured, machine, decomposition, question, in_use)
         budgets.append(question.memory_bytes)
-        if len(budgets) == 1:
-            question = dataclasses.replace(question, memory_bytes=10 * question.memory_bytes)
-        return original(measured, machine, decomposition, question)
+        if len(budgets) > 1:
+            return planned
+        schedule = dataclasses.replace(planned.found.best.schedule, packs_forward=(), packs_backward=((0, 12),))
+        return dataclasses.replace(planned, plan=plan_of(schedule, planned.decomposition, question.memory_bytes))
 
     monkeypatch.setattr(automatic, "find_plan", too_large)
     module, reference = twins(depth=12)
@@ -133,11 +204,19 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
     assert same_weights(module, trained_plainly(reference, strategy.plan.microbatch_size))
 
 
+@pytest.mark.filterwarnings("error:.*not registered")
+@pytest.mark.parametrize("plan", ["auto", None])
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"preset": None}, "nobody knows how fast"), ({}, "cannot be profiled: ValueError: not twice")],
+    [
+        ({"preset": None}, "nobody knows how fast"),
+        ({}, "cannot be profiled: ValueError: not twice"),
+        ({"update": "device", "memory": "1MiB"}, "simulator knows nothing"),
+        ({"one_layer_per_pack": True}, "one layer in each pack"),
+        ({"mode": "mixed"}, "are dealt"),
+    ],
 )
-def test_where_no_plan_can_be_found_the_one_from_sizes_stays(options, reason, told):
+def test_where_no_plan_can_be_found_the_one_from_sizes_stays(plan, options, reason, told):
     class Once(Chain):
         def step(self, batch):
             if self.trainer_is_gone():
@@ -147,9 +226,11 @@ def test_where_no_plan_can_be_found_the_one_from_sizes_stays(options, reason, to
         def trainer_is_gone(self):
             return self._trainer is None
 
-    strategy = automatic_strategy(**options)
-    trainer(strategy, max_steps=1).fit(Once(depth=6), loader(16, 16))
-    assert reason in told.text and strategy.statistics().steps == 1
+    strategy = automatic_strategy(**options, plan=plan)
+    trainer(strategy, max_steps=2).fit(Once(depth=6), loader(16, 32))
+    assert strategy.statistics().steps == 2 and strategy.plan is not None
+    assert sum(reason in message for message in told.messages) == 1
+    assert not [record for record in told.records if record.levelno > logging.INFO]
 
 
 def test_user_code_does_not_notice():
@@ -176,8 +257,9 @@ def test_user_code_does_not_notice():
         )
         return module
 
-    found = run(plan="auto", microbatch_size=4, mode="pp")
-    plain = run(microbatch_size=4, mode="pp")
-    assert found.seen == plain.seen == [4] * 8
-    assert all(torch.equal(a, b) for a, b in zip(calls[:2], calls[2:], strict=True))
-    assert same_weights(found, plain)
+    plain = run(plan="sizes", microbatch_size=4, mode="pp")
+    for plan in ("auto", None):
+        found = run(plan=plan, microbatch_size=4, mode="pp")
+        assert found.seen == plain.seen == [4] * 8
+        assert all(torch.equal(a, b) for a, b in zip(calls[:2], calls[-2:], strict=True))
+        assert same_weights(found, plain)

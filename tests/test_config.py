@@ -54,6 +54,7 @@ def test_a_configuration_does_not_change():
 def test_variables_are_read():
     environment = Environment.read(
         {
+            "HARMONY_PLAN": "sizes",
             "HARMONY_MODE": "dp",
             "HARMONY_MICROBATCH_SIZE": "3",
             "HARMONY_MEMORY": "1GiB",

@@ -162,8 +162,6 @@ def test_plans_say_what_is_dealt():
         dataclasses.replace(plan, dealt=(99,))
     with pytest.raises(ConfigurationError, match="in mode 'dp' all packs are"):
         dataclasses.replace(plan, mode="dp")
-    with pytest.raises(ConfigurationError, match="leave mode, update"):
-        HarmonyStrategy(mode="mixed", plan="auto")
 
 
 # What it is good for --------------------------------------------------------------------------------------------------

@@ -209,7 +209,7 @@ def test_updates_go_on_while_the_next_step_begins():
     """On a host whose memory is slow, in the order in which the next forward wants them."""
     host = HostModel(name="slow", memory_bytes_per_second=1e9, update_parameters_per_second=1e8, flops_per_second=1e9)
     cluster = EmulatedCluster(2, "200KiB", preset="3090", host=host)
-    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster)
+    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, plan="sizes")
     assert same_weights(fit(strategy), fit())
     timeline = strategy.timeline()
     updates = [span for span in timeline.spans if span.lane.endswith("harmony-host-worker") and span.nbytes]

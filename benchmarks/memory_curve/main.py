@@ -76,7 +76,7 @@ def everything_there(costs, gpu, minibatch):
     seconds = count * sum(
         costs.forward_seconds(size, (q, q)) * 2
         + costs.backward_seconds(size, (q, q))
-        - costs.recompute_seconds(size, q)
+        - costs.recompute_seconds(size, (q, q))
         for q in layers
     )
     weights = costs.weight_bytes((0, costs.num_layers - 1))

@@ -39,15 +39,45 @@ def decompose(root: nn.Module, unit_nbytes: int, choices: Sequence[LayerChoice] 
     Raises:
         ConfigurationError: a choice matches no module with weights.
     """
-    names = weight_names(root)
-    chosen = _chosen(root, choices)
     layers, seen = [], set[int]()
-    for name, module in _walk(root, unit_nbytes, chosen):
-        if id(module) in seen:
+    for name, module in _walk(root, unit_nbytes, _chosen(root, choices)):
+        if id(module) not in seen:
+            seen.add(id(module))
+            layers.append((name, module))
+    return _decomposition(root, layers)
+
+
+def decompose_as(root: nn.Module, layers: Sequence[str]) -> Decomposition:
+    """The layers of these names, in this order; what is outside of them is used by the code around layers.
+
+    Raises:
+        ConfigurationError: one is no module with weights, or lies in another one, or a module with weights is left out
+            altogether.
+    """
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for name in layers:
+        if not name or name not in modules or next(modules[name].parameters(), None) is None:
+            raise ConfigurationError(f"the plan names layer {name!r}, which this module does not have")
+        if around := [other for other in layers if name.startswith(f"{other}.")]:
+            raise ConfigurationError(f"the plan names layer {name!r}, which is a part of its layer {around[0]!r}")
+    inside = {id(parameter) for name in layers for parameter in modules[name].parameters()}
+    for name, module in modules.items():
+        if not name or is_container(module) or isinstance(module, torch.jit.ScriptModule):
             continue
-        seen.add(id(module))
-        weights = tuple(dict.fromkeys(names[id(parameter)] for parameter in module.parameters()))
-        layers.append(Layer(name=name, weights=weights))
+        left = [parameter for parameter in module.parameters(recurse=False) if id(parameter) not in inside]
+        if left and not any(layer.startswith(f"{name}.") for layer in layers):
+            raise ConfigurationError(
+                f"the plan must have layer {name!r}, or one around it, in one pack, it has it in none"
+            )
+    return _decomposition(root, [(name, modules[name]) for name in dict.fromkeys(layers)])
+
+
+def _decomposition(root: nn.Module, modules: Sequence[tuple[str, nn.Module]]) -> Decomposition:
+    names = weight_names(root)
+    layers = [
+        Layer(name=name, weights=tuple(dict.fromkeys(names[id(parameter)] for parameter in module.parameters())))
+        for name, module in modules
+    ]
     weights_of_root = tuple(
         Weight(name=name, nbytes=parameter.nbytes, is_trainable=parameter.requires_grad)
         for name, parameter in root.named_parameters()

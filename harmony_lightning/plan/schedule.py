@@ -37,6 +37,12 @@ class Schedule(Record):
     """Where a pack's outputs, and gradients of its inputs, wait for the next pack on the same device (dp)."""
     stash: Literal["device", "host"] = "host"
     """Where inputs of layers wait from forward to backward; on the host under all rules but the runtime's."""
+    resident: tuple[int, ...] = ()
+    """Backward packs with slots of their own. This and what follows: under the runtime's rules only."""
+    stash_stays: tuple[int, ...] = ()
+    """Backward packs whose stash waits on the device."""
+    keep: tuple[int, ...] = ()
+    """Layers that keep their activations from forward to backward; the last one does in any case."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):

@@ -30,6 +30,8 @@ class CallCost:
     """Recompute included."""
     forward_peak_bytes: int = 0
     backward_peak_bytes: int = 0
+    kept_bytes: int = 0
+    """What its operations save for backward beside its inputs and weights."""
 
 
 class _Enough(BaseException):
@@ -39,12 +41,16 @@ class _Enough(BaseException):
 class _Activations:
     """Saved tensors of one call: counted in forward, made again when backward asks for the first."""
 
-    def __init__(self, run_again: Callable[[], Any], stopwatch: Stopwatch) -> None:
+    def __init__(self, run_again: Callable[[], Any], stopwatch: Stopwatch, known: Sequence[torch.Tensor]) -> None:
+        """`known` are inputs and weights, which are there anyway."""
         self._run_again = run_again
         self._stopwatch = stopwatch
+        self._known = {memory_key(tensor) for tensor in known}
         self._count = 0
         self._is_open = False
         self._made: dict[int, torch.Tensor] = {}
+        self.nbytes = 0
+        """Of all of them together, inputs and weights left out."""
         self.marks: list[tuple[Any, Any]] = []
 
     def save(self, tensor: torch.Tensor) -> int:
@@ -74,6 +80,7 @@ class _Activations:
         with suppress(_Enough), torch.enable_grad(), saved_tensors_hooks(save, lambda position: made[position]):
             self._run_again()
         self.marks.append((begin, self._stopwatch.mark()))
+        self.nbytes = nbytes_of([tensor for tensor in made.values() if memory_key(tensor) not in self._known])
         return made
 
 
@@ -147,7 +154,7 @@ def _run_once(
 
         def __exit__(self, *_: Any) -> None: ...
 
-    activations = _Activations(lambda: run(_NoHooks()), stopwatch)
+    activations = _Activations(lambda: run(_NoHooks()), stopwatch, [*given, *tensors.values()])
     # Weights and inputs are there already; everything else that comes to be counts.
     present = nbytes_of(given) + nbytes_of(list(tensors.values()))
     before = device.allocated_bytes()
@@ -181,4 +188,5 @@ def _run_once(
         backward_seconds=stopwatch.seconds(begin_backward, end_backward),
         forward_peak_bytes=forward_peak,
         backward_peak_bytes=device.peak_bytes() - before + present,
+        kept_bytes=activations.nbytes,
     )

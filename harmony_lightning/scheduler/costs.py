@@ -4,6 +4,7 @@ Sums follow Harmony: times of layers add up; of peak bytes, the input of a layer
 before and counts once.
 """
 
+from collections.abc import Sequence
 from functools import cache
 from itertools import accumulate
 
@@ -14,12 +15,13 @@ from harmony_lightning.profiler import Machine, Profile, at_size
 class Costs:
     """Costs of packs of one profile. Sizes are samples, results seconds or bytes."""
 
-    def __init__(self, profile: Profile, machine: Machine) -> None:
+    def __init__(self, profile: Profile, machine: Machine, travelling: Sequence[int] | None = None) -> None:
+        """`travelling` are bytes of each layer's weights as they travel, where some of them are narrow."""
         self.profile = profile
         self.machine = machine
         self.num_layers = profile.num_layers
         kinds = [profile.kind(layer) for layer in range(self.num_layers)]
-        self.weight_prefix = _prefix([kind.weight_bytes for kind in kinds])
+        self.weight_prefix = _prefix(travelling or [kind.weight_bytes for kind in kinds])
         self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
         self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
         self.gradient_prefix = _prefix(
@@ -28,6 +30,9 @@ class Costs:
         # Lookups by size are many, sizes are few.
         self.forward_prefix = cache(self._forward_prefix)
         self.backward_prefix = cache(self._backward_prefix)
+        self.recompute_prefix = cache(
+            lambda size: _prefix([self._recompute_seconds(size, layer) for layer in range(self.num_layers)])
+        )
         self.inputs = cache(self._inputs)
         self.stash_prefix = cache(self._stashes)
         self._working = cache(self._working_bytes)
@@ -67,8 +72,12 @@ class Costs:
         """Weights and buffers."""
         return self.state_prefix[span[1] + 1] - self.state_prefix[span[0]]
 
-    def recompute_seconds(self, size: int, layer: int) -> float:
-        """What of a layer's backward makes its activations again."""
+    def recompute_seconds(self, size: int, span: Span) -> float:
+        """What of the backward of layers makes their activations again."""
+        prefix = self.recompute_prefix(size)
+        return prefix[span[1] + 1] - prefix[span[0]]
+
+    def _recompute_seconds(self, size: int, layer: int) -> float:
         kind = self.profile.kind(layer)
         if not kind.recompute_seconds:
             return self.forward_seconds(size, (layer, layer))
@@ -78,6 +87,11 @@ class Costs:
         """What waits from forward to backward."""
         prefix = self.stash_prefix(size)
         return prefix[span[1] + 1] - prefix[span[0]]
+
+    def kept_bytes(self, size: int, layer: int) -> float | None:
+        """Activations of a layer that does not make them again; None where that was not measured."""
+        kept = self.profile.kind(layer).kept_bytes
+        return at_size(self.profile.microbatch_sizes.backward, kept, size) if kept else None
 
     def gradient_bytes(self, span: Span) -> float:
         """Of the weights that train."""
@@ -123,5 +137,5 @@ class Costs:
         return _prefix([by_kind[kind] for kind in self.profile.layers])
 
 
-def _prefix(values: list[float]) -> list[float]:
+def _prefix(values: Sequence[float]) -> list[float]:
     return list(accumulate(values, initial=0.0))

@@ -5,21 +5,37 @@ needs, the stashes of all layers of the pack, which leave and come back beside c
 left for the next pack or wait for from it.
 """
 
+from collections.abc import Iterator
+
+from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, Span, split
 from harmony_lightning.scheduler.costs import Costs
 
 
 def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
-    """The most that any device holds."""
+    """The most that any device holds if nothing stays that need not."""
+    packs, is_pp = schedule.packs_backward, schedule.mode == "pp"
+
+    def slots(device: int) -> float:
+        here = packs[device :: schedule.num_devices] if is_pp else packs
+        return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
+
+    return max(slots(device) + nbytes for device, _, nbytes in visit_bytes(schedule, costs))
+
+
+def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, float]]:
+    """By device and pack: the most that is in use while microbatches are there, slots for weights left out. In dp devices
+    that do what another one does are left out, too."""
     packs, num_devices = schedule.packs_backward, schedule.num_devices
     is_pp, last = schedule.mode == "pp", len(schedule.packs_backward) - 1
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     size = sizes[0]
-    fixed: float = 2 * costs.profile.glue_bytes
+    here = [packs[d::num_devices] if is_pp else packs for d in range(num_devices)]
+    gradients = (_in_turn(schedule, [costs.gradient_bytes(span) for span in mine]) for mine in here if mine)
+    fixed: float = max(gradients) + 2 * costs.profile.glue_bytes
     if not is_pp and num_devices > 1:
         # Gradients of the other devices come to the first one by one.
         fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
-    peak = 0.0
     for d in range(num_devices):
         mine = [p for p in range(last + 1) if not is_pp or p % num_devices == d]
         if d >= (len(packs) if is_pp else len(sizes)):
@@ -27,9 +43,6 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
         if not is_pp and d and len(sizes[d::num_devices]) == len(sizes[::num_devices]):
             continue  # as the first device
         samples = schedule.minibatch if is_pp else sum(sizes[d::num_devices])
-        num_at_once = 1 + schedule.prefetch
-        slots = _most_at_once([costs.weight_bytes(packs[p]) for p in mine], num_at_once)
-        slots += _most_at_once([costs.gradient_bytes(packs[p]) for p in mine], num_at_once)
         kept = 0.0
         """Stashes that wait here."""
         for p in mine:
@@ -51,14 +64,16 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
                 need = max(need, back)
             if schedule.stash == "device" and p != last:
                 kept += costs.stash_bytes(samples, packs[p])
-            peak = max(peak, fixed + slots + kept + need)
-    return peak
+            yield d, p, fixed + kept + need
 
 
-def _most_at_once(nbytes: list[float], number: int) -> float:
-    """Of packs that come one after the other: what `Plan.slot_offsets` needs, and `Plan.gradient_offsets`."""
-    present = [each for each in nbytes if each]
-    return max((sum(present[start : start + number]) for start in range(len(present))), default=0.0)
+def _in_turn(schedule: Schedule, sizes: list[float]) -> int:
+    """Bytes of slots for packs that come one after the other, as the plan lays them: `Plan.slot_offsets`, and
+    `Plan.gradient_offsets`, which leaves out frozen packs."""
+    present = (round(size) for size in sizes if size)
+    lifetimes = tuple(Lifetime(turn, turn + 1 + schedule.prefetch, nbytes) for turn, nbytes in enumerate(present))
+    ends = (offset + life.nbytes for offset, life in zip(lay_at_offsets(lifetimes), lifetimes, strict=True))
+    return max(ends, default=0)
 
 
 def _boundary(costs: Costs, packs: tuple[Span, ...], pack: int, samples: int) -> tuple[float, float]:

@@ -6,7 +6,7 @@ what was found. The best few are simulated once more with links that are shared 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Literal
 
@@ -27,7 +27,12 @@ NUM_FINALISTS = 3
 FINE = 12
 """Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
 
+MARGIN = 0.03
+"""By so much of its seconds another schedule must be faster than the one in use: predictions are about as much off."""
+
 Mode = Literal["pp", "dp"]
+Stay = Callable[[Schedule], Schedule]
+"""Adds what stays on the devices."""
 
 
 def search_runtime(
@@ -39,6 +44,8 @@ def search_runtime(
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host"),
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
+    stay: Stay | None = None,
+    in_use: Schedule | None = None,
 ) -> Found:
     """The fastest plan found whose peak is at most `memory_bytes` on each GPU.
 
@@ -46,6 +53,8 @@ def search_runtime(
         stashes: where inputs of layers may wait.
         microbatch_size: the only one to try; None tries many.
         together: layers that must share a pack.
+        stay: what a step that was measured will let stay; None if nothing will.
+        in_use: a schedule that fits; it is found unless another one is faster by `MARGIN`.
 
     Raises:
         CapacityError: nothing fits, with what the smallest packs need.
@@ -58,7 +67,7 @@ def search_runtime(
     if mode != "auto":
         modes = (mode,)
     bounded = sorted(
-        ((_bound(schedule, costs), order, schedule)
+        ((_bound(schedule, costs, stays=stay is not None), order, schedule)
         for order, schedule in enumerate(_family(costs, minibatch, modes, microbatch_size, together))),
         key=lambda entry: entry[:2],
     )  # fmt: skip
@@ -71,22 +80,31 @@ def search_runtime(
         if num_computed > MAX_COMPUTATIONS and found:
             is_complete = False
             break
-        for variant, peak in _fitting(schedule, costs, memory_bytes, stashes):
+        for fitting, peak in _fitting(schedule, costs, memory_bytes, stashes):
+            variant = stay(fitting) if stay is not None else fitting
             found.append(Candidate(schedule=variant, seconds=runtime_seconds(variant, costs, 2), peak_bytes=peak))
             num_simulated += 1
             num_computed += num_computations(variant)
         found.sort(key=lambda candidate: candidate.seconds)
-    if not found:
+    if in_use is not None:
+        variant = stay(in_use) if stay is not None else in_use
+        peak = runtime_peak_bytes(in_use, costs)
+        present = _refined(
+            Candidate(schedule=variant, seconds=runtime_seconds(variant, costs, 2), peak_bytes=peak), costs
+        )
+    if not found and in_use is None:
         raise CapacityError(_too_large([schedule for _, _, schedule in bounded], costs, memory_bytes, stashes))
     finalists = [_refined(candidate, costs) for candidate in found[:NUM_FINALISTS]]
     found[:NUM_FINALISTS] = sorted(finalists, key=lambda candidate: candidate.seconds)
+    if in_use is not None and not (found and found[0].seconds < (1 - MARGIN) * present.seconds):
+        found.insert(0, present)
     return Found(
         rules=str(Rules.RUNTIME),
         best=found[0],
         others=_others(found),
         num_schedules=len(bounded),
         num_simulated=num_simulated,
-        is_proved=is_complete and costs.machine.host_link_shared_by == 1,
+        is_proved=is_complete and in_use is None and costs.machine.host_link_shared_by == 1,
         search_seconds=time.perf_counter() - started,
     )
 
@@ -147,8 +165,9 @@ def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple
     return tuple(found)
 
 
-def _bound(schedule: Schedule, costs: Costs) -> float:
-    """No less than this: what the busiest device computes, what links carry, what the host updates."""
+def _bound(schedule: Schedule, costs: Costs, *, stays: bool) -> float:
+    """No less than this: what the busiest device computes, what links carry, what the host updates. If something `stays`,
+    that may be everything: each layer computes forward once, and its weights come in once."""
     packs, gpus = schedule.packs_backward, schedule.num_devices
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     machine, last = costs.machine, len(packs) - 1
@@ -157,8 +176,14 @@ def _bound(schedule: Schedule, costs: Costs) -> float:
 
     def seconds(span: Span) -> float:
         """Forward is run again for backward, but for the last pack."""
-        repeated = 2 if span != packs[last] else 1
-        return sum(n * (repeated * costs.forward_seconds(s, span) + costs.backward_seconds(s, span)) for s, n in counts)
+        repeated = 2 if span != packs[last] and not stays else 1
+        return sum(n * (repeated * costs.forward_seconds(s, span) + backward(s, span)) for s, n in counts)
+
+    def backward(size: int, span: Span) -> float:
+        backward = costs.backward_seconds(size, span)
+        if stays:
+            backward += costs.forward_seconds(size, span) - costs.recompute_seconds(size, span)
+        return max(0.0, backward)
 
     if schedule.mode == "dp":
         compute, visitors = sum(map(seconds, packs)), min(gpus, len(sizes))
@@ -167,6 +192,8 @@ def _bound(schedule: Schedule, costs: Costs) -> float:
     nbytes = costs.weight_bytes((0, packs[-1][1])) * visitors
     active = min(gpus, len(packs)) if schedule.mode == "pp" else visitors
     kept = sum(costs.weight_bytes(span) for span in packs[-active:]) if schedule.mode == "pp" else nbytes / len(packs)
+    if stays:
+        kept = nbytes
     links = (2 * nbytes - kept) / (active * machine.host_share(active))
     updates = costs.update_seconds((0, packs[-1][1]))
     return 0.98 * max(compute, links, updates)

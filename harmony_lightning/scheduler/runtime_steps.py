@@ -11,6 +11,7 @@ the gradients of too many packs are on the host.
 from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from functools import cache
 
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
@@ -29,6 +30,8 @@ _NUM_STEPS = 4
 
 @dataclass(slots=True, eq=False)
 class _Slot:
+    owner: int | None = None
+    """The resident pack that it is for; None if packs share it."""
     pack: int | None = None
     good: int | None = None
     """The pack whose weights are here and good, though it has been left."""
@@ -77,20 +80,29 @@ class RuntimeSteps:
         num_devices = schedule.num_devices
         active = min(num_devices, len(self.packs) if self.is_pp else len(self.sizes))
         self.host_share = costs.machine.host_share(active)
-        num_slots = 1 + schedule.prefetch
         self.devices = [
-            _Device([_Slot() for _ in range(num_slots)], gradient_slots=deque[Event]([None] * num_slots))
-            for _ in range(num_devices)
+            _Device(self._make_slots(d), gradient_slots=deque[Event]([None] * (1 + schedule.prefetch)))
+            for d in range(num_devices)
         ]
+        self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
+        self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: deque[Event] = deque()
-        """Updates of the packs whose gradients take host buffers."""
+        self.on_host: deque[tuple[float, Event]] = deque()
+        """Host buffers that gradients have taken last: their bytes, and the updates that free them."""
+        self.dealt_with: list[tuple[float, Event]] = []
+        """Those before."""
         self.controller: Event = None
         self.updates: list[tuple[Event, int]] = []
         """With their priorities: of those whose gradients have come, the host does the lowest first."""
         self.starts: list[Event] = []
         """First computation of each step."""
         self._turn = 0
+        self.travelling_nbytes = costs.machine.memory_bytes // 16 if schedule.prefetch else 0
+
+    def _make_slots(self, d: int) -> list[_Slot]:
+        here = range(d, len(self.packs), self.schedule.num_devices) if self.is_pp else range(len(self.packs))
+        own = [_Slot(owner=pack) for pack in here if pack in self.schedule.resident]
+        return own + [_Slot() for _ in range(min(1 + self.schedule.prefetch, len(here) - len(own)))]
 
     def device(self, pack: int, microbatch: int) -> int:
         return (pack if self.is_pp else microbatch) % self.schedule.num_devices
@@ -141,28 +153,27 @@ class RuntimeSteps:
         is_fused, turn = pack == last, self._next_turn()
         upcoming = {d: self._next(pack, 1) for d in self._visitors(pack)}
         crosses = self.is_pp and pack > 0 and self.schedule.num_devices > 1
-        sent: dict[int, Event] = {}
-        if crosses:
-            sent[0] = self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, 0, self.outputs[0])
+        sent: list[Event] = []
+        entering = [self.costs.input_bytes(size, self.packs[pack][0]) for size in self.sizes]
         for m, size in enumerate(self.sizes):
             d = self.device(pack, m)
             device = self.devices[d]
-            if crosses and m + 1 < len(self.sizes) and self.schedule.prefetch:
-                sent[m + 1] = self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, m + 1, self.outputs[m + 1])
-            if crosses and m not in sent:
-                behind = self.devices[self.device(pack - 1, m)].computed
-                sent[m] = self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, m, behind)
+            while crosses and len(sent) < len(self.sizes):  # as `runtime.microbatch.sending_ahead`
+                n = len(sent)
+                if n > m + self.schedule.prefetch and sum(entering[m : n + 1]) > self.travelling_nbytes:
+                    break
+                sent.append(self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, n, self.outputs[n]))
             self._let_go(device, _TURNS_HELD)
             weights = self._acquire(d, pack, upcoming)
             seconds = self.costs.forward_seconds(size, self.packs[pack])
-            done = self._compute(d, seconds, Kind.FORWARD, turn, m, sent.get(m), weights)
+            done = self._compute(d, seconds, Kind.FORWARD, turn, m, sent[m] if crosses else None, weights)
             if len(self.starts) == self._steps and pack == 0 and m == 0:
                 self.starts.append(done)
             self.outputs[m] = done
             if is_fused:
                 self._let_go(device, _TURNS_HELD)
                 self._fused_backward(pack, turn, m, size)
-            elif self.schedule.stash == "host":
+            elif self.schedule.stash == "host" and pack not in self.schedule.stash_stays:
                 nbytes = self.costs.stash_bytes(size, self.packs[pack])
                 left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
                 self.stashed[pack, m] = left
@@ -170,15 +181,17 @@ class RuntimeSteps:
         self._leave(pack, [d for d, following in upcoming.items() if following is not None])
 
     def _fused_backward(self, pack: int, turn: int, m: int, size: int) -> None:
-        d, span = self.device(pack, m), self.packs[pack]
-        seconds = self._backward_seconds(size, span) - self.costs.recompute_seconds(size, span[1])
+        d = self.device(pack, m)
         slot = self.devices[d].gradient_slots.popleft() if m < len(self._visitors(pack)) else None
-        self._compute(d, max(0.0, seconds), Kind.BACKWARD, turn, m, slot)
+        self._compute(d, self._backward_seconds(size, pack), Kind.BACKWARD, turn, m, slot)
         self._hand_back(pack, turn, m)
 
-    def _backward_seconds(self, size: int, span: tuple[int, int]) -> float:
-        """Recompute included."""
-        return self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
+    def _sum_backward_seconds(self, size: int, pack: int) -> float:
+        """Recompute included, but for layers that keep their activations."""
+        span = self.packs[pack]
+        seconds = self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
+        kept = (layer for layer in range(span[0], span[1] + 1) if layer in self._kept)
+        return max(0.0, seconds - sum(self.costs.recompute_seconds(size, (layer, layer)) for layer in kept))
 
     def _hand_back(self, pack: int, turn: int, m: int) -> None:
         """The gradient of a pack's input goes to where that was computed."""
@@ -204,7 +217,7 @@ class RuntimeSteps:
             weights = self._acquire(d, pack, upcoming)
             slot = self.devices[d].gradient_slots.popleft() if d in fresh else None
             fresh.discard(d)
-            seconds = self._backward_seconds(size, self.packs[pack])
+            seconds = self._backward_seconds(size, pack)
             stash = self._ahead.pop((pack, m), None)
             self._compute(d, seconds, Kind.BACKWARD, turn, m, self.gradients[m], stash, weights, slot)
             self._hand_back(pack, turn, m)
@@ -236,22 +249,27 @@ class RuntimeSteps:
         device = self.devices[d]
         self._load(d, pack)
         following = upcoming[d]
-        if following is not None and any(slot.pack is None for slot in device.slots):
+        if following is not None and any(slot.pack is None for slot in self._slots_for(d, following)):
             self._load(d, following)
         return device.arrived.get(pack)
 
+    def _slots_for(self, d: int, pack: int) -> list[_Slot]:
+        owner = pack if pack in self.schedule.resident else None
+        return [slot for slot in self.devices[d].slots if slot.owner == owner]
+
     def _load(self, d: int, pack: int) -> None:
         device = self.devices[d]
-        if any(slot.pack == pack for slot in device.slots):
+        slots = self._slots_for(d, pack)
+        if any(slot.pack == pack for slot in slots):
             return
-        free = [slot for slot in device.slots if slot.pack is None]
+        free = [slot for slot in slots if slot.pack is None]
         for kept in free:
             if kept.good == pack:
                 kept.pack, kept.good = pack, None
                 return
         slot = min(free, key=lambda slot: slot.good is not None, default=None)
         if slot is None:
-            slot = device.slots[0]
+            slot = slots[0]
             slot.released = device.computed
         waits = (slot.released, self.updated[pack], self.controller)
         slot.pack, slot.good, slot.released = pack, None, None
@@ -275,8 +293,7 @@ class RuntimeSteps:
         if not nbytes:
             self.devices[home].gradient_slots.append(None)
             return
-        if len(self.on_host) >= num_gradient_buffers(self.schedule):
-            self.controller = self.on_host.popleft()
+        buffer_nbytes = self._take_buffer(nbytes)
         ready = self.devices[home].computed
         left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
         self.devices[home].gradient_slots.append(left)
@@ -285,7 +302,18 @@ class RuntimeSteps:
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
         self.updates.append((updated, 0 if pack >= num_gradient_buffers(self.schedule) else 1 + pack))
         self.updated[pack] = updated
-        self.on_host.append(self.updated[pack])
+        self.on_host.append((buffer_nbytes, self.updated[pack]))
+
+    def _take_buffer(self, nbytes: float) -> float:
+        """As `runtime.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
+        if len(self.on_host) >= num_gradient_buffers(self.schedule):
+            self.dealt_with.append(self.on_host.popleft())
+        for index, (size, free) in enumerate(self.dealt_with):
+            if nbytes <= size <= 2 * nbytes:
+                del self.dealt_with[index]
+                self.controller = free
+                return size
+        return nbytes
 
     # Computations and copies ------------------------------------------------------------------------------------------
 

@@ -1,5 +1,7 @@
 """From a schedule over a profile's layers to the plan that the runtime carries out."""
 
+from itertools import accumulate
+
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan import Plan, Schedule
@@ -7,8 +9,9 @@ from harmony_lightning.scheduler.packing import pack_of_layers
 from harmony_lightning.scheduler.runtime_steps import check_for_runtime
 
 
-def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int) -> Plan:
-    """Layers of the decomposition are those of the profile, in its order.
+def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int, like: Plan | None = None) -> Plan:
+    """Layers of the decomposition are those of the profile, in its order. What stays is left out: a measured step decides
+    it. What a schedule does not tell is as in `like`.
 
     Raises:
         ConfigurationError: the runtime cannot carry the schedule out, or it is for other layers.
@@ -28,4 +31,26 @@ def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int)
         stash=schedule.stash,
         prefetch=schedule.prefetch,
         keep=(layers[-1].name,),
+        microbatches_per_forward=like.microbatches_per_forward if like is not None else 1,
+        narrow_dtype=like.narrow_dtype if like is not None else None,
+        gradient_wire=like.gradient_wire if like is not None else "exact",
+    )
+
+
+def schedule_of(plan: Plan, decomposition: Decomposition, minibatch: int) -> Schedule | None:
+    """The inverse, for minibatches of so many samples; None if the layers of the plan are in another order."""
+    if [name for pack in plan.packs for name in pack.layers] != [layer.name for layer in decomposition.layers]:
+        return None
+    ends = list(accumulate(len(pack.layers) for pack in plan.packs))
+    spans = tuple((end - len(pack.layers), end - 1) for end, pack in zip(ends, plan.packs, strict=True))
+    return Schedule(
+        mode=plan.mode,
+        num_devices=plan.num_devices,
+        minibatch=minibatch,
+        microbatch_forward=plan.microbatch_size,
+        packs_forward=spans[:-1],
+        microbatch_backward=plan.microbatch_size,
+        packs_backward=spans,
+        prefetch=plan.prefetch,
+        stash=plan.stash,
     )

@@ -1,22 +1,26 @@
-"""`plan="auto"`: profile and search when the first minibatch of training is there.
+"""Profile and search: a plan that is faster than the one made from sizes alone, where one is found.
 
-The user's step is run on a copy of the module without numbers (`profiler`), so nothing of the run is touched,
-whatever comes of it. Where the speed of devices is not known, or the step cannot be run aside, the plan made from sizes
-alone stays.
+The user's step is run on a copy of the module (`profiler`), with its random numbers and warnings aside, so nothing of the
+run is touched, whatever comes of it. Where the speed of devices is not known, where there is nothing to choose, or where
+the step cannot be run aside, the plan made from sizes stays.
 """
 
 import logging
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
+from torch.utils._python_dispatch import _disable_current_modes
+
 from harmony_lightning.config import HarmonyConfig
-from harmony_lightning.errors import CapacityError, UnsupportedError
-from harmony_lightning.prepare import layers_of
+from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.plan import Plan
 from harmony_lightning.profiled import Planned, Question, find_plan, machine_of, profile, step_of
+from harmony_lightning.profiler import Machine
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import split_minibatch
-from harmony_lightning.runtime.rows import num_samples
+from harmony_lightning.runtime.randomness import HostState
 from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)
@@ -26,7 +30,7 @@ SMALLER_SHARE = 0.8
 
 
 class AutomaticPlan:
-    """Finds the plan of one run, and a smaller one once.
+    """Finds plans for one run.
 
     Args:
         context: what is in force around the user's step.
@@ -42,21 +46,10 @@ class AutomaticPlan:
         self._precision = precision
         self._share = 1.0
 
-    def find(self, batch: Any, min_samples: int) -> Planned | None:
-        """The plan for minibatches like this one; None, with a line in the log, where none can be found."""
-        samples = num_samples(batch)
-        machine = machine_of(self._engine.cluster)
-        if machine is None:
-            log.info("harmony: plan='auto' leaves the plan as it is: nobody knows how fast these devices are")
-            return None
-        if not samples:
-            log.info("harmony: plan='auto' leaves the plan as it is: the minibatch cannot be cut")
-            return None
-        try:
-            return self._find(batch, samples, min(min_samples, samples))
-        except (UnsupportedError, CapacityError) as error:
-            log.warning("harmony: plan='auto' leaves the plan as it is: %s", error)
-            return None
+    @property
+    def chooses_all(self) -> bool:
+        """Microbatch size and mode, too."""
+        return self._config.searches == "all"
 
     def shrink(self) -> None:
         """Plan with less memory from now on."""
@@ -66,12 +59,80 @@ class AutomaticPlan:
     def has_shrunk(self) -> bool:
         return self._share < 1
 
-    def _find(self, batch: Any, samples: int, smallest: int) -> Planned:
+    def find(
+        self,
+        batch: Any,
+        samples: int,
+        min_samples: int,
+        decomposition: Decomposition,
+        in_use: Plan,
+        *,
+        keeps_microbatches: bool,
+    ) -> Planned | None:
+        """The plan for minibatches like this one; None, with a line in the log, where none can be found.
+
+        Args:
+            samples: in the minibatch.
+            min_samples: that a microbatch must have.
+            decomposition: what is known of the layers.
+            in_use: the plan made from sizes.
+            keeps_microbatches: mode and microbatch size are those of `in_use`.
+        """
+        reason = self._reason_against(samples, decomposition, in_use)
+        try:
+            machine = machine_of(self._engine.cluster) if reason is None else None
+            if machine is not None:
+                with self._aside():
+                    return self._find(
+                        machine, batch, samples, min(min_samples, samples), decomposition, in_use, keeps_microbatches
+                    )
+            reason = reason or "nobody knows how fast these devices are"
+        except Exception as error:  # whatever has gone wrong aside, the run goes on without it
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+        log.info("harmony: the plan made from sizes stays: %s", reason)
+        return None
+
+    def _reason_against(self, samples: int, decomposition: Decomposition, in_use: Plan) -> str | None:
+        if not samples:
+            return "the minibatch cannot be cut"
+        if self._config.one_layer_per_pack or len(decomposition.layers) < 2:
+            return "there is one layer in each pack"
+        if any(pack.update == "device" for pack in in_use.packs):
+            return "weights are updated on devices, of which the simulator knows nothing"
+        if in_use.dealt:
+            return "microbatches of single packs are dealt, of which the simulator knows nothing"
+        return None
+
+    @contextmanager
+    def _aside(self) -> Iterator[None]:
+        """Random numbers that are drawn within, what is warned of, and what modes would see, are nobody's business: an
+        optimizer's step is around this, in which emulated GPUs watch all arithmetic, and the user may count it."""
+        devices = self._engine.cluster.devices
+        on_host, on_devices = HostState.capture(), [device.random_state() for device in devices]
+        try:
+            with warnings.catch_warnings(), _disable_current_modes():
+                warnings.simplefilter("ignore")
+                yield
+        finally:
+            on_host.restore()
+            for device, state in zip(devices, on_devices, strict=True):
+                if state is not None:
+                    device.set_random_state(state)
+
+    def _find(
+        self,
+        machine: Machine,
+        batch: Any,
+        samples: int,
+        smallest: int,
+        decomposition: Decomposition,
+        in_use: Plan,
+        keeps_microbatches: bool,
+    ) -> Planned:
         engine, config = self._engine, self._config
-        machine = machine_of(engine.cluster)
-        assert machine is not None
-        decomposition, memory_bytes = layers_of(engine.root, engine.cluster, config)
-        given = config.microbatch_size if isinstance(config.microbatch_size, int) else None
+        size = config.microbatch_size if isinstance(config.microbatch_size, int) else None
+        if keeps_microbatches:
+            size = smallest = in_use.microbatch_size
 
         def batch_of(size: int) -> Any:
             return split_minibatch(batch, size, min_samples=smallest, split=config.split_batch).batches[0]
@@ -83,7 +144,7 @@ class AutomaticPlan:
             step_of(self._context),
             engine.cluster,
             machine,
-            largest=min(samples, given or samples),
+            largest=min(samples, size or samples),
             smallest=smallest,
             precision=self._precision,
         )
@@ -94,14 +155,19 @@ class AutomaticPlan:
             measured.profile.microbatch_sizes.backward[-1],
             " (from the cache)" if was_cached else "",
         )
-        stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
         question = Question(
             minibatch=samples,
-            memory_bytes=int(self._share * memory_bytes),
-            mode="pp" if config.mode == "mixed" else config.mode,
-            microbatch_size=min(given, samples) if given else None,
-            stashes=stashes if config.stash == "auto" else (config.stash,),
+            memory_bytes=int(self._share * in_use.memory_bytes),
+            mode=in_use.mode if keeps_microbatches or config.mode == "mixed" else config.mode,
+            microbatch_size=min(size, samples) if size else None,
+            stashes=self._stashes(in_use),
+            moves_stash=config.stash == "host",
         )
         if self._share < 1:
             log.warning("harmony: planning again with %s per GPU", format_nbytes(question.memory_bytes))
-        return find_plan(measured, machine, decomposition, question)
+        return find_plan(measured, machine, decomposition, question, in_use)
+
+    def _stashes(self, in_use: Plan) -> tuple[Literal["device", "host"], ...]:
+        if self.chooses_all and self._config.stash == "auto":
+            return ("device", "host")
+        return (in_use.stash,)

@@ -24,6 +24,9 @@ from harmony_lightning.strategy.training import Training
 
 log = logging.getLogger(__name__)
 
+_SEARCHES: dict[str | None, Literal["packs", "all", "nothing"]] = {None: "packs", "auto": "all", "sizes": "nothing"}
+"""By the argument `plan`; anything else is a plan."""
+
 
 class HarmonyMixin(Training, Evaluation):
     """Trains a module whose weights, gradients, optimizer states and activations exceed the memory of all GPUs.
@@ -54,8 +57,10 @@ class HarmonyMixin(Training, Evaluation):
         """Arguments are the fields of `HarmonyConfig`, and:
 
         Args:
-            plan: a plan, or a file that holds one in JSON; "auto" profiles the module and searches one when the first
-                minibatch is there; None makes one from sizes alone.
+            plan: a plan, or a file that holds one in JSON. None: the first step runs under a plan made from sizes alone;
+                then the module is profiled and a faster plan searched, with the same microbatches, so that results are the
+                same on GPUs of any kind. "auto": before the first step, microbatch size and mode are searched, too.
+                "sizes": no search.
             cluster: emulated GPUs to train on instead of the Trainer's devices.
             lightning: for Lightning's own `SingleDeviceStrategy`: accelerator, checkpoint_io, precision_plugin.
 
@@ -78,20 +83,22 @@ class HarmonyMixin(Training, Evaluation):
             "gradient_wire": gradient_wire,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
-        searches = isinstance(plan, str) and plan == "auto"
+        plan = plan if plan is not None else environment.plan
+        searches = _SEARCHES.get(plan) if isinstance(plan, str | None) else None
         config = HarmonyConfig(
             **knobs,
             layers=tuple(_as_sequence(layers)),
             split_batch=split_batch,
-            searches=searches,
+            searches=searches or "nothing",
             loss_weight=loss_weight,
         )
         if cluster is None and environment.emulated_gpus is not None:
             cluster = EmulatedCluster(environment.emulated_gpus, config.memory_bytes or "64MiB", strict=False)
         if cluster is not None and not isinstance(cluster, EmulatedCluster):
             raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
-        plan = None if searches else plan
-        given_plan = plan if plan is None or isinstance(plan, Plan) else Plan.from_json(Path(plan).read_text())
+        given_plan = None
+        if searches is None:
+            given_plan = plan if isinstance(plan, Plan) else Plan.from_json(Path(str(plan)).read_text())
         super().__init__(config, given_plan, cluster, **lightning)
 
     # What Lightning and users read --------------------------------------------------------------------------------

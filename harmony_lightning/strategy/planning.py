@@ -7,14 +7,15 @@ nothing but what autocast casts them to.
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Literal
 
 from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.plan import Plan, check_plan
-from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare
+from harmony_lightning.plan import Plan
+from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.rows import num_samples
@@ -52,6 +53,7 @@ class Planning:
         self._given = given
         self._automatic = automatic if given is None else None
         self._is_searched = False
+        """Whether the search has had its turn since the module has changed."""
         self.searched: Plan | None = None
         """The plan that the search has found, while it is in use."""
         self._state_nbytes = state_nbytes
@@ -61,39 +63,68 @@ class Planning:
         self._min_samples = 1
         self.metrics: list[Metric] = []
         self._residency: Residency | None = None
+        self._loaded: tuple[Decomposition, Plan]
+        """What the engine was given last; residency may have changed the plan since."""
         self._load(Workload(microbatch_size=1, num_microbatches=1))
 
-    def _load(self, workload: Workload) -> None:
-        engine = self._engine
-        decomposition, plan = prepare(
-            engine.root, engine.cluster, self._config, workload, self._call_order, self._narrow, self._state_nbytes()
+    def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
+        engine, config = self._engine, self._config
+        config = replace(config, mode=mode) if mode is not None else config
+        return prepare(
+            engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()
         )
-        if self._given is not None:
-            plan = self._given
-            check_plan(plan, decomposition, len(engine.cluster.devices))
+
+    def _load(self, workload: Workload) -> None:
         self.searched = None
+        if self._given is not None:
+            plan, decomposition = self._given, prepare_given(self._engine.root, self._engine.cluster, self._given)
+        else:
+            decomposition, plan = self._prepare(workload)
         self._take_up(plan, decomposition)
 
     def _take_up(self, plan: Plan, decomposition: Decomposition) -> None:
         engine = self._engine
         engine.load(plan, decomposition)
-        # The search reckons with what it has planned, and with nothing that comes to it.
-        is_complete = self._given is not None or plan is self.searched or engine.cluster.host_is_device
+        self._loaded = decomposition, plan
+        is_complete = self._given is not None or engine.cluster.host_is_device
         self._residency = None if is_complete else Residency(engine, moves_stash=self._config.stash == "host")
         self.metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
-    def search(self, batch: Any) -> bool:
-        """Before the first minibatch: let the search find a plan, if it may; whether it has found one."""
-        if self._automatic is None or self._is_searched:
-            return False
+    def search(self, batch: Any) -> None:
+        """Before the first minibatch: where the search chooses microbatches, let it."""
+        if self._automatic is None or not self._automatic.chooses_all or self._is_searched:
+            return
         self._is_searched = True
-        planned = self._automatic.find(batch, self._min_samples)
-        if planned is None:
-            return False
-        self.searched = planned.plan
-        self._take_up(planned.plan, planned.decomposition)
-        return True
+        parts = self.split(batch)
+        samples = sum(parts.num_samples) if parts.reason is None else 0
+        decomposition, plan = self._loaded
+        plan = _for_workload(plan, _workload(parts))
+        planned = self._automatic.find(batch, samples, self._min_samples, decomposition, plan, keeps_microbatches=False)
+        if planned is not None:
+            self.searched = planned.plan
+            self._take_up(planned.plan, planned.decomposition)
+
+    def _search_again(self, batch: Any, workload: Workload, samples: int, *, has_learned: bool) -> None:
+        """Behind the first step, when everything is known: let the search improve on the plan made from sizes, with the
+        same microbatches."""
+        automatic, former = self._automatic, self.searched
+        decomposition, plan = self._loaded
+        if has_learned:
+            decomposition, plan = self._prepare(workload, former.mode if former is not None else None)
+        planned = None
+        if automatic is not None and not automatic.has_shrunk:
+            plan = _for_workload(plan, workload)
+            planned = automatic.find(batch, samples, self._min_samples, decomposition, plan, keeps_microbatches=True)
+        if planned is not None and (planned.plan is not plan or former is not None):
+            self.searched = planned.plan
+            self._take_up(planned.plan, planned.decomposition)
+        elif has_learned and former is None:
+            self._take_up(plan, decomposition)
+
+    def stop_searching(self) -> None:
+        """Microbatches cannot be cut at packs, so the simulator knows nothing of their steps."""
+        self._automatic = None
 
     @property
     def may_shrink(self) -> bool:
@@ -101,17 +132,18 @@ class Planning:
         return self._automatic is not None and self.searched is not None and not self._automatic.has_shrunk
 
     def shrink(self, batch: Any) -> None:
-        """Find a plan for less memory, from sizes alone if the search finds none."""
+        """Find a plan for less memory; from sizes alone if the search finds none, or has chosen nothing but packs."""
         assert self._automatic is not None
         self._automatic.shrink()
         self._is_searched = False
-        if not self.search(batch):
-            self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
+        self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
+        self.search(batch)
 
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
         size: int | str = self._config.microbatch_size
-        plan = self._given or self.searched
+        chooses = self._automatic is not None and self._automatic.chooses_all
+        plan = self.searched if chooses else self._given
         if size == "auto" and plan is not None:
             size = plan.microbatch_size
         if not isinstance(size, int):
@@ -124,15 +156,20 @@ class Planning:
             )
         return split_minibatch(batch, size, min_samples=self._min_samples, split=self._config.split_batch)
 
-    def bring_up_to_date(self, parts: Microbatches) -> None:
+    def bring_up_to_date(self, batch: Any, parts: Microbatches) -> None:
         """Between steps: take up what has changed in the module, and what the first step has shown."""
         engine = self._engine
-        workload = Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
+        workload = _workload(parts)
         if engine.is_out_of_date():
             self._load(workload)
             self._is_searched = False  # again with the next minibatch
-        if engine.trace.is_complete and self._given is None and self._learn():
-            self._load(workload)
+        if engine.trace.is_complete and self._given is None:
+            has_learned = self._learn()
+            chooses = self._automatic is not None and self._automatic.chooses_all
+            if has_learned or not (self._is_searched or chooses):
+                self._is_searched = True
+                samples = sum(parts.num_samples) if parts.reason is None else 0
+                self._search_again(batch, workload, samples, has_learned=has_learned)
         if not engine.trace.is_complete:
             if self._residency is not None:
                 self._residency.forget()
@@ -161,10 +198,18 @@ class Planning:
                 log.info("harmony: layers are called in another order than they are registered; planning again")
                 self._call_order = CallOrder(layers=order, loops=loops)
                 has_learned = True
-        if self.searched is None and (narrow := uses.narrow()) != self._narrow.weights:
+        if (narrow := uses.narrow()) != self._narrow.weights:
             num_weights = len(frozenset[str]().union(*narrow.values()))
             dtype = uses.dtype_name
             log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, dtype)
             self._narrow = Narrow(weights=narrow, dtype=dtype)
             has_learned = True
         return has_learned
+
+
+def _workload(parts: Microbatches) -> Workload:
+    return Workload(microbatch_size=max(parts.num_samples), num_microbatches=len(parts.batches))
+
+
+def _for_workload(plan: Plan, workload: Workload) -> Plan:
+    return replace(plan, microbatch_size=workload.microbatch_size, num_microbatches=workload.num_microbatches)

@@ -182,7 +182,7 @@ class Session:
         return self._updates.state_nbytes(self.optimizers, module, self.precision_plugin, self._pl)
 
     def _automatic_plan(self, engine: Engine) -> AutomaticPlan | None:
-        if not self._config.searches or engine.cluster.host_is_device:
+        if self._config.searches == "nothing" or engine.cluster.host_is_device:
             return None
         plugin = self.precision_plugin
         return AutomaticPlan(engine, self._config, plugin.train_step_context, str(plugin.precision))

@@ -62,14 +62,16 @@ class Training(Session):
         if engine is None:
             return self._run_in_one_piece(None, "train_step_context", step, batch, *args)
         assert self._planning is not None
+        found = self._planning.searched
         with self._in_step():
-            has_found = self._planning.search(batch)
-        if has_found:
-            self._keep_plan()
+            self._planning.search(batch)
         parts = self._planning.split(batch)
         if parts.reason is not None:
             self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
-        self._planning.bring_up_to_date(parts)
+        with self._in_step():
+            self._planning.bring_up_to_date(batch, parts)
+        if self._planning.searched is not found:
+            self._keep_plan()
         shares = loss_shares(self._config.loss_weight, parts)
         if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
             self._check(batch, args, parts, shares)
@@ -85,6 +87,7 @@ class Training(Session):
             is_too_large = True
         except Uncuttable:
             self._is_uncuttable = True
+            self._planning.stop_searching()
             self._tell_once(
                 "training_step takes derivatives across layers itself (torch.autograd.grad, backward): each microbatch "
                 "runs in one piece, and packs are swapped for every microbatch; this minibatch began once before"

@@ -4,7 +4,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from harmony_lightning import ConfigurationError
-from harmony_lightning.decomposer.discover import decompose, is_container, weight_names
+from harmony_lightning.decomposer.discover import decompose, decompose_as, is_container, weight_names
 
 LINEAR = 4 * (8 * 8 + 8)
 """Bytes of one Linear(8, 8)."""
@@ -203,3 +203,19 @@ def test_a_choice_that_matches_nothing_is_refused_with_names(choice):
 def test_a_choice_without_weights_is_refused():
     with pytest.raises(ConfigurationError, match="matches no module with weights"):
         decompose(nn.Sequential(nn.ReLU(), linear()), 1, ["0"])
+
+
+def test_layers_that_somebody_names_are_taken_as_they_are():
+    root = nn.Sequential(
+        nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), nn.Linear(4, 4), nn.ParameterList([nn.Parameter()])
+    )
+    found = decompose_as(root, ["1", "0.1", "0.0"])
+    assert [layer.name for layer in found.layers] == ["1", "0.1", "0.0"] and found.glue == ("2.0",)
+    assert [layer.name for layer in decompose_as(root, ["0", "1"]).layers] == ["0", "1"]
+    for names, what in (
+        (["0", "1", "3"], "layer '3', which this module does not have"),
+        (["0", "0.1", "1"], "layer '0.1', which is a part of its layer '0'"),
+        (["0.0", "1"], "must have layer '0.1', or one around it"),
+    ):
+        with pytest.raises(ConfigurationError, match=what):
+            decompose_as(root, names)
