@@ -109,6 +109,25 @@ def test_in_dp_the_device_with_the_sum_updates():
     assert updates(there) == (NUM_STEPS - 1) * len(there.plan.packs)
 
 
+class Skipping(Chain):
+    """The first block is none of some microbatches'."""
+
+    def step(self, batch):
+        hidden, targets = batch
+        for block in self.net[hidden[0, 0].item() > 0 :]:
+            hidden = block(hidden)
+        return torch.nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
+@pytest.mark.parametrize("stay", [(), "all"], ids=["nothing stays", "all stay"])
+def test_gradients_of_a_pack_may_be_on_another_device_in_each_step(stay):
+    """What its optimizer remembers is where the plan says, or on the host, but never in two places."""
+    there = on_devices(lambda index: index == 0, stay, mode="dp")
+    on_host = HarmonyStrategy(mode="dp", microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True)
+    assert_same(fit(there, Skipping, num_steps=8), fit(on_host, Skipping, num_steps=8))
+    assert 0 < updates(there) < 7
+
+
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 def test_the_plan_that_is_made_keeps_packs_where_they_are_updated(mode):
     cluster = EmulatedCluster(2, "2MiB")

@@ -468,6 +468,34 @@ def test_weights_that_the_user_writes_between_steps(microbatch_size, clip):
     assert_same(lambda: Chain(depth=4), microbatch_size, num_batches=5, callbacks=[Writing()], gradient_clip_val=clip)
 
 
+class KeepingMemory(L.Callback):
+    """Writes a frozen weight between steps where torch does not see it: through an array that it once took."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        step, rest = divmod(batch_idx, trainer.accumulate_grad_batches)
+        if rest == 0 and step == 2:
+            self.array = module.net[1][0].weight.detach().numpy()
+        elif rest == 0 and step > 2:
+            self.array *= 0.75
+
+
+@pytest.mark.parametrize("mode", ["pp", "dp"])
+def test_a_frozen_weight_that_the_user_writes_behind_torch(mode):
+    def make():
+        module = Chain(depth=4)
+        module.net[1].requires_grad_(False)
+        return module
+
+    torch.manual_seed(0)
+    ours = make()
+    reference = copy.deepcopy(ours)
+    strategy = harmony(2, "400KiB", 2, mode=mode, one_layer_per_pack=True)
+    fit(ours, strategy, 2, 5, callbacks=[KeepingMemory()])
+    fit(reference, "auto", 2, 5, callbacks=[KeepingMemory()])
+    assert "net.1.0.weight" in narrow(strategy)
+    assert sorted(ours.losses) == pytest.approx(sorted(reference.losses), rel=1e-5)
+
+
 def test_a_weight_that_is_written_within_a_step():
     class Writer(Chain):
         def training_step(self, batch, batch_idx):

@@ -202,8 +202,8 @@ class GradientStore:
 
     def _update_there(self, device: int, slot: _Slot, is_complete: Callable[[str], bool]) -> None:
         """Let weights be updated where their gradients are complete; the gradients are used up."""
-        if self.updates is None or slot.pack is None:
-            return
+        if self.updates is None or slot.pack is None or device != self._plan.update_device(slot.pack):
+            return  # states that stay would be elsewhere; the host asks for them
         elsewhere = {name for name, _ in self._loose} | self._in_parts
         complete = {
             name: gradient

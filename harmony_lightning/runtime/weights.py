@@ -145,8 +145,14 @@ class SwappedWeights:
 
     def begin(self) -> None:
         """A step begins."""
-        if self._store is not None and self._store.has_leaked:
-            self._store.expect_writes()
+        store = self._store
+        if store is None or not store.has_leaked:
+            return
+        store.expect_writes()
+        if any(arena.numel() for arena in store.narrow.arenas):
+            for read in self._reads(self._parameters):  # of the last step, perhaps, of narrow weights
+                read.synchronize()
+            store.narrow.forget()
 
     def expect_writes(self, *, trained_only: bool = False) -> None:
         """Masters are written, or are going to be: device copies are no good any more."""
