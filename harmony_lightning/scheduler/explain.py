@@ -4,6 +4,7 @@ A step is as long as its critical path: tasks that each began just when the one 
 they say where the seconds go; what binds is the largest part.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -77,6 +78,35 @@ def bound_seconds(costs: Costs, minibatch: int, *, recompute: bool) -> float:
     return backward + (least("forward_prefix", sizes.forward) if recompute else 0.0)
 
 
+def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str, float]:
+    """How many samples a step needs for its computation to take as long as what each step needs once, however many samples
+    it has: bringing weights in, gradients out, and updating."""
+    machine, devices = costs.machine, schedule.num_devices
+    share, is_dp = machine.host_share(devices), schedule.mode == "dp"
+    weights, gradients = costs.weight_prefix[-1], costs.gradient_prefix[-1]
+    seconds = {
+        "weights": 2 * weights / share / (1 if is_dp else devices),  # once for forward and once for backward
+        # In dp they are added up on one device, which sends them alone.
+        "gradients": gradients / machine.host_share(1) if is_dp else gradients / share / devices,
+        # The runtime has one worker, the rules of schedules one for each device.
+        "updates": costs.update_prefix[-1] / (1 if rules is Rules.RUNTIME else devices),
+    }
+    per_sample = bound_seconds(costs, schedule.minibatch, recompute=True) / schedule.minibatch
+    return {name: once / per_sample for name, once in seconds.items()}
+
+
+def _advise_minibatch(needs: dict[str, float], minibatch: int) -> str:
+    listed = ", ".join(f"{name} {samples:.3g}" for name, samples in sorted(needs.items(), key=lambda need: -need[1]))
+    told = f"Samples that a step needs to hide what it needs once: {listed}; it has {minibatch}"
+    if max(needs.values()) <= minibatch:
+        return f"{told}, which is enough."
+    times = math.ceil(max(needs.values()) / minibatch)
+    travelling = max(needs["weights"], needs["gradients"])
+    if travelling <= minibatch:
+        return f"{told}: accumulate {times} minibatches (accumulate_grad_batches={times}), or make them as much larger."
+    return f"{told}: make minibatches {times} times as large (accumulated ones would bring the weights each)."
+
+
 def explain(
     found: Found,
     costs: Costs,
@@ -94,6 +124,7 @@ def explain(
     yield f"The step's critical path: {listed}. GPUs compute {best.busy_share:.0%} of the time."
     name = best.parts[0][0]
     yield f"What binds is {name}: {_REMEDIES[name]}."
+    yield _advise_minibatch(samples_to_hide(costs, found.best.schedule, rules), minibatch)
     for other in found.others[:num_others]:
         theirs = break_down(other.schedule, costs, rules)
         more = max(("compute", "weights", "gradients", "activations", "updates", "release"), key=lambda part: (

@@ -2,7 +2,8 @@
 
 Few choices are left, so it is plain: of every packing (`packings`), microbatch size and mode, a lower bound from the
 busiest of compute, links and updates; then simulations in the order of the bounds, until those of the rest are above
-what was found. The best few are simulated once more with links that are shared fairly, and the fastest of these wins.
+what was found. The best few, of several kinds, are simulated once more with links that are shared fairly, and the
+fastest of these wins.
 """
 
 import time
@@ -94,14 +95,13 @@ def search_runtime(
         )
     if not found and in_use is None:
         raise CapacityError(_too_large([schedule for _, _, schedule in bounded], costs, memory_bytes, stashes))
-    finalists = [_refined(candidate, costs) for candidate in found[:NUM_FINALISTS]]
-    found[:NUM_FINALISTS] = sorted(finalists, key=lambda candidate: candidate.seconds)
+    found = sorted((_refined(each, costs) for each in _finalists(found)), key=lambda candidate: candidate.seconds)
     if in_use is not None and not (found and found[0].seconds < (1 - MARGIN) * present.seconds):
         found.insert(0, present)
     return Found(
         rules=str(Rules.RUNTIME),
         best=found[0],
-        others=_others(found),
+        others=tuple(_best_of_kinds(found))[1:],
         num_schedules=len(bounded),
         num_simulated=num_simulated,
         is_proved=is_complete and in_use is None and costs.machine.host_link_shared_by == 1,
@@ -115,13 +115,20 @@ def _refined(candidate: Candidate, costs: Costs) -> Candidate:
     return replace(candidate, seconds=fair_seconds(candidate.schedule, costs))
 
 
-def _others(found: list[Candidate]) -> tuple[Candidate, ...]:
-    """One for each combination of mode, size and number of packs."""
+def _finalists(found: list[Candidate]) -> list[Candidate]:
+    """The best, and the best of other kinds: those that are told beside it must be as well known."""
+    best = found[:NUM_FINALISTS]
+    of_other_kinds = [candidate for candidate in _best_of_kinds(found) if candidate not in best]
+    return best + of_other_kinds[:NUM_FINALISTS]
+
+
+def _best_of_kinds(found: list[Candidate]) -> Iterator[Candidate]:
+    """One for each combination of mode, size and number of packs, best first."""
     kinds: dict[tuple[str, int, int], Candidate] = {}
     for candidate in found:
         schedule = candidate.schedule
         kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
-    return tuple(candidate for candidate in kinds.values() if candidate is not found[0])
+    yield from kinds.values()
 
 
 def _family(

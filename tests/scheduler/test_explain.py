@@ -1,0 +1,64 @@
+"""What would help: samples that a step needs, against formulas and against the simulator."""
+
+import pytest
+from small_profiles import MACHINE, kind, machine, profile
+
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.explain import explain, find, samples_to_hide
+from harmony_lightning.scheduler.simulate import Rules
+
+MINIBATCH = 8
+
+
+def costs(machine=MACHINE, **layer):
+    return Costs(profile(*[kind(**layer)] * 6), machine)
+
+
+def found(costs, mode="pp", minibatch=MINIBATCH):
+    return find(costs, minibatch=minibatch, mode=mode, memory_bytes=1500, rules=Rules.OWN)
+
+
+def advice(costs):
+    told = explain(found(costs), costs, minibatch=MINIBATCH, mode="pp", memory_bytes=1500)
+    return next(sentence for sentence in told if sentence.startswith("Samples that a step needs"))
+
+
+@pytest.mark.parametrize(
+    ("mode", "weights", "gradients"),
+    # 600 bytes of weights, 200 bytes a second for both GPUs together, 24 GPU seconds a sample.
+    [("pp", 2 * 600 / 200, 600 / 200), ("dp", 2 * 2 * 600 / 200, 600 / 200)],
+)
+def test_samples_are_those_that_take_as_long(mode, weights, gradients):
+    needs = samples_to_hide(costs(), found(costs(), mode).best.schedule, Rules.OWN)
+    assert needs == pytest.approx({"weights": weights / 12, "gradients": gradients / 12, "updates": 0.3 / 12})
+
+
+@pytest.mark.parametrize(
+    ("slow", "ending"),
+    [
+        ({}, "it has 8, which is enough."),
+        (
+            {"update": 80.0},
+            "updates 20, weights 0.5, gradients 0.25; it has 8: accumulate 3 minibatches (accumulate_grad_batches=3), or "
+            "make them as much larger.",
+        ),
+        (
+            {"machine": machine(host_link_bytes_per_second=5.0)},
+            "weights 20, gradients 10, updates 0.025; it has 8: make minibatches 3 times as large (accumulated ones would "
+            "bring the weights each).",
+        ),
+    ],
+)
+def test_the_advice_is_what_helps(slow, ending):
+    assert advice(costs(**slow)).endswith(ending)
+
+
+def test_a_step_with_as_many_samples_hides_its_updates():
+    slow, fast = costs(update=80.0), costs()
+    needed = round(samples_to_hide(slow, found(slow).best.schedule, Rules.OWN)["updates"])
+
+    def times_as_long(minibatch):
+        return found(slow, minibatch=minibatch).best.seconds / found(fast, minibatch=minibatch).best.seconds
+
+    assert times_as_long(needed // 4) > 3
+    assert times_as_long(4 * needed) < 1.3
