@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import mmap
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -60,8 +61,8 @@ class CudaDevice:
         self._former_peak = 0
         """The most bytes that were alive in front of the last `take_peak`."""
         self._swap_streams: dict[Lane, torch.cuda.Stream] = {}
-        self._compute_stream: torch.cuda.Stream | None = None
-        """The stream that was current when a lane was entered; None outside of lanes."""
+        self._outside = threading.local()
+        """`stream`, by thread: the one that was current when a lane was entered; None outside of lanes."""
 
     @property
     def name(self) -> str:
@@ -74,13 +75,13 @@ class CudaDevice:
 
     @contextlib.contextmanager
     def lane(self, lane: Lane, what: str = "") -> Iterator[None]:
-        outer = self._compute_stream
-        self._compute_stream = self._stream(Lane.COMPUTE)
+        outer = getattr(self._outside, "stream", None)
+        self._outside.stream = self._stream(Lane.COMPUTE)
         try:
             with torch.cuda.stream(self._stream(lane)):
                 yield
         finally:
-            self._compute_stream = outer
+            self._outside.stream = outer
 
     def record(self, lane: Lane) -> Event:
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]
@@ -124,7 +125,7 @@ class CudaDevice:
     def _stream(self, lane: Lane) -> torch.cuda.Stream:
         if lane is Lane.COMPUTE:
             # Inside a swap lane torch's current stream is that lane's.
-            return self._compute_stream or torch.cuda.current_stream(self.torch_device)
+            return getattr(self._outside, "stream", None) or torch.cuda.current_stream(self.torch_device)
         if lane not in self._swap_streams:
             self._swap_streams[lane] = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
         return self._swap_streams[lane]
