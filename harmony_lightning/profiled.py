@@ -93,14 +93,19 @@ def cluster_to_profile(cluster: Cluster) -> Cluster:
     return cluster
 
 
-def step_of(context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> Step:
-    """The user's `training_step` within a context, such as that of its precision."""
+def step_of(
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext, arguments: tuple[Any, ...] | None = None
+) -> Step:
+    """The user's `training_step` within a context, such as that of its precision. `arguments` follow the batch; None: what
+    its signature asks for."""
 
     def step(module: nn.Module, batch: Any) -> torch.Tensor | None:
         function: Any = module.training_step
-        arguments = (batch, 0) if function.__code__.co_argcount > 2 else (batch,)
+        more = arguments
+        if more is None:
+            more = (0,) if function.__code__.co_argcount > 2 else ()
         with transparent_checkpoints(lambda: True), context():
-            return loss_of(function(*arguments))
+            return loss_of(function(batch, *more))
 
     return step
 

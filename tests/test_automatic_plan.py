@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import logging
+import sys
 
 import lightning as L
 import pytest
@@ -263,3 +264,72 @@ def test_user_code_does_not_notice():
         assert found.seen == plain.seen == [4] * 8
         assert all(torch.equal(a, b) for a, b in zip(calls[:2], calls[-2:], strict=True))
         assert same_weights(found, plain)
+
+
+class _Held(Chain):
+    """A function in it calls the layers of the module that it was made for."""
+
+    def __init__(self):
+        super().__init__(depth=6)
+        net = self.net
+        self.through = lambda inputs: net(inputs)
+
+    def step(self, batch):
+        return nn.functional.mse_loss(self.head(self.through(batch[0])).squeeze(1), batch[1])
+
+
+class _Wrapped(Chain):
+    def __init__(self):
+        super().__init__(depth=6)
+        inner = self.training_step
+        self.training_step = lambda batch, batch_idx, more=None: inner(batch, batch_idx)
+
+
+class _Leaves(Chain):
+    def __init__(self):
+        super().__init__(depth=6)
+
+    def step(self, batch):
+        return super().step(batch) if self._trainer is not None else sys.exit("not finite")
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [(_Held, "calls layers of the module itself"), (_Wrapped, "put into the module"), (_Leaves, "not finite")],
+)
+def test_what_is_run_aside_cannot_reach_the_run(kind, reason, told):
+    module = kind()
+    run = trainer(automatic_strategy(plan=None, microbatch_size=4), max_steps=2)
+    run.fit(module, loader(16, 32))
+    assert reason in told.text
+    assert len(module.losses) == 8 and module._trainer is run
+    assert run.callback_metrics["loss_epoch"].item() == pytest.approx(sum(module.losses) / 8)
+
+
+def test_the_step_is_given_its_own_arguments_and_no_anomaly_is_looked_for(told):
+    class Any(Chain):
+        def training_step(self, *args):
+            assert args[1] < 2
+            return super().training_step(*args)
+
+    trainer(automatic_strategy(plan=None), max_steps=2, detect_anomaly=True).fit(Any(depth=6), loader(16, 32))
+    assert "predicted" in told.text
+
+
+def test_a_module_that_changes_to_and_fro_is_searched_for_once_each_way(told):
+    class Toggled(Chain):
+        def on_train_batch_start(self, batch, batch_idx):
+            self.net[0].requires_grad_(batch_idx % 2 == 0)
+
+    trainer(automatic_strategy(plan=None)).fit(Toggled(depth=6), loader(16, 96))
+    assert sum("predicted" in message for message in told.messages) == 2
+
+
+@pytest.mark.parametrize(("folder", "is_told"), [("s3://bucket/run", False), ("file/run", True)])
+def test_a_log_folder_that_is_none_ends_nothing(folder, is_told, told, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(L.Trainer, "log_dir", folder)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path / "logs")
+    trainer(automatic_strategy(plan=None), max_steps=2, logger=logger).fit(Chain(depth=6), loader(16, 32))
+    assert not (tmp_path / "s3:").exists() and ("the plan is not kept" in told.text) == is_told

@@ -109,6 +109,12 @@ def test_switches_and_levels_in_the_environment():
         Environment.read({"HARMONY_LOG_LEVEL": "loud"})
 
 
+def test_a_plan_that_cannot_be_read_is_told(tmp_path):
+    for plan in ("size", tmp_path):
+        with pytest.raises(ConfigurationError, match="plan must be a Plan, 'auto', 'sizes' or a file"):
+            HarmonyStrategy(plan=plan)
+
+
 @pytest.fixture
 def package_log():
     package = logging.getLogger("harmony_lightning")

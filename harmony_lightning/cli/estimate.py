@@ -3,7 +3,7 @@
 With --json one object is printed:
 
     step_seconds, samples_per_second
-                         predicted for the plan that `HarmonyStrategy(plan="auto")` would choose
+                         predicted for the best plan by which nothing stays on the GPUs from step to step
     peak_bytes, memory_bytes
                          the most that any GPU holds, and what each offers
     host_bytes           weights, optimizer states, gradients and stashes on the host

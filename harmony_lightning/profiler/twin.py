@@ -1,13 +1,19 @@
 """A copy of a user's module to experiment with: it shares weights or has none, and knows no trainer.
 
-What the user's step writes goes to the copy, so profiling leaves no trace in the module.
+What the user's step writes goes to the copy, so profiling leaves no trace in the module. What is large, and nothing to
+experiment with, is left out: optimizers, whose states may be twice the weights, are None; data sets are shared.
 """
 
 import copy
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils import _pytree as pytree
+from torch.utils.data import DataLoader, Dataset
 
 from harmony_lightning.errors import UnsupportedError
 
@@ -26,12 +32,26 @@ def make_twin(root: nn.Module, *, has_numbers: bool) -> nn.Module:
         for name in ("_trainer", "_fabric"):
             if (owner := vars(module).get(name)) is not None:
                 memo[id(owner)] = None
+                if (data := getattr(owner, "datamodule", None)) is not None:
+                    memo[id(data)] = None
+        for value in _attributes(module):
+            if isinstance(value, Optimizer | LRScheduler):
+                memo[id(value)] = None
+            elif isinstance(value, Dataset | DataLoader) and not isinstance(value, nn.Module):
+                memo[id(value)] = value
     try:
         return copy.deepcopy(root, memo)
     except Exception as error:
         raise UnsupportedError(
             f"the module cannot be copied to be profiled: {type(error).__name__}: {error}"
         ) from error
+
+
+def _attributes(module: nn.Module) -> Iterator[Any]:
+    """Within lists and dicts, too."""
+    for name, value in vars(module).items():
+        if name not in ("_modules", "_parameters", "_buffers"):
+            yield from pytree.tree_leaves(value)
 
 
 def describe(module: nn.Module) -> str:

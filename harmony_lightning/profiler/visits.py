@@ -99,6 +99,7 @@ def visit_layers(
         stack.enter_context(device.torch_device)  # tensors that the user's code makes of nothing
         stack.enter_context(saved_tensors_hooks(run.note_saved, lambda tensor: tensor))
         stack.enter_context(_Cut(run))
+        stack.callback(run.restore_generators)
         loss = step(twin, batch)
         run.leave(loss if isinstance(loss, torch.Tensor) and loss.requires_grad else None)
     return run.visits
@@ -142,6 +143,8 @@ class _Cut(TorchFunctionMode):
     def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def, override]
         kwargs = kwargs or {}
         run, name = self._run, getattr(func, "__name__", "")
+        if isinstance(generator := kwargs.get("generator"), torch.Generator):
+            run.generators.setdefault(generator, generator.get_state())
         if run.is_inside or name == "__get__":
             return func(*args, **kwargs)
         is_in_place = name.startswith("__i") or name == "__setitem__" or (name[-1:] == "_" and name[-2:] != "__")
@@ -184,9 +187,15 @@ class _Run:
         """Where the graph of the running glue begins: at results of the last layer, and at what is older."""
         self._older: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         """By identity: older tensors that the running glue uses, and what stands for them."""
+        self.generators: dict[torch.Generator, torch.Tensor] = {}
+        """The user's own, which may be nobody's copy, and the state in which they were found."""
         self._start = 0
         self._glue = Glue()
         self._begin_glue()
+
+    def restore_generators(self) -> None:
+        for generator, state in self.generators.items():
+            generator.set_state(state)
 
     def note_saved(self, tensor: torch.Tensor) -> torch.Tensor:
         if not self.is_inside and not isinstance(tensor, nn.Parameter):
@@ -194,7 +203,7 @@ class _Run:
         return tensor.detach()  # an operation that saves its own result would hold itself alive for ever
 
     def cut(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
-        if tensor.device != self._device.torch_device and (tensor.dim() or tensor.is_meta):
+        if tensor.device != self._device.torch_device and (tensor.dim() or tensor.is_meta or is_written):
             return self._bring(tensor)
         node = tensor.grad_fn
         if node is None or node._sequence_nr() >= self._start or not torch.is_grad_enabled():  # type: ignore[attr-defined]

@@ -10,7 +10,7 @@ import os
 import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -176,6 +176,10 @@ class Engine:
             parameter is not then[name] or (parameter.requires_grad, parameter.dtype, parameter.shape) != kind
             for (name, parameter), kind in zip(now.items(), self.state.kinds, strict=True)
         )
+
+    def refusing(self) -> AbstractContextManager[None]:
+        """Within, nobody may call the module's layers."""
+        return self._interposition.refusing()
 
     def close(self) -> None:
         """Give the module its own calls back and let go of devices and threads. May be called twice."""

@@ -7,11 +7,12 @@ called, and hang the user's `Parameter`s and buffers back, whatever happens. The
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
 
+from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.derived import find_derived
 
 Call = Callable[..., Any]
@@ -198,6 +199,18 @@ class Interposition:
             self._before.append((module, before))
             module._compiled_call_impl = _Seam(site, dispatch)
 
+    @contextmanager
+    def refusing(self) -> Iterator[None]:
+        """Calls are errors: a copy of the root is run, and must not reach the modules that it is a copy of."""
+        seams = [(site.module, site.module._compiled_call_impl) for site in self.sites.values()]
+        try:
+            for module, _ in seams:
+                module._compiled_call_impl = _refuse
+            yield
+        finally:
+            for module, seam in seams:
+                module._compiled_call_impl = seam
+
     def remove(self) -> None:
         """Give all modules their own calls back."""
         for module, before in reversed(self._before):
@@ -217,6 +230,10 @@ class _Seam:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._dispatch(self._site, args, kwargs)
+
+
+def _refuse(*_: Any, **__: Any) -> NoReturn:
+    raise UnsupportedError("a copy of the module calls layers of the module itself")
 
 
 def _keeps_tensors(module: nn.Module) -> bool:

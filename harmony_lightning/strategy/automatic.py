@@ -6,11 +6,13 @@ the step cannot be run aside, the plan made from sizes stays.
 """
 
 import logging
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Literal
 
+import torch
 from torch.utils._python_dispatch import _disable_current_modes
 
 from harmony_lightning.config import HarmonyConfig
@@ -45,6 +47,7 @@ class AutomaticPlan:
         self._context = context
         self._precision = precision
         self._share = 1.0
+        self._found: dict[Any, Planned | None] = {}
 
     @property
     def chooses_all(self) -> bool:
@@ -62,6 +65,7 @@ class AutomaticPlan:
     def find(
         self,
         batch: Any,
+        arguments: tuple[Any, ...],
         samples: int,
         min_samples: int,
         decomposition: Decomposition,
@@ -69,25 +73,45 @@ class AutomaticPlan:
         *,
         keeps_microbatches: bool,
     ) -> Planned | None:
-        """The plan for minibatches like this one; None, with a line in the log, where none can be found.
+        """The plan for minibatches like this one; None, with a line in the log, where none can be found. The same question
+        is answered once: a module may change to and fro with every step.
 
         Args:
+            arguments: that follow the batch in `training_step`.
             samples: in the minibatch.
             min_samples: that a microbatch must have.
             decomposition: what is known of the layers.
             in_use: the plan made from sizes.
             keeps_microbatches: mode and microbatch size are those of `in_use`.
         """
+        question = samples, min_samples, decomposition, in_use, keeps_microbatches, self._share
+        if question not in self._found:
+            self._found[question] = self._find_aside(
+                batch, arguments, samples, min_samples, decomposition, in_use, keeps_microbatches
+            )
+        return self._found[question]
+
+    def _find_aside(
+        self,
+        batch: Any,
+        arguments: tuple[Any, ...],
+        samples: int,
+        min_samples: int,
+        decomposition: Decomposition,
+        in_use: Plan,
+        keeps_microbatches: bool,
+    ) -> Planned | None:
         reason = self._reason_against(samples, decomposition, in_use)
         try:
             machine = machine_of(self._engine.cluster) if reason is None else None
             if machine is not None:
+                smallest = min(min_samples, samples)
                 with self._aside():
                     return self._find(
-                        machine, batch, samples, min(min_samples, samples), decomposition, in_use, keeps_microbatches
+                        machine, batch, arguments, samples, smallest, decomposition, in_use, keeps_microbatches
                     )
             reason = reason or "nobody knows how fast these devices are"
-        except Exception as error:  # whatever has gone wrong aside, the run goes on without it
+        except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
             reason = (str(error) or type(error).__name__).splitlines()[0]
         log.info("harmony: the plan made from sizes stays: %s", reason)
         return None
@@ -95,6 +119,8 @@ class AutomaticPlan:
     def _reason_against(self, samples: int, decomposition: Decomposition, in_use: Plan) -> str | None:
         if not samples:
             return "the minibatch cannot be cut"
+        if not isinstance(vars(self._engine.root).get("training_step"), types.MethodType | None):
+            return "training_step is a function that was put into the module, of which a copy knows nothing"
         if self._config.one_layer_per_pack or len(decomposition.layers) < 2:
             return "there is one layer in each pack"
         if any(pack.update == "device" for pack in in_use.packs):
@@ -106,14 +132,27 @@ class AutomaticPlan:
     @contextmanager
     def _aside(self) -> Iterator[None]:
         """Random numbers that are drawn within, what is warned of, and what modes would see, are nobody's business: an
-        optimizer's step is around this, in which emulated GPUs watch all arithmetic, and the user may count it."""
+        optimizer's step is around this, in which emulated GPUs watch all arithmetic, and the user may count it. Nor has
+        the module a trainer meanwhile, to which functions that hold on to it could log."""
         devices = self._engine.cluster.devices
+        trainers = [
+            (inner, vars(inner)["_trainer"]) for inner in self._engine.root.modules() if "_trainer" in vars(inner)
+        ]
         on_host, on_devices = HostState.capture(), [device.random_state() for device in devices]
         try:
-            with warnings.catch_warnings(), _disable_current_modes():
+            with (
+                warnings.catch_warnings(),
+                _disable_current_modes(),
+                torch.autograd.set_detect_anomaly(False),
+                self._engine.refusing(),
+            ):
                 warnings.simplefilter("ignore")
+                for inner, _ in trainers:
+                    vars(inner)["_trainer"] = None
                 yield
         finally:
+            for inner, trainer in trainers:
+                vars(inner)["_trainer"] = trainer
             on_host.restore()
             for device, state in zip(devices, on_devices, strict=True):
                 if state is not None:
@@ -123,6 +162,7 @@ class AutomaticPlan:
         self,
         machine: Machine,
         batch: Any,
+        arguments: tuple[Any, ...],
         samples: int,
         smallest: int,
         decomposition: Decomposition,
@@ -141,7 +181,7 @@ class AutomaticPlan:
             engine.root,
             decomposition,
             batch_of,
-            step_of(self._context),
+            step_of(self._context, arguments),
             engine.cluster,
             machine,
             largest=min(samples, size or samples),

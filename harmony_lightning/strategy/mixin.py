@@ -98,7 +98,7 @@ class HarmonyMixin(Training, Evaluation):
             raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
         given_plan = None
         if searches is None:
-            given_plan = plan if isinstance(plan, Plan) else Plan.from_json(Path(str(plan)).read_text())
+            given_plan = plan if isinstance(plan, Plan) else _read_plan(Path(str(plan)))
         super().__init__(config, given_plan, cluster, **lightning)
 
     # What Lightning and users read --------------------------------------------------------------------------------
@@ -167,6 +167,13 @@ def _log_to_stderr(level: str) -> None:
     if not package.handlers:
         package.addHandler(logging.StreamHandler())
         package.propagate = False
+
+
+def _read_plan(path: Path) -> Plan:
+    try:
+        return Plan.from_json(path.read_text())
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"plan must be a Plan, 'auto', 'sizes' or a file that holds one: {error}") from error
 
 
 def _as_sequence(layers: Any) -> Sequence[Any]:

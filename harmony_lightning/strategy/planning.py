@@ -91,8 +91,9 @@ class Planning:
         self.metrics = [inner for inner in engine.root.modules() if isinstance(inner, Metric)]
         self._min_samples = 2 if decomposition.has_batch_statistics else 1
 
-    def search(self, batch: Any) -> None:
-        """Before the first minibatch: where the search chooses microbatches, let it."""
+    def search(self, batch: Any, *arguments: Any) -> None:
+        """Before the first minibatch: where the search chooses microbatches, let it. `arguments` follow the batch in
+        `training_step`."""
         if self._automatic is None or not self._automatic.chooses_all or self._is_searched:
             return
         self._is_searched = True
@@ -100,12 +101,16 @@ class Planning:
         samples = sum(parts.num_samples) if parts.reason is None else 0
         decomposition, plan = self._loaded
         plan = _for_workload(plan, _workload(parts))
-        planned = self._automatic.find(batch, samples, self._min_samples, decomposition, plan, keeps_microbatches=False)
+        planned = self._automatic.find(
+            batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=False
+        )
         if planned is not None:
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
 
-    def _search_again(self, batch: Any, workload: Workload, samples: int, *, has_learned: bool) -> None:
+    def _search_again(
+        self, batch: Any, arguments: tuple[Any, ...], workload: Workload, samples: int, *, has_learned: bool
+    ) -> None:
         """Behind the first step, when everything is known: let the search improve on the plan made from sizes, with the
         same microbatches."""
         automatic, former = self._automatic, self.searched
@@ -115,7 +120,9 @@ class Planning:
         planned = None
         if automatic is not None and not automatic.has_shrunk:
             plan = _for_workload(plan, workload)
-            planned = automatic.find(batch, samples, self._min_samples, decomposition, plan, keeps_microbatches=True)
+            planned = automatic.find(
+                batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=True
+            )
         if planned is not None and (planned.plan is not plan or former is not None):
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
@@ -131,13 +138,13 @@ class Planning:
         """Whether a plan that does not fit may give way to a smaller one."""
         return self._automatic is not None and self.searched is not None and not self._automatic.has_shrunk
 
-    def shrink(self, batch: Any) -> None:
+    def shrink(self, batch: Any, *arguments: Any) -> None:
         """Find a plan for less memory; from sizes alone if the search finds none, or has chosen nothing but packs."""
         assert self._automatic is not None
         self._automatic.shrink()
         self._is_searched = False
         self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
-        self.search(batch)
+        self.search(batch, *arguments)
 
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
@@ -156,7 +163,7 @@ class Planning:
             )
         return split_minibatch(batch, size, min_samples=self._min_samples, split=self._config.split_batch)
 
-    def bring_up_to_date(self, batch: Any, parts: Microbatches) -> None:
+    def bring_up_to_date(self, batch: Any, parts: Microbatches, *arguments: Any) -> None:
         """Between steps: take up what has changed in the module, and what the first step has shown."""
         engine = self._engine
         workload = _workload(parts)
@@ -169,7 +176,7 @@ class Planning:
             if has_learned or not (self._is_searched or chooses):
                 self._is_searched = True
                 samples = sum(parts.num_samples) if parts.reason is None else 0
-                self._search_again(batch, workload, samples, has_learned=has_learned)
+                self._search_again(batch, arguments, workload, samples, has_learned=has_learned)
         if not engine.trace.is_complete:
             if self._residency is not None:
                 self._residency.forget()

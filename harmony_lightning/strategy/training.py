@@ -64,12 +64,12 @@ class Training(Session):
         assert self._planning is not None
         found = self._planning.searched
         with self._in_step():
-            self._planning.search(batch)
+            self._planning.search(batch, *args)
         parts = self._planning.split(batch)
         if parts.reason is not None:
             self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
         with self._in_step():
-            self._planning.bring_up_to_date(batch, parts)
+            self._planning.bring_up_to_date(batch, parts, *args)
         if self._planning.searched is not found:
             self._keep_plan()
         shares = loss_shares(self._config.loss_weight, parts)
@@ -94,7 +94,7 @@ class Training(Session):
             )
             output = self._run_microbatches(functions, parts, shares)
         if is_too_large:  # the error, and what it held on the devices, is gone by now
-            self._shrink_plan(batch)
+            self._shrink_plan(batch, *args)
             return self.training_step(batch, *args)
         loss = loss_of(output)
         if loss is None or not engine.has_loss:
@@ -103,11 +103,11 @@ class Training(Session):
         self._root_loss = loss.detach().requires_grad_()
         return with_loss(output, self._root_loss * 1)
 
-    def _shrink_plan(self, batch: Any) -> None:
+    def _shrink_plan(self, batch: Any, *args: Any) -> None:
         """The plan was found by search and does not fit after all: take another one, for less memory."""
         assert self._planning is not None
         with self._in_step():
-            self._planning.shrink(batch)
+            self._planning.shrink(batch, *args)
         self._keep_plan()
 
     def _keep_plan(self) -> None:
@@ -115,9 +115,13 @@ class Training(Session):
         trainer = self.lightning_module.trainer
         folder = trainer.log_dir if trainer.logger is not None else None
         plan = self.plan
-        if folder is not None and plan is not None:
+        if folder is None or plan is None or "://" in str(folder):  # loggers may write to where there are no files
+            return
+        try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             (Path(folder) / PLAN_FILE).write_text(plan.to_json())
+        except OSError as error:
+            log.warning("harmony: the plan is not kept in the log folder: %s", error)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
         """A plan that was found by search is kept beside the states."""

@@ -4,11 +4,13 @@ import pytest
 import torch
 from chain import WIDTH, Chain, loader, trainer
 from torch import nn
+from torchmetrics import MeanMetric
 
 from harmony_lightning import CapacityError, EmulatedCluster, HarmonyStrategy, UnsupportedError
 from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.profiler import Profile, measure, visits
 from harmony_lightning.profiler.measure import fingerprint_of, measure_profile
+from harmony_lightning.profiler.twin import make_twin
 
 
 def cluster_of(memory="1GiB", fake=True):
@@ -147,3 +149,34 @@ def test_fingerprints_tell_structure_and_code_apart():
         of(Chain(3).half()),
     }
     assert len(different) == 5
+
+
+def test_metrics_and_generators_of_the_step_are_left_as_they_were():
+    generator = torch.Generator().manual_seed(1)
+    before = generator.get_state()
+
+    class Watched(Chain):
+        def __init__(self):
+            super().__init__(depth=3)
+            self.mean = MeanMetric()
+            self.register_buffer("seen", torch.zeros(()))
+
+        def step(self, batch):
+            noise = torch.rand(WIDTH, generator=generator, device="cpu").to(batch[0].device)
+            loss = super().step((batch[0] + noise, batch[1]))
+            self.mean(loss)
+            self.seen += loss.detach()
+            return loss
+
+    module = Watched()
+    profile_of(module, largest=1, cluster=cluster_of(fake=False))
+    assert torch.equal(generator.get_state(), before)
+    assert module.mean.update_count == 0 and module.seen == 0
+
+
+def test_what_is_large_and_no_part_of_the_step_is_not_copied():
+    module = Chain(depth=2)
+    module.held = [module.configure_optimizers()]
+    module.data = {"train": loader(4), "set": loader(4).dataset}
+    twin = make_twin(module, has_numbers=False)
+    assert twin.held == [None] and twin.data == module.data and twin.data is not module.data
