@@ -24,8 +24,8 @@ from harmony_lightning.profiler.machine import preset_machine
 from harmony_lightning.profiler.measure import Measured, Progress, fingerprint_of, measure_profile
 from harmony_lightning.profiler.topology import machine_at_hand
 from harmony_lightning.profiler.visits import Step
+from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
-from harmony_lightning.runtime.outputs import loss_of
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import pack_of_layers

@@ -5,7 +5,7 @@ import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
-from harmony_lightning.runtime import layer_node
+from harmony_lightning.runtime.layer import node
 
 DEPTH = 12
 
@@ -59,13 +59,13 @@ def build(case):
 def recomputed(monkeypatch):
     """Names of layers in the order of their backward."""
     names = []
-    differentiate = layer_node.differentiate
+    differentiate = node.differentiate
 
     def noting(call, *args):
         names.append(call.site.name)
         return differentiate(call, *args)
 
-    monkeypatch.setattr(layer_node, "differentiate", noting)
+    monkeypatch.setattr(node, "differentiate", noting)
     return names
 
 

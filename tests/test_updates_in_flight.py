@@ -12,7 +12,7 @@ from chain import Chain, harmony, loader, same_weights, trainer
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import HostModel
-from harmony_lightning.runtime.residency import DeviceWeights
+from harmony_lightning.runtime.weights.residency import DeviceWeights
 from harmony_lightning.strategy import updates
 
 NUM_STEPS = 4

@@ -1,7 +1,7 @@
 """What one call of a layer costs on a device, when it is run as the runtime runs it.
 
 Forward builds the layer's graph without any activation; backward makes those again by a second run that ends with the last
-one it needs, differentiates, and adds the gradients of the weights to what is there (`runtime.layer`).
+one it needs, differentiates, and adds the gradients of the weights to what is there (`runtime.layer.node`).
 """
 
 from collections.abc import Callable, Mapping, Sequence

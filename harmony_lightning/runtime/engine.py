@@ -22,11 +22,9 @@ from harmony_lightning.plan import Plan, Usage
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
-from harmony_lightning.runtime.gradients import OnComplete
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.meter import Holding, Meter
 from harmony_lightning.runtime.microbatch import Microbatch
-from harmony_lightning.runtime.narrow import WeightUses
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
@@ -34,8 +32,10 @@ from harmony_lightning.runtime.step import Settle, TrainingStep
 from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.together import SharedPass, Together
 from harmony_lightning.runtime.trace import Trace
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.gradients import OnComplete
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
+from harmony_lightning.runtime.weights.narrow import WeightUses
 from harmony_lightning.runtime.worker import HostWorker
 
 log = logging.getLogger(__name__)

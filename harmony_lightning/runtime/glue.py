@@ -24,7 +24,7 @@ from harmony_lightning.runtime.derivatives import (
     refuse_second_derivatives,
 )
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.objects import ObjectTensors
+from harmony_lightning.runtime.layer.objects import ObjectTensors
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(

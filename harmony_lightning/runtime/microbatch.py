@@ -14,7 +14,7 @@ from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.runtime.differentiate import accumulate
-from harmony_lightning.runtime.joint import Joint, Waiting
+from harmony_lightning.runtime.layer.joint import Joint, Waiting
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Moved, Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState

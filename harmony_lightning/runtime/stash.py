@@ -16,10 +16,10 @@ import torch
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.structure import without_repetition
 from harmony_lightning.runtime.transfer import Arrival, Departures
+from harmony_lightning.runtime.weights.glue_weights import WeightReference
 
 
 @dataclass(slots=True, eq=False, weakref_slot=True)

@@ -19,13 +19,13 @@ from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
-from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.glue_weights import GlueWeights
-from harmony_lightning.runtime.gradients import GradientStore
-from harmony_lightning.runtime.narrow import Watch, WeightUses
+from harmony_lightning.runtime.swapped_weights import SwappedWeights
 from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
-from harmony_lightning.runtime.weights import SwappedWeights
+from harmony_lightning.runtime.updates.gradients import GradientStore
+from harmony_lightning.runtime.weights.buffers import BufferStore
+from harmony_lightning.runtime.weights.glue_weights import GlueWeights
+from harmony_lightning.runtime.weights.narrow import Watch, WeightUses
 from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from harmony_lightning.runtime.gradients import OnComplete
-from harmony_lightning.runtime.joint import Joint
+from harmony_lightning.runtime.layer.joint import Joint
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
 from harmony_lightning.runtime.transfer import Arrival
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.gradients import OnComplete
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
 from harmony_lightning.runtime.visits import next_in_backward, next_in_forward, visit
 

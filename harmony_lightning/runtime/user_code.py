@@ -15,9 +15,8 @@ from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.derivatives import yielding_hooks
 from harmony_lightning.runtime.functions import watched_functions
 from harmony_lightning.runtime.glue import Glue
-from harmony_lightning.runtime.glue_weights import WeightReference
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.layer import call_layer
+from harmony_lightning.runtime.layer.entry import call_layer
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
@@ -25,6 +24,7 @@ from harmony_lightning.runtime.stash import Stash
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.trace import Trace
+from harmony_lightning.runtime.weights.glue_weights import WeightReference
 
 
 class UserCode:

@@ -305,7 +305,7 @@ class RuntimeSteps:
         self.on_host.append((buffer_nbytes, self.updated[pack]))
 
     def _take_buffer(self, nbytes: float) -> float:
-        """As `runtime.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
+        """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
         if len(self.on_host) >= num_gradient_buffers(self.schedule):
             self.dealt_with.append(self.on_host.popleft())
         for index, (size, free) in enumerate(self.dealt_with):

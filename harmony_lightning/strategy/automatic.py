@@ -20,8 +20,8 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.plan import Plan
 from harmony_lightning.profiled import Planned, Question, find_plan, machine_of, profile, step_of
 from harmony_lightning.profiler import Machine
+from harmony_lightning.runtime.batch.minibatch import split_minibatch
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.minibatch import split_minibatch
 from harmony_lightning.runtime.randomness import HostState
 from harmony_lightning.units import format_nbytes
 

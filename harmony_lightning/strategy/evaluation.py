@@ -5,7 +5,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
-from harmony_lightning.runtime.outputs import map_tensors
+from harmony_lightning.runtime.batch.outputs import map_tensors
 from harmony_lightning.strategy import overrides
 from harmony_lightning.strategy.merged_log import held_log
 from harmony_lightning.strategy.merged_profile import merged_profile

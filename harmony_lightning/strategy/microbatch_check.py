@@ -17,8 +17,8 @@ from torchmetrics import Metric
 
 from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError
 from harmony_lightning.hardware.device import Device
+from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.outputs import loss_of
 from harmony_lightning.runtime.randomness import HostState
 
 _METRIC_STATE = ("_update_count", "_computed", "_forward_cache")

@@ -16,9 +16,9 @@ from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.plan import Plan
 from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given
+from harmony_lightning.runtime.batch.minibatch import Microbatches, split_minibatch
+from harmony_lightning.runtime.batch.rows import num_samples
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.minibatch import Microbatches, split_minibatch
-from harmony_lightning.runtime.rows import num_samples
 from harmony_lightning.scheduler import automatic_microbatch_size
 from harmony_lightning.strategy.automatic import AutomaticPlan
 from harmony_lightning.strategy.residency import Residency

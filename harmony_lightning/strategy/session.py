@@ -18,9 +18,9 @@ from harmony_lightning.hardware.host import HostCluster
 from harmony_lightning.observability.device_stats import AllDeviceStats
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.batch.outputs import map_tensors
 from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.outputs import map_tensors
 from harmony_lightning.strategy import overrides, precision
 from harmony_lightning.strategy.automatic import AutomaticPlan
 from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly

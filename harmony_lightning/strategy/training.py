@@ -11,9 +11,9 @@ import torch
 from torch.optim import Optimizer
 
 from harmony_lightning.errors import DeviceOutOfMemoryError
+from harmony_lightning.runtime.batch.minibatch import Microbatches, loss_shares, scale_without
+from harmony_lightning.runtime.batch.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.runtime.derivatives import Uncuttable
-from harmony_lightning.runtime.minibatch import Microbatches, loss_shares, scale_without
-from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.strategy import precision
 from harmony_lightning.strategy.merged_log import Losses, direct_log, merged_log, unlogged
 from harmony_lightning.strategy.merged_profile import merged_profile

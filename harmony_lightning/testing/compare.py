@@ -20,7 +20,7 @@ from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.lightning import HarmonyStrategy
 from harmony_lightning.observability.statistics import Statistics
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.minibatch import split_minibatch
+from harmony_lightning.runtime.batch.minibatch import split_minibatch
 from harmony_lightning.testing.streams import plain_streams, seed_host, wrapped_training_step
 
 MakeModule = Callable[[], LightningModule]

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from harmony_lightning.hardware.host import HostCluster
-from harmony_lightning.runtime.arena import HostArena, lay_out, layout_nbytes, return_freed_memory
+from harmony_lightning.runtime.weights.arena import HostArena, lay_out, layout_nbytes, return_freed_memory
 
 
 def arena_of(**tensors):

@@ -4,8 +4,8 @@ from torch import nn
 
 from harmony_lightning import EmulatedCluster
 from harmony_lightning.hardware.host import HostDevice
-from harmony_lightning.runtime.buffers import BufferStore
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.weights.buffers import BufferStore
 
 
 class Home(nn.Module):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from harmony_lightning import EmulatedCluster
-from harmony_lightning.runtime.arena import lay_out
-from harmony_lightning.runtime.host_buffers import HostBuffers
+from harmony_lightning.runtime.updates.host_buffers import HostBuffers
+from harmony_lightning.runtime.weights.arena import lay_out
 from harmony_lightning.runtime.worker import HostWorker
 
 LAYOUT = lay_out({"weight": torch.nn.Parameter(torch.zeros(16))}, ["weight"])

@@ -10,8 +10,8 @@ from torch.nn.utils.rnn import pack_sequence
 from transformers import BatchEncoding
 
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.runtime.minibatch import loss_shares, split_minibatch
-from harmony_lightning.runtime.rows import num_samples
+from harmony_lightning.runtime.batch.minibatch import loss_shares, split_minibatch
+from harmony_lightning.runtime.batch.rows import num_samples
 
 Pair = namedtuple("Pair", ["x", "y"])
 

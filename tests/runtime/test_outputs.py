@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from harmony_lightning.runtime.outputs import loss_of, map_tensors, merge_outputs, with_loss
+from harmony_lightning.runtime.batch.outputs import loss_of, map_tensors, merge_outputs, with_loss
 
 Named = namedtuple("Named", ["logits", "name"])
 

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.optim import optimizer as torch_optimizer
 
-from harmony_lightning.runtime.separability import Separability, probe
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.separability import Separability, probe
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 
 
 def make_net():

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from harmony_lightning.runtime.optimizer_states import find_states
-from harmony_lightning.runtime.state_sizes import predict_state_nbytes
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.optimizer_states import find_states
+from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 
 KINDS = {
     "SGD": (torch.optim.SGD, {}),

@@ -12,11 +12,11 @@ from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.activations import hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.differentiate import gradients_of
-from harmony_lightning.runtime.layer_call import LayerCall
-from harmony_lightning.runtime.objects import Surroundings
-from harmony_lightning.runtime.residency import Weights
+from harmony_lightning.runtime.layer.call import LayerCall
+from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.structure import clone_with_strides, flatten_result
 from harmony_lightning.runtime.thread_state import Autocast
+from harmony_lightning.runtime.weights.residency import Weights
 
 
 def differentiate(

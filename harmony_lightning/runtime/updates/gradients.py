@@ -17,11 +17,11 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import Layout, lay_out, layout_nbytes, narrow_types
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.device_update import DeviceUpdates
-from harmony_lightning.runtime.host_buffers import HostBuffers
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.device_update import DeviceUpdates
+from harmony_lightning.runtime.updates.host_buffers import HostBuffers
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
+from harmony_lightning.runtime.weights.arena import Layout, lay_out, layout_nbytes, narrow_types
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 LAST = sys.maxsize

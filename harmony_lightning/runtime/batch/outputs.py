@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from harmony_lightning.runtime.rows import rebuild_sequence, replace_items
+from harmony_lightning.runtime.batch.rows import rebuild_sequence, replace_items
 
 
 def merge_outputs(outputs: Sequence[Any], num_samples: Sequence[int], shares: Sequence[float] | None = None) -> Any:

@@ -14,7 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from harmony_lightning.runtime.randomness import HostState
-from harmony_lightning.runtime.separability import clone_small, options_of
+from harmony_lightning.runtime.updates.separability import clone_small, options_of
 
 _Shape = tuple[int | None, ...]
 """Sizes; None for that of the parameter in the same dimension."""

@@ -8,7 +8,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
-from harmony_lightning.runtime.layer_call import LayerCall
+from harmony_lightning.runtime.layer.call import LayerCall
 
 
 def follow_kept_results(call: LayerCall, results: list[torch.Tensor], detached: list[torch.Tensor]) -> None:

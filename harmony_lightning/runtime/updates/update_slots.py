@@ -14,11 +14,11 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import Layout, layout_nbytes
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.masters import WeightStore
-from harmony_lightning.runtime.optimizer_states import StateArena, region_name
-from harmony_lightning.runtime.residency import Newer
+from harmony_lightning.runtime.updates.optimizer_states import StateArena, region_name
+from harmony_lightning.runtime.weights.arena import Layout, layout_nbytes
+from harmony_lightning.runtime.weights.masters import WeightStore
+from harmony_lightning.runtime.weights.residency import Newer
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from harmony_lightning.config import LossWeight
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.runtime.rows import Refusal, leading_sizes, num_samples, read_rows
+from harmony_lightning.runtime.batch.rows import Refusal, leading_sizes, num_samples, read_rows
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,13 +21,13 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import Layout, lay_out
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.masters import WeightStore
-from harmony_lightning.runtime.optimizer_states import StateArena, find_states, region_name
-from harmony_lightning.runtime.residency import DeviceWeights
-from harmony_lightning.runtime.update import JustInTimeUpdate, StandIn
-from harmony_lightning.runtime.update_slots import UpdateSlot, UpdateSlots
+from harmony_lightning.runtime.updates.optimizer_states import StateArena, find_states, region_name
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate, StandIn
+from harmony_lightning.runtime.updates.update_slots import UpdateSlot, UpdateSlots
+from harmony_lightning.runtime.weights.arena import Layout, lay_out
+from harmony_lightning.runtime.weights.masters import WeightStore
+from harmony_lightning.runtime.weights.residency import DeviceWeights
 from harmony_lightning.runtime.worker import HostWorker
 
 log = logging.getLogger(__name__)

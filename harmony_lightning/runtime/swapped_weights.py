@@ -14,12 +14,12 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Device, Event
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.device_update import DeviceUpdates
-from harmony_lightning.runtime.gradients import GradientStore
-from harmony_lightning.runtime.masters import WeightStore
-from harmony_lightning.runtime.residency import DeviceWeights, HostWeights, Weights
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.device_update import DeviceUpdates
+from harmony_lightning.runtime.updates.gradients import GradientStore
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
+from harmony_lightning.runtime.weights.masters import WeightStore
+from harmony_lightning.runtime.weights.residency import DeviceWeights, HostWeights, Weights
 from harmony_lightning.runtime.worker import HostWorker
 
 

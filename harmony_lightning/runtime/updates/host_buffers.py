@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import torch
 
 from harmony_lightning.hardware.device import Cluster, Mark
-from harmony_lightning.runtime.arena import Layout
+from harmony_lightning.runtime.weights.arena import Layout
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 

@@ -8,7 +8,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import (
+from harmony_lightning.runtime.weights.arena import (
     HostArena,
     Layout,
     lay_out,
@@ -16,7 +16,7 @@ from harmony_lightning.runtime.arena import (
     narrow_types,
     return_freed_memory,
 )
-from harmony_lightning.runtime.casts import Casts
+from harmony_lightning.runtime.weights.casts import Casts
 
 
 class WeightStore:

@@ -25,12 +25,12 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmony_lightning.hardware.device import Device
+from harmony_lightning.runtime.layer.watching import run_layer
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import Arguments, is_plain
 from harmony_lightning.runtime.thread_state import Autocast
-from harmony_lightning.runtime.watching import run_layer
 
 _RANKING = frozenset(
     (

@@ -21,11 +21,11 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import (
+from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.weights.arena import (
     Region,
 )
-from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.masters import WeightStore
+from harmony_lightning.runtime.weights.masters import WeightStore
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 

@@ -1,11 +1,4 @@
-"""Where user code calls a layer: the call becomes one autograd node, or runs as it is if nothing will be differentiated.
-
-The files of a layer's call:
-
-    layer           takes the call                          layer_node      forward and backward of its autograd node
-    layer_call      what one call knows                     layer_graph     what a layer's own graph may reach
-    activations     what its operations save                layer_backward  its second run, and its gradients
-"""
+"""Where user code calls a layer: the call becomes one autograd node, or runs as it is if nothing will be differentiated."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,9 +10,9 @@ from torch.utils import _pytree as pytree
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.derivatives import refuse_transforms
 from harmony_lightning.runtime.functions import apply_own
-from harmony_lightning.runtime.joint import Join, Waiting
-from harmony_lightning.runtime.layer_call import CallBuffers, LayerCall
-from harmony_lightning.runtime.layer_node import LayerFunction
+from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
+from harmony_lightning.runtime.layer.joint import Join, Waiting
+from harmony_lightning.runtime.layer.node import LayerFunction
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments, unflatten_result

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.runtime.arena import HostArena, Layout
-from harmony_lightning.runtime.update import JustInTimeUpdate
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
+from harmony_lightning.runtime.weights.arena import HostArena, Layout
 
 Key = tuple[str, str]
 """The name of a weight, and of what is remembered of it."""

@@ -23,11 +23,11 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
 from harmony_lightning.runtime.functions import apply_own
-from harmony_lightning.runtime.joint import Part
-from harmony_lightning.runtime.layer_backward import differentiate
-from harmony_lightning.runtime.layer_call import CallBuffers, LayerCall, versions_of
-from harmony_lightning.runtime.layer_graph import follow_kept_results, outlive_slots, refuse_strangers
-from harmony_lightning.runtime.objects import Surroundings
+from harmony_lightning.runtime.layer.backward import differentiate
+from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, versions_of
+from harmony_lightning.runtime.layer.graph import follow_kept_results, outlive_slots, refuse_strangers
+from harmony_lightning.runtime.layer.joint import Part
+from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result

@@ -9,15 +9,15 @@ from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.activations import Activations
-from harmony_lightning.runtime.joint import Joint, Waiting
-from harmony_lightning.runtime.objects import ObjectTensors
+from harmony_lightning.runtime.layer.joint import Joint, Waiting
+from harmony_lightning.runtime.layer.objects import ObjectTensors
+from harmony_lightning.runtime.layer.watching import Begin, run_layer
 from harmony_lightning.runtime.randomness import Replay
-from harmony_lightning.runtime.residency import Weights
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments
 from harmony_lightning.runtime.thread_state import Autocast
-from harmony_lightning.runtime.watching import Begin, run_layer
+from harmony_lightning.runtime.weights.residency import Weights
 
 
 class LayerCall:

@@ -23,7 +23,7 @@ from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
 from harmony_lightning.runtime.randomness import HostState
-from harmony_lightning.runtime.update import Group, part_of_group, step_part
+from harmony_lightning.runtime.updates.update import Group, part_of_group, step_part
 
 _ROUNDS = (
     (1.0, False, False),

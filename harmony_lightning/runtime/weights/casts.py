@@ -14,7 +14,7 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.arena import lay_out, layout_nbytes, narrow_types
+from harmony_lightning.runtime.weights.arena import lay_out, layout_nbytes, narrow_types
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 
