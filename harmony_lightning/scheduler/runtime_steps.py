@@ -114,6 +114,8 @@ class RuntimeSteps:
         self.gradients: list[Event] = [None] * count
         """By microbatch: the gradient of the next pack's input has arrived."""
         self.stashed: dict[tuple[int, int], Event] = {}
+        self._brought: dict[tuple[int, int, bool], Event] = {}
+        """By pack and microbatch: the stash of the last layer is back, and those of the others."""
         for pack in range(last + 1):
             self._forward(pack)
         self._send(last)
@@ -186,12 +188,12 @@ class RuntimeSteps:
             d = self.places[pack][m]
             ahead = self._ahead.pop((pack, m), None)
             if ahead is not None:
-                self._bring_stash(ahead)
+                self._bring_back(ahead)
             elif not self.schedule.prefetch:
-                self._bring_stash((pack, m))
+                self._bring_stash(pack, m, is_first=True)
             self._begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
-            self._compute_backward(pack, turn, m, self.gradients[m], self._brought.pop((pack, m), None), weights)
+            self._compute_backward(pack, turn, m, self.gradients[m], weights)
         self._leave(pack, following)
         self._send(pack)
 
@@ -200,12 +202,16 @@ class RuntimeSteps:
         d, (first, last), size = self.places[pack][m], self.packs[pack], self.sizes[m]
         device = self.devices[d]
         seconds = self._backward_seconds(size, (first, last))
-        if m < len(self.visitors[pack]) and (left := device.gradients.enter(pack)):
-            # The last layer has made its gradients before they need the place of others'.
+        left = device.gradients.enter(pack) if m < len(self.visitors[pack]) else ()
+        if left or (first < last and (pack, m) in self.stashed):
+            # The last layer waits for its own stash alone, and has made its gradients before they need others' place.
             begin = min(seconds, self._backward_seconds(size, (last, last)))
-            self._compute(d, begin, Kind.BACKWARD, turn, m, *after)
+            self._compute(d, begin, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, True), None))
+            self._bring_stash(pack, m, is_first=False)
             seconds, after = seconds - begin, left
-        self._compute(d, seconds, Kind.BACKWARD, turn, m, *after)
+        else:
+            after = (*after, self._brought.pop((pack, m, True), None))
+        self._compute(d, seconds, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, False), None))
         if pack == 0 or not self.goes_back[pack - 1]:
             return
         source, target = d, self.places[pack - 1][m]
@@ -223,14 +229,13 @@ class RuntimeSteps:
     def _look_ahead(self, order: Sequence[tuple[int, int]]) -> None:
         """Of visits in backward: which others' stashes set out when they begin; those of the first ones do at once."""
         self._ahead: dict[tuple[int, int], tuple[int, int]] = {}
-        self._brought: dict[tuple[int, int], Event] = {}
         latest: dict[int, tuple[int, int]] = {}
         for visit in order if self.schedule.prefetch else ():
             d = self.places[visit[0]][visit[1]]
             if d in latest:
                 self._ahead[latest[d]] = visit
             else:
-                self._bring_stash(visit)
+                self._bring_back(visit)
             latest[d] = visit
 
     def _next_turn(self) -> int:
@@ -270,6 +275,7 @@ class RuntimeSteps:
             done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *waits)
             for end in (d, home):
                 self.devices[end].computed, self.devices[end].awaited = done, []
+            self._compute(home, self.costs.device_seconds(3 * nbytes), Kind.ALL_REDUCE, turn, 0)
         left = self._swap_out(home, turn, pack, nbytes)
         touched = _UPDATE_ACCESSES * nbytes
         seconds = self.costs.update_seconds(span)
@@ -306,15 +312,23 @@ class RuntimeSteps:
         device.computed = self.run(lane, seconds, kind, turn, m, 0, *after, *awaited, self.controller)
         return device.computed
 
-    def _bring_stash(self, visit: tuple[int, int]) -> None:
-        pack, m = visit
-        stashed = self.stashed.pop(visit, None)
-        if stashed is None:
+    def _bring_back(self, visit: tuple[int, int]) -> None:
+        """All that a microbatch has stashed in a pack."""
+        self._bring_stash(*visit, is_first=True)
+        self._bring_stash(*visit, is_first=False)
+
+    def _bring_stash(self, pack: int, m: int, *, is_first: bool) -> None:
+        """That of the last layer, which comes first, or those of the others."""
+        stashed = self.stashed.get((pack, m))
+        first, last = self.packs[pack]
+        span = (last, last) if is_first else (first, last - 1)
+        if stashed is None or span[0] > span[1] or (pack, m, is_first) in self._brought:
             return
         d = self.places[pack][m]
-        nbytes = self.costs.stash_bytes(self.sizes[m], self.packs[pack])
+        nbytes = self.costs.stash_bytes(self.sizes[m], span)
         waits = (stashed, *self.devices[d].now(), self.controller)
-        self._brought[visit] = self._host_copy(d, Lane.STASH_IN, Kind.STASH_IN, self._turn, m, nbytes, *waits)
+        brought = self._host_copy(d, Lane.STASH_IN, Kind.STASH_IN, self._turn, m, nbytes, *waits)
+        self._brought[pack, m, is_first] = brought
 
     def _peer(self, turn: int, kind: Kind, source: int, target: int, m: int, nbytes: float, ready: Point) -> Event:
         """From device to device."""
