@@ -194,8 +194,8 @@ class RuntimeSteps:
             self._begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
             self._compute_backward(pack, turn, m, self.gradients[m], weights)
-        self._leave(pack, following)
         self._send(pack)
+        self._leave(pack, following)
 
     def _compute_backward(self, pack: int, turn: int, m: int, *after: Event) -> None:
         """And the gradient of its input goes to where that was computed."""
