@@ -24,6 +24,8 @@ class _Slot:
     is_free: bool = True
     """Nobody needs the pack here now."""
     is_good: bool = False
+    is_awaited: bool = False
+    """Somebody has waited for the swap-in to be enqueued."""
     released: Point = ()
     """Behind the last computation on its content; empty once a swap-in has waited for that."""
 
@@ -38,13 +40,19 @@ class WeightSlots:
 
     Args:
         swap_in: brings a pack in behind a point; returns when it is there.
+        finish: is called when a pack is first used and its swap-in must be enqueued.
         now: the point behind all that compute was given so far.
     """
 
     def __init__(
-        self, plan: Plan, device: int, swap_in: Callable[[int, Point], Event], now: Callable[[], Point]
+        self,
+        plan: Plan,
+        device: int,
+        swap_in: Callable[[int, Point], Event],
+        finish: Callable[[int], None],
+        now: Callable[[], Point],
     ) -> None:
-        self._swap_in, self._now = swap_in, now
+        self._swap_in, self._finish, self._now = swap_in, finish, now
         self._homes = {
             pack: _Slot(pack, start, start + plan.packs[pack].slot_nbytes)
             for pack, start in plan.slot_offsets(device).items()
@@ -61,6 +69,9 @@ class WeightSlots:
         """Computations may use the pack's weights behind what is returned."""
         if self._last is None or self._last.pack != pack or self._last.is_free:
             self._last = self._load(pack)
+            if not self._last.is_awaited:
+                self._last.is_awaited = True
+                self._finish(pack)
         return self._arrived[pack]
 
     def prefetch(self, pack: int) -> None:
@@ -111,9 +122,11 @@ class WeightSlots:
             self._release(one)
             before += one.released
             one.released, one.is_good = (), False
+        if self._last in gone:
+            self._last = None
         self._present = [one for one in self._present if one not in gone]
         self._present.append(slot)
-        slot.is_free, slot.is_good = False, True
+        slot.is_free, slot.is_good, slot.is_awaited = False, True, False
         self._arrived[pack] = self._swap_in(pack, before)
         return slot
 

@@ -4,8 +4,8 @@ What differs from what a schedule could ask for (`own.py`): packs and microbatch
 on the same device both ways; every layer recomputes by itself, but for the very last one, which keeps its activations; each
 copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
-The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits in one place: when
-the gradients of too many packs are on the host.
+The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits in two places: when
+the gradients of too many packs are on the host, and for the update of a pack that it is about to use.
 """
 
 import functools
@@ -85,7 +85,7 @@ class RuntimeSteps:
         self._num_buffers = active + 3 + len(self.packs) // 4  # `plan.num_gradient_buffers`, of which it is slower to ask
         self.devices: list[_Device] = []
         for d in range(num_devices):
-            slots = WeightSlots(plan, d, functools.partial(self._swap_in, d), lambda d=d: self.devices[d].now())
+            slots = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, lambda d=d: self.devices[d].now())
             self.devices.append(_Device(slots, GradientSlots(plan, d)))
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
@@ -261,6 +261,15 @@ class RuntimeSteps:
         waits = (*released, self.updated[pack], self.controller)
         return self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
 
+    def _finish(self, pack: int) -> None:
+        """A swap-in must have been enqueued, which is done behind the last update of the weights."""
+        if self.updated[pack] is not None:
+            self._wait(self.updated[pack])
+
+    def _wait(self, event: Event) -> None:
+        """The controller does."""
+        self.controller = self.run(int(Lane.CONTROLLER), 0.0, Kind.WAIT, self._turn, 0, 0, event)
+
     def _send(self, pack: int) -> None:
         """Gradients go to the host, and the weights are stepped there."""
         turn, span = self._turn - 1, self.packs[pack]
@@ -299,7 +308,7 @@ class RuntimeSteps:
         for index, (size, free) in enumerate(self.dealt_with):
             if nbytes <= size <= 2 * nbytes:
                 del self.dealt_with[index]
-                self.controller = free
+                self._wait(free)
                 return size
         return nbytes
 
