@@ -82,11 +82,12 @@ class RuntimeSteps:
         self._followed = _following(self.visitors[::-1])
         active = len({d for visitors in self.visitors for d in visitors})
         self.host_share = costs.machine.host_share(active)
-        self._num_buffers = active + 3 + len(self.packs) // 4  # `plan.num_gradient_buffers`, of which it is slower to ask
+        self._num_buffers = plan.num_gradient_buffers
         self.devices: list[_Device] = []
         for d in range(num_devices):
-            slots = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, lambda d=d: self.devices[d].now())
-            self.devices.append(_Device(slots, GradientSlots(plan, d)))
+            now = functools.partial(self._now, d)
+            weights = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, now)
+            self.devices.append(_Device(weights, GradientSlots(plan, d)))
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
@@ -313,6 +314,9 @@ class RuntimeSteps:
         return nbytes
 
     # Computations and copies ------------------------------------------------------------------------------------------
+
+    def _now(self, d: int) -> Point:
+        return self.devices[d].now()
 
     def _compute(self, d: int, seconds: float, kind: Kind, turn: int, m: int, *after: Event) -> Event:
         device = self.devices[d]
