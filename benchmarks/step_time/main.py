@@ -5,6 +5,7 @@ import logging
 import time
 import warnings
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -12,7 +13,7 @@ import torch
 from bound import Bound, bound, starts
 from breakdown import Breakdown
 from models import MODELS, LanguageModel, tokens
-from own import own_kernels
+from own import num_sums, own_kernels
 from plans import LAYERS, first_on_device, travelling
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
@@ -24,8 +25,8 @@ NUM_STEPS = 5
 NUM_STEPS_OF_PLAN = 3
 """In the first one the optimizer makes its states, and nothing goes on behind it; those that stay come in in the second."""
 HEADER = (
-    "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | to products alone | of which | "
-    "peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | without sums | to products alone | "
+    "of which | peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -49,7 +50,9 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
             num_microbatches=num_microbatches,
             stash=arguments.stash,
         )
-        plan = first_on_device(plan, module) if arguments.update == "first" else plan
+        plan = first_on_device(plan, module, arguments.first) if arguments.update == "first" else plan
+        if arguments.deal:
+            plan = replace(plan, dealt_order=tuple(arguments.deal))
         strategy = HarmonyStrategy(plan=plan, layers=LAYERS, cluster=cluster)
     else:
         strategy = HarmonyStrategy(
@@ -89,6 +92,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
         num_gpus=num_gpus,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         kernel_seconds=one.per_step(num_microbatches, recomputed),
+        sum_seconds=one.sums_per_step(num_sums(strategy.plan)),
         gpu=gpu,
         host=host_model(arguments.host),
         dtype="float32" if arguments.precision == "32-true" else "bfloat16",
@@ -107,7 +111,7 @@ def _times(seconds: float, least: Bound) -> str:
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(least).items())
     return (
         f"{seconds:.3f} s | {least.seconds:.3f} s ({least.resource.replace('_', ' ')}) | {seconds / least.seconds:.3f} | "
-        f"{seconds / least.seconds_of_products:.3f} | {parts}"
+        f"{seconds / least.seconds_without_sums:.3f} | {seconds / least.seconds_of_products:.3f} | {parts}"
     )
 
 
@@ -122,6 +126,8 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"))
+    parser.add_argument("--first", type=int, default=1)
+    parser.add_argument("--deal", type=int, nargs="+")
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
     parser.add_argument(
         "--stash", default="device", choices=("device", "host"), help="where inputs wait if weights travel"

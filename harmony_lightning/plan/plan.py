@@ -107,6 +107,9 @@ class Plan(Record):
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
     takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
+    dealt_order: tuple[int, ...] = ()
+    """Devices to which microbatches of dealt packs go, one after the other, and again from the first on: one that has more
+    to do than others stands here less often. Empty: all devices in their order."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -137,6 +140,12 @@ class Plan(Record):
             raise ConfigurationError(
                 f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
             )
+        for device in self.dealt_order:
+            if not (self.dealt and 0 <= device < self.num_devices):
+                raise ConfigurationError(
+                    f"dealt_order names device {device}, but {len(self.dealt)} packs are dealt, over "
+                    f"{self.num_devices} devices"
+                )
         for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
@@ -144,6 +153,8 @@ class Plan(Record):
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
+        if pack in self.dealt and self.dealt_order:
+            return self.dealt_order[microbatch % len(self.dealt_order)]
         return (microbatch if self.is_dealt(pack) else pack) % self.num_devices
 
     def is_dealt(self, pack: int) -> bool:
@@ -209,23 +220,34 @@ class Plan(Record):
     @property
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
-        waits for an update that keeps up with it."""
-        return self.num_active_devices + 3 + len(self.packs) // 4
+        waits for an update that keeps up with it. Those of late updates are among them."""
+        return self.num_active_devices + 3 + self.num_late_updates
+
+    @property
+    def num_late_updates(self) -> int:
+        """Packs, the last ones, whose gradients may wait on the host until there is nothing else to update: the next
+        forward wants them last, and while it goes on no others arrive."""
+        return len(self.packs) // 4
+
+    def is_updated_late(self, pack: int) -> bool:
+        """Whether the update may wait for all others."""
+        return pack >= len(self.packs) - self.num_late_updates
 
     def update_priority(self, pack: int) -> int:
         """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first, but
         gradients that others wait to take the place of go in the order of their arrival."""
-        return 0 if pack >= self.num_gradient_buffers else 1 + pack
+        is_in_order = not self.is_updated_late(pack) and pack >= self.num_gradient_buffers - self.num_late_updates
+        return 0 if is_in_order else 1 + pack
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""
+        if pack in self.dealt and self.dealt_order:
+            return tuple(sorted(set(self.dealt_order)))
         return tuple(range(self.num_devices)) if self.is_dealt(pack) else (pack % self.num_devices,)
 
     def packs_on(self, device: int) -> tuple[int, ...]:
         """Packs that may visit a device, ascending, however many microbatches there are."""
-        return tuple(
-            pack for pack in range(len(self.packs)) if self.is_dealt(pack) or pack % self.num_devices == device
-        )
+        return tuple(pack for pack in range(len(self.packs)) if device in self.devices_of(pack))
 
     def rotating(self, device: int) -> tuple[int, ...]:
         """Packs whose slots share memory on a device: all but the resident ones."""

@@ -64,7 +64,12 @@ def check_for_runtime(schedule: Schedule) -> None:
 
 def num_gradient_buffers(schedule: Schedule) -> int:
     """As in `Plan`."""
-    return schedule.num_active_devices + 3 + len(schedule.packs_backward) // 4
+    return schedule.num_active_devices + 3 + num_late_updates(schedule)
+
+
+def num_late_updates(schedule: Schedule) -> int:
+    """As in `Plan`."""
+    return len(schedule.packs_backward) // 4
 
 
 class RuntimeSteps:
@@ -87,8 +92,12 @@ class RuntimeSteps:
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: deque[tuple[float, Event]] = deque()
-        """Host buffers that gradients have taken last: their bytes, and the updates that free them."""
+        late = num_late_updates(schedule)
+        self.num_buffers = num_gradient_buffers(schedule) - late, late
+        self.first_late = len(self.packs) - late
+        self.on_host: tuple[deque[tuple[float, Event]], ...] = deque(), deque()
+        """Host buffers that gradients have taken last, those of late updates apart: their bytes, and the updates that free
+        them."""
         self.dealt_with: list[tuple[float, Event]] = []
         """Those before."""
         self.controller: Event = None
@@ -293,21 +302,24 @@ class RuntimeSteps:
         if not nbytes:
             self.devices[home].gradient_slots.append(None)
             return
-        buffer_nbytes = self._take_buffer(nbytes)
+        is_late = pack >= self.first_late
+        buffer_nbytes = self._take_buffer(nbytes, is_late)
         ready = self.devices[home].computed
         left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
         self.devices[home].gradient_slots.append(left)
         seconds = self.costs.update_seconds(span)
         touched = _UPDATE_ACCESSES * nbytes
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 0 if pack >= num_gradient_buffers(self.schedule) else 1 + pack))
+        is_in_order = self.num_buffers[False] <= pack < self.first_late
+        self.updates.append((updated, 0 if is_in_order else 1 + pack))
         self.updated[pack] = updated
-        self.on_host.append((buffer_nbytes, self.updated[pack]))
+        self.on_host[is_late].append((buffer_nbytes, self.updated[pack]))
 
-    def _take_buffer(self, nbytes: float) -> float:
+    def _take_buffer(self, nbytes: float, is_late: bool) -> float:
         """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        if len(self.on_host) >= num_gradient_buffers(self.schedule):
-            self.dealt_with.append(self.on_host.popleft())
+        on_host = self.on_host[is_late]
+        if len(on_host) >= self.num_buffers[is_late]:
+            self.dealt_with.append(on_host.popleft())
         for index, (size, free) in enumerate(self.dealt_with):
             if nbytes <= size <= 2 * nbytes:
                 del self.dealt_with[index]

@@ -194,11 +194,12 @@ def test_layers_that_take_turns_share_a_pack():
 
 
 def test_updates_come_in_the_order_of_the_next_forward():
-    """But for those whose gradients have to make room."""
+    """But for those whose gradients have to make room: neither the first ones nor those of late updates."""
     many = plan(*(pack(f"p{index}", 100) for index in range(12)), num_devices=2)
-    assert many.num_gradient_buffers == 2 + 3 + 12 // 4
+    assert (many.num_gradient_buffers, many.num_late_updates) == (2 + 3 + 12 // 4, 12 // 4)
     priorities = [many.update_priority(index) for index in range(12)]
-    assert priorities[8:] == [0] * 4 and priorities[:8] == list(range(1, 9))
+    assert priorities == [1, 2, 3, 4, 5, 0, 0, 0, 0, 10, 11, 12]
+    assert [many.is_updated_late(index) for index in (8, 9, 11)] == [False, True, True]
 
 
 def updated_there(name, nbytes, states):

@@ -26,11 +26,11 @@ def worker(cluster):
     worker.close()
 
 
-def arrive(buffers, worker, job=lambda lent: lent.clear()):
+def arrive(buffers, worker, job=lambda lent: lent.clear(), priority=0, **kind):
     """A gradient arrives, and a job deals with it; returns the buffer's address."""
-    buffer = buffers.take(NBYTES)
+    buffer = buffers.take(NBYTES, **kind)
     lent = buffers.lend(buffer, LAYOUT, ["weight"])
-    buffers.follow(buffer, worker.submit(lambda: job(lent)))
+    buffers.follow(buffer, worker.submit(lambda: job(lent), priority), **kind)
     return buffer.data_ptr()
 
 
@@ -53,6 +53,22 @@ def test_whoever_runs_ahead_waits_for_those_who_deal_with_gradients(cluster, wor
     go_on.set()
     ahead.join()
     assert len(taken) == 3
+
+
+def test_nobody_waits_for_late_updates_but_they_themselves(cluster, worker):
+    """They wait until there is nothing else, and others go on; `late_limit` of them may wait."""
+    buffers, order = HostBuffers(cluster, worker, limit=1, late_limit=2), []
+    hold = threading.Event()
+    worker.submit(hold.wait)
+    for name in ("late 0", "late 1"):
+        arrive(buffers, worker, lambda lent, name=name: (order.append(name), lent.clear()), 1, is_late=True)
+    arrive(buffers, worker, lambda lent: (order.append("first"), lent.clear()))
+    hold.set()
+    arrive(buffers, worker, lambda lent: (order.append("second"), lent.clear()))
+    arrive(buffers, worker, is_late=True)
+    worker.drain()
+    assert order.index("first") < order.index("second")
+    assert order[0] == "first" and {"late 0", "late 1"} < set(order)
 
 
 def test_a_gradient_that_somebody_keeps_is_not_overwritten(cluster, worker):

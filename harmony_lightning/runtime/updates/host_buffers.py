@@ -17,22 +17,24 @@ from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 
 class HostBuffers:
-    """Buffers that are used again when the last tensor over them is gone; `limit` are in use while they go round."""
+    """Buffers that are used again when the last tensor over them is gone; `limit` are in use while they go round, and
+    `late_limit` for late updates."""
 
-    def __init__(self, cluster: Cluster, worker: HostWorker, limit: int) -> None:
+    def __init__(self, cluster: Cluster, worker: HostWorker, limit: int, late_limit: int = 0) -> None:
         self._cluster = cluster
         self._worker = worker
-        self._limit = limit
-        self._in_use: deque[tuple[torch.Tensor, Ticket]] = deque()
-        """What was taken last, with the jobs that work with it."""
+        self._limits = limit, late_limit
+        self._in_use: tuple[deque[tuple[torch.Tensor, Ticket]], ...] = deque(), deque()
+        """What was taken last, with the jobs that work with it; that for late updates apart."""
         self._dealt_with: list[torch.Tensor] = []
         """What those before have worked with: free, or kept by somebody."""
         self._free: dict[int, Mark] = {}
         """By identity of the buffer: the point at which the last user was done."""
 
-    def take(self, nbytes: int) -> torch.Tensor:
-        if len(self._in_use) >= self._limit:
-            buffer, ticket = self._in_use.popleft()
+    def take(self, nbytes: int, *, is_late: bool = False) -> torch.Tensor:
+        in_use = self._in_use[is_late]
+        if len(in_use) >= self._limits[is_late]:
+            buffer, ticket = in_use.popleft()
             ticket.join()
             self._worker.raise_error()  # the step is lost, and what was sent since may still be on its way here
             self._dealt_with.append(buffer)
@@ -52,6 +54,6 @@ class HostBuffers:
     def _return(self, buffer: torch.Tensor) -> None:
         self._free[id(buffer)] = self._cluster.mark()
 
-    def follow(self, buffer: torch.Tensor, ticket: Ticket) -> None:
+    def follow(self, buffer: torch.Tensor, ticket: Ticket, *, is_late: bool = False) -> None:
         """The job works with the buffer, and frees it if nobody keeps what it holds."""
-        self._in_use.append((buffer, ticket))
+        self._in_use[is_late].append((buffer, ticket))
