@@ -5,7 +5,6 @@ import logging
 import time
 import warnings
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 
 import lightning as L
@@ -51,8 +50,6 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
             stash=arguments.stash,
         )
         plan = first_on_device(plan, module, arguments.first) if arguments.update == "first" else plan
-        if arguments.deal:
-            plan = replace(plan, dealt_order=tuple(arguments.deal))
         strategy = HarmonyStrategy(plan=plan, layers=LAYERS, cluster=cluster)
     else:
         strategy = HarmonyStrategy(
@@ -127,7 +124,6 @@ def main() -> None:
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"))
     parser.add_argument("--first", type=int, default=1)
-    parser.add_argument("--deal", type=int, nargs="+")
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
     parser.add_argument(
         "--stash", default="device", choices=("device", "host"), help="where inputs wait if weights travel"

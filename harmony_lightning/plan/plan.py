@@ -107,9 +107,6 @@ class Plan(Record):
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
     takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
-    dealt_order: tuple[int, ...] = ()
-    """Devices to which microbatches of dealt packs go, one after the other, and again from the first on: one that has more
-    to do than others stands here less often. Empty: all devices in their order."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -140,12 +137,6 @@ class Plan(Record):
             raise ConfigurationError(
                 f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
             )
-        for device in self.dealt_order:
-            if not (self.dealt and 0 <= device < self.num_devices):
-                raise ConfigurationError(
-                    f"dealt_order names device {device}, but {len(self.dealt)} packs are dealt, over "
-                    f"{self.num_devices} devices"
-                )
         for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
@@ -153,9 +144,11 @@ class Plan(Record):
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
-        if pack in self.dealt and self.dealt_order:
-            return self.dealt_order[microbatch % len(self.dealt_order)]
-        return (microbatch if self.is_dealt(pack) else pack) % self.num_devices
+        if self.mode == "dp":
+            return microbatch % self.num_devices
+        # The device of the pack before gets the last microbatches of a dealt one: its forward ends last, and in backward
+        # all others wait for it, which has to begin early.
+        return (pack + (microbatch if pack in self.dealt else 0)) % self.num_devices
 
     def is_dealt(self, pack: int) -> bool:
         """Whether the microbatches of a pack go to different devices."""
@@ -174,8 +167,8 @@ class Plan(Record):
         return len({device for pack in range(len(self.packs)) for device in self.visitors(pack)})
 
     def visitors(self, pack: int) -> tuple[int, ...]:
-        """Devices that a pack visits in one step, ascending."""
-        return tuple(sorted({self.device(pack, m) for m in range(self.num_microbatches)}))
+        """Devices that a pack visits in one step, in the order of the microbatches that they get first."""
+        return tuple(dict.fromkeys(self.device(pack, m) for m in range(self.num_microbatches)))
 
     def has_backward(self, pack: int) -> bool:
         """Whether gradients go through a pack: it trains, or one before it does. Weights outside layers do not count."""
@@ -241,8 +234,6 @@ class Plan(Record):
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""
-        if pack in self.dealt and self.dealt_order:
-            return tuple(sorted(set(self.dealt_order)))
         return tuple(range(self.num_devices)) if self.is_dealt(pack) else (pack % self.num_devices,)
 
     def packs_on(self, device: int) -> tuple[int, ...]:
