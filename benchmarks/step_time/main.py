@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
             num_microbatches=num_microbatches,
             stash=arguments.stash,
         )
-        plan = first_on_device(plan, module, arguments.first) if arguments.update == "first" else plan
+        plan = first_on_devices(plan, module, arguments.stay)
         strategy = HarmonyStrategy(plan=plan, layers=LAYERS, cluster=cluster)
     else:
         strategy = HarmonyStrategy(
@@ -95,9 +95,11 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
         dtype="float32" if arguments.precision == "32-true" else "bfloat16",
     )
     stays = f"{len(strategy.plan.resident)} of {statistics.num_packs} packs stay"
+    if arguments.travelling:
+        stays = "travel" + (f", but {arguments.stay} of {statistics.num_packs} packs" if arguments.stay else "")
     row = (
         f"| {arguments.model} | {num_gpus}x {arguments.gpu} | {num_sequences * arguments.length} | "
-        f"{num_microbatches} of {microbatch_size} | {'travel' if arguments.travelling else stays} | "
+        f"{num_microbatches} of {microbatch_size} | {stays} | "
         f"{_times(second - first, least)} | "
         f"{max(statistics.peak_device_bytes) / 2**30:.1f} GiB | {took:.0f} s |"
     )
@@ -123,8 +125,8 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"))
-    parser.add_argument("--first", type=int, default=1)
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
+    parser.add_argument("--stay", type=int, default=0, help="but so many first packs, which are updated where they are")
     parser.add_argument(
         "--stash", default="device", choices=("device", "host"), help="where inputs wait if weights travel"
     )

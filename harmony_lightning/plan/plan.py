@@ -19,6 +19,10 @@ ALIGNMENT = 64
 """Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""
 
 
+Urgency = Literal["first", "next", "last"]
+"""Of updates on the host: see `Plan.urgency`."""
+
+
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -41,7 +45,7 @@ class Pack(Record):
     """Bytes of the gradients as they lie on a device, alignment included."""
     narrow: tuple[str, ...] = ()
     """Names of the narrow weights: float32 on the host, `Plan.narrow_dtype` on the way and on devices. A pack that is
-    updated on a device has none."""
+    updated on a device has some only if it stays there: its masters do, too."""
     narrow_trainable_nbytes: int = 0
     """Bytes of the gradients of narrow weights, in float32; those that travel in `Plan.narrow_dtype` are half of that."""
     update: Literal["host", "device"] = "host"
@@ -52,11 +56,14 @@ class Pack(Record):
     state_slot_nbytes: int = 0
     """The same as they lie in an arena, alignment included."""
 
+    @property
+    def trained_nbytes(self) -> int:
+        """Bytes of those weights that train, as they travel."""
+        return self.trainable_nbytes - self.narrow_trainable_nbytes // 2
+
     def __post_init__(self) -> None:
         if self.update not in ("host", "device"):
             raise ConfigurationError(f"update must be 'host' or 'device', got {self.update!r}")
-        if self.update == "device" and self.narrow:
-            raise ConfigurationError(f"weights that a device updates are not narrow, got {self.narrow[0]!r}")
         if not 0 <= self.state_nbytes <= self.state_slot_nbytes:
             raise ConfigurationError(
                 f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes}; 0 is the least"
@@ -126,6 +133,12 @@ class Plan(Record):
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
         if self.narrow_dtype is None and any(pack.narrow for pack in self.packs):
             raise ConfigurationError("a plan with narrow weights needs a narrow_dtype: 'bfloat16' or 'float16'")
+        for index, pack in enumerate(self.packs):
+            if pack.update == "device" and pack.narrow and not self.weights_stay(index):
+                raise ConfigurationError(
+                    f"weights that a device updates are narrow only if they stay there and nowhere else: let pack {index}, "
+                    f"with {pack.narrow[0]!r}, be in updates_stay, in mode 'pp'"
+                )
         for index in self.updates_stay:
             if not 0 <= index < len(self.packs) or self.packs[index].update != "device":
                 raise ConfigurationError(f"updates_stay names pack {index}, which is not updated on a device")
@@ -184,7 +197,7 @@ class Plan(Record):
         """Bytes of weights in the first step, or in those behind it."""
         steps = (swap_ins(self, device) for device in range(self.num_devices))
         brought = (index for first, later in steps for index in (first if is_first else later))
-        return sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trainable_nbytes for i in brought)
+        return sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trained_nbytes for i in brought)
 
     @property
     def swap_out_bytes_per_step(self) -> int:
@@ -213,24 +226,26 @@ class Plan(Record):
     @property
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
-        waits for an update that keeps up with it. Those of late updates are among them."""
-        return self.num_active_devices + 3 + self.num_late_updates
+        waits for an update that keeps up with it."""
+        return sum(self.gradient_buffers.values())
 
     @property
-    def num_late_updates(self) -> int:
-        """Packs, the last ones, whose gradients may wait on the host until there is nothing else to update: the next
-        forward wants them last, and while it goes on no others arrive."""
-        return len(self.packs) // 4
+    def gradient_buffers(self) -> dict[Urgency, int]:
+        """The same by urgency: no gradient waits for one of another kind to make room."""
+        num_devices = self.num_active_devices
+        return {"first": num_devices, "next": num_devices + 3, "last": len(self.packs) // 3}
 
-    def is_updated_late(self, pack: int) -> bool:
-        """Whether the update may wait for all others."""
-        return pack >= len(self.packs) - self.num_late_updates
+    def urgency(self, pack: int) -> Urgency:
+        """Of a pack's update on the host. The next forward begins with the first pack of each device. It wants the last
+        ones last, and while it goes on no other gradients arrive: these may wait until there is nothing else to update."""
+        if pack < self.num_active_devices:
+            return "first"
+        return "last" if pack >= len(self.packs) - len(self.packs) // 3 else "next"
 
     def update_priority(self, pack: int) -> int:
-        """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first, but
-        gradients that others wait to take the place of go in the order of their arrival."""
-        is_in_order = not self.is_updated_late(pack) and pack >= self.num_gradient_buffers - self.num_late_updates
-        return 0 if is_in_order else 1 + pack
+        """Which of the updates that could go on comes first: the lowest. Those that are next go in the order in which their
+        gradients arrive, as others wait to take the place of these."""
+        return {"first": pack - len(self.packs), "next": 0, "last": 1 + pack}[self.urgency(pack)]
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""

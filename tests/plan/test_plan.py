@@ -193,13 +193,12 @@ def test_layers_that_take_turns_share_a_pack():
     assert not planned.follows(("a", "b", "c"), (frozenset("ab"), frozenset("ac")))
 
 
-def test_updates_come_in_the_order_of_the_next_forward():
-    """But for those whose gradients have to make room: neither the first ones nor those of late updates."""
+def test_updates_come_as_the_next_forward_wants_them():
+    """Those in the middle as their gradients arrive, which others wait to take the place of."""
     many = plan(*(pack(f"p{index}", 100) for index in range(12)), num_devices=2)
-    assert (many.num_gradient_buffers, many.num_late_updates) == (2 + 3 + 12 // 4, 12 // 4)
-    priorities = [many.update_priority(index) for index in range(12)]
-    assert priorities == [1, 2, 3, 4, 5, 0, 0, 0, 0, 10, 11, 12]
-    assert [many.is_updated_late(index) for index in (8, 9, 11)] == [False, True, True]
+    assert many.gradient_buffers == {"first": 2, "next": 2 + 3, "last": 12 // 3} and many.num_gradient_buffers == 11
+    assert [many.urgency(index) for index in range(12)] == ["first"] * 2 + ["next"] * 6 + ["last"] * 4
+    assert [many.update_priority(index) for index in range(12)] == [-12, -11, *[0] * 6, 9, 10, 11, 12]
 
 
 def updated_there(name, nbytes, states):
