@@ -13,7 +13,7 @@ from bound import Bound, bound, starts
 from breakdown import Breakdown
 from models import MODELS, LanguageModel, tokens
 from own import num_sums, own_kernels
-from plans import LAYERS, first_on_device, travelling
+from plans import LAYERS, first_on_devices, travelling
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import gpu_model, host_model
