@@ -193,12 +193,11 @@ def test_layers_that_take_turns_share_a_pack():
     assert not planned.follows(("a", "b", "c"), (frozenset("ab"), frozenset("ac")))
 
 
-def test_updates_come_as_the_next_forward_wants_them():
-    """Those in the middle as their gradients arrive, which others wait to take the place of."""
+def test_updates_come_in_the_order_of_the_next_forward():
     many = plan(*(pack(f"p{index}", 100) for index in range(12)), num_devices=2)
-    assert many.gradient_buffers == {"first": 2, "next": 2 + 3, "last": 12 // 3} and many.num_gradient_buffers == 11
-    assert [many.urgency(index) for index in range(12)] == ["first"] * 2 + ["next"] * 6 + ["last"] * 4
-    assert [many.update_priority(index) for index in range(12)] == [-12, -11, *[0] * 6, 9, 10, 11, 12]
+    assert many.num_gradient_buffers == 2 + 3 + 12 // 4
+    priorities = [many.update_priority(index) for index in range(12)]
+    assert priorities == sorted(priorities) and priorities[0] > 0  # parts that keep an order come before all
 
 
 def updated_there(name, nbytes, states):
