@@ -290,7 +290,7 @@ class RuntimeSteps:
         touched = _UPDATE_ACCESSES * nbytes
         seconds = self.costs.update_seconds(span)
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 0 if pack >= self._num_buffers else 1 + pack))
+        self.updates.append((updated, 1 + pack))
         self.updated[pack] = updated
         self.on_host.append((self._buffer_nbytes, updated))
 
