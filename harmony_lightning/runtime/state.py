@@ -29,7 +29,7 @@ from harmony_lightning.runtime.weights.narrow import Watch, WeightUses
 from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:
-    from harmony_lightning.runtime.meter import Holding, Meter
+    from harmony_lightning.runtime.meter import Holding, Meter, VisitPeaks
 
 Result = TypeVar("Result")
 
@@ -98,6 +98,8 @@ class RuntimeState:
         """Gradients of weights that user code has asked for, on the host, while it does."""
         self.meter: Meter | None = None
         """Of the running step, if it is measured."""
+        self.peaks: VisitPeaks | None = None
+        """The same, and of one in which something stays that is watched."""
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
         """By device: what layers keep from forward to backward."""
         self.has_lacked_memory = False
