@@ -140,7 +140,8 @@ class RuntimeState:
     def send(self, tensor: torch.Tensor, source: Device, target: Device, ready: Event | None = None) -> Arrival:
         """Copy a tensor from device to device; `ready`: when it is computed, None for now."""
         self.counters.p2p_bytes += tensor.nbytes
-        return send(tensor, source, target, self.departures, ready, self.landings)
+        departures, landings = self.departures, self.landings
+        return self.with_room(target, lambda: send(tensor, source, target, departures, ready, landings))
 
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
@@ -297,6 +298,8 @@ class RuntimeState:
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
+        found |= self.landings.give_back(device)
+        found |= self.departures.release(device)
         self.has_lacked_memory |= found
         return found
 
