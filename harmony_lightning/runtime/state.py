@@ -84,6 +84,7 @@ class RuntimeState:
             lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
         )
         self.gradients = self.weights.gradients
+        self.gradients.with_room = self.with_room
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
