@@ -71,6 +71,8 @@ def costs_of(make, num_gpus, gpu="3090", host="server", largest=4, memory_bytes=
 def train(make, schedule, layers, gpu="3090", host="server", num_steps=5):
     """Seconds of a settled step and peak bytes when the runtime carries a schedule out."""
     cluster = cluster_of(schedule.num_devices, gpu, host)
+    if schedule.updated_there:
+        layers = layers.with_states({weight.name: (weight.nbytes, weight.nbytes, 4) for weight in layers.weights})
     plan = plan_of(schedule, layers, cluster.devices[0].memory_bytes)
     module = on_meta(make).to_empty(device="cpu")
     strategy = HarmonyStrategy(microbatch_size=plan.microbatch_size, cluster=cluster, plan=plan)

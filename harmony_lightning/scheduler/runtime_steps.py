@@ -9,6 +9,7 @@ the gradients of too many packs are on the host, and for the update of a pack th
 """
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
 _UPDATE_ACCESSES = 7
 """Of host memory in a step of Adam: four values are read, three written."""
+_ADDITION_ACCESSES = 3
+"""Of memory, when one gradient is added to another."""
 _NUM_STEPS = 4
 """The first steps are not in full flow."""
 
@@ -43,6 +46,8 @@ class _Departing:
 class _Device:
     weights: WeightSlots
     gradients: GradientSlots
+    states: "deque[Point]"
+    """When what was in each slot for updates that packs share has left; used least recently first."""
     computed: Event = None
     """Behind all computations that were enqueued."""
     awaited: list[Event] = field(default_factory=list)
@@ -70,10 +75,12 @@ class RuntimeSteps:
         self.packs = schedule.packs_backward
         self.sizes = split(schedule.minibatch, schedule.microbatch_backward)
         count, num_devices = len(self.sizes), schedule.num_devices
-        dealt = tuple(m % num_devices for m in range(count))
-        self.places = [dealt if plan.is_dealt(p) else (p % num_devices,) * count for p in range(len(self.packs))]
+        self.places = [
+            tuple(plan.device(p, m) for m in range(count)) if plan.is_dealt(p) else (plan.device(p, 0),) * count
+            for p in range(len(self.packs))
+        ]
         """By pack and microbatch, the device."""
-        self.visitors = [sorted(set(places)) for places in self.places]
+        self.visitors = [list(dict.fromkeys(places)) for places in self.places]
         self.goes_back = [costs.profile.glue_bytes > 0] * len(self.packs)
         """Whether gradients go through a pack."""
         for p, pack in enumerate(plan.packs):
@@ -87,7 +94,12 @@ class RuntimeSteps:
         for d in range(num_devices):
             now = functools.partial(self._now, d)
             weights = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, now)
-            self.devices.append(_Device(weights, GradientSlots(plan, d)))
+            states = deque[Point]([()] * (1 + schedule.prefetch))
+            self.devices.append(_Device(weights, GradientSlots(plan, d), states))
+        self.states: dict[int, Event] = {}
+        """By pack: what the optimizer remembers of it has come to the device that updates it."""
+        self.weights_there: dict[int, Event] = {}
+        """By pack that stays where it is updated: its newest weights are there."""
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
@@ -139,45 +151,68 @@ class RuntimeSteps:
     def _forward(self, pack: int) -> None:
         is_fused, turn = pack == len(self.packs) - 1, self._next_turn()
         upcoming = dict(self._following[pack])
-        for m, arrived in self._sending_ahead(pack, turn):
-            d, size = self.places[pack][m], self.sizes[m]
-            self._begin_turn(d)
-            weights = self._acquire(d, pack, upcoming)
-            done = self._compute(
-                d, self.costs.forward_seconds(size, self.packs[pack]), Kind.FORWARD, turn, m, arrived, weights
-            )
-            if pack == m == 0:
-                self.starts.append(done)
-            self.outputs[m] = self.devices[d].now()
-            if is_fused:
+        leaves = self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays
+        for group, arrived in self._sending_ahead(pack, turn):
+            d = self.places[pack][group[0]]
+            for _ in group:
                 self._begin_turn(d)
-                self._compute_backward(pack, turn, m)
-            elif self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays:
-                nbytes = self.costs.stash_bytes(size, self.packs[pack])
-                left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
-                self.stashed[pack, m] = left
-                self._hold(self.devices[d].to_host, d, nbytes, left)
+            weights = self._acquire(d, pack, upcoming)
+            seconds = self._forward_seconds(sum(self.sizes[m] for m in group), self.packs[pack])
+            done = self._compute(d, seconds, Kind.FORWARD, turn, group[0], *arrived, weights)
+            if pack == group[0] == 0:
+                self.starts.append(done)
+            for m in group:
+                self.outputs[m] = self.devices[d].now()
+                if is_fused:
+                    self._begin_turn(d)
+                    self._compute_backward(pack, turn, m)
+                elif leaves:
+                    nbytes = self.costs.stash_bytes(self.sizes[m], self.packs[pack])
+                    left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
+                    self.stashed[pack, m] = left
+                    self._hold(self.devices[d].to_host, d, nbytes, left)
         self._leave(pack, self._following[pack])
 
-    def _sending_ahead(self, pack: int, turn: int) -> Iterator[tuple[int, Event]]:
-        """Microbatches, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
-        count, entering = len(self.sizes), [self.costs.input_bytes(size, self.packs[pack][0]) for size in self.sizes]
-        arrived: list[Event] = []
+    def _forward_seconds(self, samples: int, span: tuple[int, int]) -> float:
+        """Of a joint call, which may be larger than any that was profiled: as of several of those then."""
+        most = self.costs.profile.microbatch_sizes.forward[-1]
+        full, rest = divmod(samples, most)
+        seconds = full * self.costs.forward_seconds(most, span) if full else 0.0
+        return seconds + (self.costs.forward_seconds(rest, span) if rest else 0.0)
+
+    def _groups(self, pack: int) -> list[Sequence[int]]:
+        """Microbatches that go through a pack together, as `runtime.step` forms them."""
+        size = self.schedule.microbatches_per_forward if pack + 1 < len(self.packs) else 1
+        if size == 1:
+            return [(m,) for m in range(len(self.sizes))]
+        places = self.places[pack]
+        here = [[m for m, place in enumerate(places) if place == d] for d in self.visitors[pack]]
+        columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in here]
+        return [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
+
+    def _sending_ahead(self, pack: int, turn: int) -> Iterator[tuple[Sequence[int], list[Event]]]:
+        """Groups, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
+        groups, layer = self._groups(pack), self.packs[pack][0]
+        entering = [sum(self.costs.input_bytes(self.sizes[m], layer) for m in group) for group in groups]
+        arrived: list[list[Event]] = []
         travelling = 0.0
-        for m in range(count):
-            while pack and len(arrived) < count:
+        for index, group in enumerate(groups):
+            while pack and len(arrived) < len(groups):
                 n = len(arrived)
-                if n > m + self.schedule.prefetch and travelling + entering[n] > self.travelling_nbytes:
+                if n > index + self.schedule.prefetch and travelling + entering[n] > self.travelling_nbytes:
                     break
-                source, target = self.places[pack - 1][n], self.places[pack][n]
-                ready = self.outputs[n]
-                is_sent = source != target
-                arrived.append(
-                    self._peer(turn, Kind.OUTPUT_PEER, source, target, n, entering[n], ready) if is_sent else None
-                )
+                arrived.append([self._send_output(pack, turn, m) for m in groups[n]])
                 travelling += entering[n]
-            travelling -= entering[m]
-            yield m, arrived[m] if pack else None
+            travelling -= entering[index]
+            yield group, arrived[index] if pack else []
+
+    def _send_output(self, pack: int, turn: int, m: int) -> Event:
+        """Of the pack before, for this one; None if it is where it is needed."""
+        source, target = self.places[pack - 1][m], self.places[pack][m]
+        if source == target:
+            return None
+        nbytes = self.costs.input_bytes(self.sizes[m], self.packs[pack][0])
+        return self._peer(turn, Kind.OUTPUT_PEER, source, target, m, nbytes, self.outputs[m])
 
     def _backward(self, pack: int) -> None:
         turn = self._next_turn()
@@ -185,6 +220,7 @@ class RuntimeSteps:
         following = {d: len(self.packs) - 1 - p for d, p in self._followed[back].items()}
         following = {d: p for d, p in following.items() if self.goes_back[p]}
         upcoming = dict(following)
+        self._bring_states(pack)
         for m in range(len(self.sizes)):
             d = self.places[pack][m]
             ahead = self._ahead.pop((pack, m), None)
@@ -258,8 +294,11 @@ class RuntimeSteps:
             self.devices[d].weights.release(pack)
 
     def _swap_in(self, d: int, pack: int, released: Point) -> Event:
-        nbytes = self.costs.weight_bytes(self.packs[pack])
         waits = (*released, self.updated[pack], self.controller)
+        if (newer := self.weights_there.get(pack)) is not None:
+            seconds, lane = self._device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
+            return self.run(lane, seconds, Kind.WEIGHTS_IN, self._turn, 0, 0, *waits, newer)
+        nbytes = self.plan.packs[pack].nbytes
         return self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
 
     def _finish(self, pack: int) -> None:
@@ -278,6 +317,16 @@ class RuntimeSteps:
         nbytes = self.costs.gradient_bytes(span)
         if not nbytes:
             return
+        is_in_parts = bool(others) and pack in self.schedule.dealt and self.plan.packs[pack].update == "host"
+        if is_in_parts:  # the host adds, so that no device waits for another
+            *others, home = self.visitors[pack]
+            for d in others:
+                left = self._swap_out(d, turn, pack, nbytes)
+                touched = _ADDITION_ACCESSES * nbytes if d != others[0] else 0
+                added = self.run(int(Lane.HOST), 0.0, Kind.UPDATE, turn, 0, touched, left)
+                self.updates.append((added, 0))
+                self.on_host.append((self._buffer_nbytes, added))
+            others = []
         for d in others:  # added up on the first device
             seconds = nbytes / self.costs.machine.peer_bytes_per_second
             lanes = (NUM_LANES * d + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
@@ -285,14 +334,48 @@ class RuntimeSteps:
             done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *waits)
             for end in (d, home):
                 self.devices[end].computed, self.devices[end].awaited = done, []
-            self._compute(home, self.costs.device_seconds(3 * nbytes), Kind.ALL_REDUCE, turn, 0)
+            self._compute(home, self.costs.device_seconds(_ADDITION_ACCESSES * nbytes), Kind.ALL_REDUCE, turn, 0)
+        if self.plan.packs[pack].update == "device":
+            self._update_there(pack, home, turn)
+            return
         left = self._swap_out(home, turn, pack, nbytes)
-        touched = _UPDATE_ACCESSES * nbytes
+        touched = (_UPDATE_ACCESSES + _ADDITION_ACCESSES * is_in_parts) * nbytes
         seconds = self.costs.update_seconds(span)
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 1 + pack))
+        self.updates.append((updated, 0 if is_in_parts else self.plan.update_priority(pack)))
         self.updated[pack] = updated
         self.on_host.append((self._buffer_nbytes, updated))
+
+    def _bring_states(self, pack: int) -> None:
+        """An update on a device will come: what the optimizer remembers does, unless it is there."""
+        if self.plan.packs[pack].update == "host" or pack in self.states:
+            return
+        d = self.visitors[pack][0]
+        stays = pack in self.plan.updates_stay
+        waits = (*(() if stays else self.devices[d].states.popleft()), self.updated[pack], self.controller)
+        nbytes = self.plan.packs[pack].state_nbytes
+        self.states[pack] = self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
+
+    def _update_there(self, pack: int, d: int, turn: int) -> None:
+        """On a copy of the weights, so that their slot is free; new weights and states leave, or stay."""
+        self._bring_states(pack)
+        device, sizes = self.devices[d], self.plan.packs[pack]
+        self._compute(d, self._device_seconds(pack, 2), Kind.UPDATE, turn, 0, self.states[pack])
+        device.weights.release(pack)
+        done = self._compute(d, self._device_seconds(pack, _UPDATE_ACCESSES), Kind.UPDATE, turn, 0)
+        if self.plan.weights_stay(pack):
+            self.weights_there[pack], self.updated[pack] = done, None
+            return
+        stays = pack in self.plan.updates_stay
+        nbytes = sizes.trainable_nbytes + (0 if stays else sizes.state_nbytes)
+        left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, done, self.controller)
+        self.updated[pack] = left
+        if not stays:
+            del self.states[pack]
+            device.states.append((left,))
+
+    def _device_seconds(self, pack: int, accesses: int) -> float:
+        return self.costs.device_seconds(accesses * self.plan.packs[pack].trainable_nbytes)
 
     def _swap_out(self, d: int, turn: int, pack: int, nbytes: float) -> Event:
         """Gradients leave for a buffer of the host."""
