@@ -157,7 +157,7 @@ class RuntimeSteps:
             for _ in group:
                 self._begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
-            seconds = self._forward_seconds(sum(self.sizes[m] for m in group), self.packs[pack])
+            seconds = self._forward_seconds(group, self.packs[pack])
             done = self._compute(d, seconds, Kind.FORWARD, turn, group[0], *arrived, weights)
             if pack == group[0] == 0:
                 self.starts.append(done)
@@ -173,12 +173,17 @@ class RuntimeSteps:
                     self._hold(self.devices[d].to_host, d, nbytes, left)
         self._leave(pack, self._following[pack])
 
-    def _forward_seconds(self, samples: int, span: tuple[int, int]) -> float:
-        """Of a joint call, which may be larger than any that was profiled: as of several of those then."""
-        most = self.costs.profile.microbatch_sizes.forward[-1]
-        full, rest = divmod(samples, most)
-        seconds = full * self.costs.forward_seconds(most, span) if full else 0.0
-        return seconds + (self.costs.forward_seconds(rest, span) if rest else 0.0)
+    def _forward_seconds(self, group: Sequence[int], span: tuple[int, int]) -> float:
+        """A joint call may be larger than any that was profiled: as of several of those then. What it takes is put
+        together, and what it returns is taken apart."""
+        samples = sum(self.sizes[m] for m in group)
+        if len(group) == 1:
+            return self.costs.forward_seconds(samples, span)
+        full, rest = divmod(samples, self.costs.profile.microbatch_sizes.forward[-1])
+        sizes = [self.costs.profile.microbatch_sizes.forward[-1]] * full + [rest] * (rest > 0)
+        copied = sum(2 * self.costs.input_bytes(samples, q) for q in range(span[0], span[1] + 1))
+        copied += sum(2 * self.costs.input_bytes(samples, q + 1) for q in range(span[0], span[1] + 1))
+        return sum(self.costs.forward_seconds(size, span) for size in sizes) + self.costs.device_seconds(copied)
 
     def _groups(self, pack: int) -> list[Sequence[int]]:
         """Microbatches that go through a pack together, as `runtime.step` forms them."""
@@ -260,6 +265,9 @@ class RuntimeSteps:
     def _sum_backward_seconds(self, size: int, span: tuple[int, int]) -> float:
         """Recompute included, but for layers that keep their activations."""
         seconds = self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
+        if self.schedule.microbatches_per_forward > 1 and span[1] < self.packs[-1][0]:
+            # A joint call leaves no graph, so that layers are run again as a whole.
+            seconds += self.costs.forward_seconds(size, span) - self.costs.recompute_seconds(size, span)
         kept = (layer for layer in range(span[0], span[1] + 1) if layer in self._kept)
         return max(0.0, seconds - sum(self.costs.recompute_seconds(size, (layer, layer)) for layer in kept))
 
@@ -322,10 +330,7 @@ class RuntimeSteps:
             *others, home = self.visitors[pack]
             for d in others:
                 left = self._swap_out(d, turn, pack, nbytes)
-                touched = _ADDITION_ACCESSES * nbytes if d != others[0] else 0
-                added = self.run(int(Lane.HOST), 0.0, Kind.UPDATE, turn, 0, touched, left)
-                self.updates.append((added, 0))
-                self.on_host.append((self._buffer_nbytes, added))
+                self.on_host.append((self._buffer_nbytes, self._add_part(turn, 0 if d == others[0] else nbytes, left)))
             others = []
         for d in others:  # added up on the first device
             seconds = nbytes / self.costs.machine.peer_bytes_per_second
@@ -339,12 +344,20 @@ class RuntimeSteps:
             self._update_there(pack, home, turn)
             return
         left = self._swap_out(home, turn, pack, nbytes)
-        touched = (_UPDATE_ACCESSES + _ADDITION_ACCESSES * is_in_parts) * nbytes
+        if is_in_parts:
+            left = self._add_part(turn, nbytes, left)
+        touched = _UPDATE_ACCESSES * nbytes
         seconds = self.costs.update_seconds(span)
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
         self.updates.append((updated, 0 if is_in_parts else self.plan.update_priority(pack)))
         self.updated[pack] = updated
         self.on_host.append((self._buffer_nbytes, updated))
+
+    def _add_part(self, turn: int, nbytes: float, arrived: Event) -> Event:
+        """The host adds what has come from one device to what came from others."""
+        added = self.run(int(Lane.HOST), 0.0, Kind.UPDATE, turn, 0, _ADDITION_ACCESSES * nbytes, arrived)
+        self.updates.append((added, 0))
+        return added
 
     def _bring_states(self, pack: int) -> None:
         """An update on a device will come: what the optimizer remembers does, unless it is there."""
