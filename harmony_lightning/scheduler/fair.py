@@ -133,7 +133,7 @@ class _Shares:
             return ("memory", -1), ("in", device), ("uplink in", -1)
         if task.kind in _OUT:
             return ("memory", -1), ("out", device), ("uplink out", -1)
-        if task.kind == Kind.UPDATE:
+        if task.kind in (Kind.UPDATE, Kind.WAIT):
             return (("memory", -1),)
         if task.kind in _PEER:
             other = task.lanes[-1] // NUM_LANES

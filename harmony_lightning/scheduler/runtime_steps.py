@@ -4,8 +4,9 @@ What differs from what a schedule could ask for (`own.py`): packs and microbatch
 on the same device both ways; every layer recomputes by itself, but for the very last one, which keeps its activations; each
 copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
-The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits in two places: when
-the gradients of too many packs are on the host, and for the update of a pack that it is about to use.
+The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits when the gradients
+of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for all copies
+between devices and host.
 """
 
 import functools
@@ -29,6 +30,8 @@ _UPDATE_ACCESSES = 7
 """Of host memory in a step of Adam: four values are read, three written."""
 _ADDITION_ACCESSES = 3
 """Of memory, when one gradient is added to another."""
+_INPUT_ACCESSES = 3
+"""Of host memory, when a part of the minibatch is put where devices copy from."""
 _NUM_STEPS = 4
 """The first steps are not in full flow."""
 
@@ -108,6 +111,8 @@ class RuntimeSteps:
         self.dealt_with: list[tuple[float, Event]] = []
         """Those before."""
         self.controller: Event = None
+        self._copied: dict[int, Event] = {}
+        """By lane: behind the last copy between a device and the host."""
         self.updates: list[tuple[Event, int]] = []
         """With their priorities: of those whose gradients have come, the host does the lowest first."""
         self.starts: list[Event] = []
@@ -145,6 +150,7 @@ class RuntimeSteps:
             device.to_host.clear()
             device.to_peers.clear()
             device.landing = device.landed_nbytes = None
+        self._wait(*self._copied.values())
 
     # Visits -----------------------------------------------------------------------------------------------------------
 
@@ -154,8 +160,10 @@ class RuntimeSteps:
         leaves = self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays
         for group, arrived in self._sending_ahead(pack, turn):
             d = self.places[pack][group[0]]
-            for _ in group:
+            for m in group:
                 self._begin_turn(d)
+                if pack == 0:
+                    self._bring_input(d, turn, m)
             weights = self._acquire(d, pack, upcoming)
             seconds = self._forward_seconds(group, self.packs[pack])
             done = self._compute(d, seconds, Kind.FORWARD, turn, group[0], *arrived, weights)
@@ -172,6 +180,12 @@ class RuntimeSteps:
                     self.stashed[pack, m] = left
                     self._hold(self.devices[d].to_host, d, nbytes, left)
         self._leave(pack, self._following[pack])
+
+    def _bring_input(self, d: int, turn: int, m: int) -> None:
+        """Of the minibatch: the controller puts it where a device can copy it from, and user code waits for that copy."""
+        nbytes = self.costs.input_bytes(self.sizes[m], 0)
+        self._wait(nbytes=_INPUT_ACCESSES * nbytes)
+        self._compute(d, nbytes / self.host_share, Kind.INPUT_IN, turn, m, nbytes=nbytes)
 
     def _forward_seconds(self, group: Sequence[int], span: tuple[int, int]) -> float:
         """A joint call may be larger than any that was profiled: as of several of those then. What it takes is put
@@ -314,9 +328,10 @@ class RuntimeSteps:
         if self.updated[pack] is not None:
             self._wait(self.updated[pack])
 
-    def _wait(self, event: Event) -> None:
-        """The controller does."""
-        self.controller = self.run(int(Lane.CONTROLLER), 0.0, Kind.WAIT, self._turn, 0, 0, event)
+    def _wait(self, *events: Event, nbytes: float = 0.0) -> None:
+        """The controller does, and reads and writes so many bytes of host memory."""
+        seconds = nbytes / (2 * self.costs.machine.host_message_bytes_per_second)
+        self.controller = self.run(int(Lane.CONTROLLER), seconds, Kind.WAIT, self._turn, 0, nbytes, *events)
 
     def _send(self, pack: int) -> None:
         """Gradients go to the host, and the weights are stepped there."""
@@ -414,11 +429,13 @@ class RuntimeSteps:
     def _now(self, d: int) -> Point:
         return self.devices[d].now()
 
-    def _compute(self, d: int, seconds: float, kind: Kind, turn: int, m: int, *after: Event) -> Event:
+    def _compute(
+        self, d: int, seconds: float, kind: Kind, turn: int, m: int, *after: Event, nbytes: float = 0.0
+    ) -> Event:
         device = self.devices[d]
         awaited, device.awaited = device.awaited, []
         lane = NUM_LANES * d + Lane.COMPUTE
-        device.computed = self.run(lane, seconds, kind, turn, m, 0, *after, *awaited, self.controller)
+        device.computed = self.run(lane, seconds, kind, turn, m, nbytes, *after, *awaited, self.controller)
         return device.computed
 
     def _bring_back(self, visit: tuple[int, int]) -> None:
@@ -480,7 +497,9 @@ class RuntimeSteps:
             device.landing = device.landed_nbytes, device.now()
 
     def _host_copy(self, d: int, lane: Lane, kind: Kind, turn: int, m: int, nbytes: float, *after: Event) -> Event:
-        return self.run(NUM_LANES * d + lane, nbytes / self.host_share, kind, turn, m, nbytes, *after)
+        index = NUM_LANES * d + lane
+        copied = self._copied[index] = self.run(index, nbytes / self.host_share, kind, turn, m, nbytes, *after)
+        return copied
 
 
 def _following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
