@@ -28,7 +28,7 @@ from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
-from harmony_lightning.scheduler.packing import pack_of_layers
+from harmony_lightning.scheduler.packing import pack_of_layers, with_first_on_devices
 from harmony_lightning.scheduler.runtime_search import search_runtime
 from harmony_lightning.scheduler.search import Found
 from harmony_lightning.scheduler.staying import with_what_stays
@@ -51,12 +51,18 @@ class Question:
     """Samples per step, all GPUs together."""
     memory_bytes: int
     """Of each GPU."""
-    mode: Literal["pp", "dp", "auto"] = "auto"
+    mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
+    """`mixed` is pp with a last pack that is dealt; auto does not try it, as gradients are added in another order then."""
     microbatch_size: int | None = None
     """None: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
     moves_stash: bool = False
     """Stashes go to the host whatever is left."""
+    stays: bool = False
+    """What fits stays on the devices, as in steps behind the first; seconds are those of such steps."""
+    update: Literal["host", "first", "device"] = "host"
+    """Where weights are updated, as in `HarmonyConfig`. The layers must tell what the optimizer remembers of them."""
+    microbatches_per_forward: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,8 +174,7 @@ def find_plan(
 ) -> Planned:
     """The best plan that the search finds.
 
-    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster; whatever is found,
-    steps let stay on the devices what fits. None: nothing stays.
+    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster.
 
     Raises:
         CapacityError: nothing fits.
@@ -184,15 +189,31 @@ def find_plan(
         plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
         return with_what_stays(schedule, plan, costs, moves_stash=question.moves_stash)
 
+    def abilities(schedule: Schedule) -> Schedule:
+        last = len(schedule.packs_backward) - 1
+        is_dealt = question.mode == "mixed" and schedule.num_devices > 1
+        schedule = replace(
+            schedule,
+            microbatches_per_forward=question.microbatches_per_forward,
+            dealt=(last,) if is_dealt else (),
+            updated_there=tuple(range(last + 1)) if question.update == "device" else (),
+        )
+        if question.update == "first":
+            plan = with_first_on_devices(plan_of(schedule, ordered, question.memory_bytes, in_use), ordered)
+            there = tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device")
+            schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
+        return schedule
+
     found = search_runtime(
         costs,
         minibatch=question.minibatch,
-        mode=question.mode,
+        mode="pp" if question.mode == "mixed" else question.mode,
         memory_bytes=MEMORY_SHARE * question.memory_bytes,
         stashes=question.stashes,
         microbatch_size=question.microbatch_size,
         together=tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
-        stay=stay if in_use is not None else None,
+        abilities=abilities,
+        stay=stay if question.stays else None,
         in_use=present,
     )
     plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)

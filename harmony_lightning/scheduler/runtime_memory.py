@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, Span, split
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.sized_plan import sized_plan
 
 
 def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
     """The most that any device holds if nothing stays that need not."""
-    packs, is_pp = schedule.packs_backward, schedule.mode == "pp"
+    packs = schedule.packs_backward
 
     def slots(device: int) -> float:
-        here = packs[device :: schedule.num_devices] if is_pp else packs
+        here = [packs[p] for p in _packs_on(schedule, device)]
         return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
 
     return max(slots(device) + nbytes for device, _, nbytes in visit_bytes(schedule, costs))
@@ -30,15 +31,17 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, fl
     is_pp, last = schedule.mode == "pp", len(schedule.packs_backward) - 1
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     size = sizes[0]
-    here = [packs[d::num_devices] if is_pp else packs for d in range(num_devices)]
+    here = [[packs[p] for p in _packs_on(schedule, d)] for d in range(num_devices)]
     gradients = (_in_turn(schedule, [costs.gradient_bytes(span) for span in mine]) for mine in here if mine)
     fixed: float = max(gradients) + 2 * costs.profile.glue_bytes
     if not is_pp and num_devices > 1:
         # Gradients of the other devices come to the first one by one.
         fixed += max(costs.gradient_bytes((layer, layer)) for layer in range(costs.num_layers))
+    fixed += _update_bytes(schedule, costs)
+    joint = min(schedule.microbatches_per_forward, len(sizes)) * size
     for d in range(num_devices):
-        mine = [p for p in range(last + 1) if not is_pp or p % num_devices == d]
-        if d >= (len(packs) if is_pp else len(sizes)):
+        mine = _packs_on(schedule, d)
+        if not mine or (not is_pp and d >= len(sizes)):
             break
         if not is_pp and d and len(sizes[d::num_devices]) == len(sizes[::num_devices]):
             continue  # as the first device
@@ -57,7 +60,7 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, fl
             if p == last:
                 need = _fused(costs, size, packs[p]) + max(entering, sent) + 3 * costs.input_bytes(size, packs[p][0])
             else:
-                need = costs.working_bytes("forward", size, packs[p]) + max(leaving, entering, sent) + stash
+                need = _forward_bytes(costs, joint, packs[p]) + max(leaving, entering, sent) + stash
                 need += 2 * costs.input_bytes(size, packs[p][0]) + (2 * stash if schedule.stash == "host" else 0)
                 back = costs.working_bytes("backward", size, packs[p]) + max(leaving + sent_back, entering)
                 back += 2 * stash if schedule.stash == "host" else 0
@@ -65,6 +68,25 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[tuple[int, int, fl
             if schedule.stash == "device" and p != last:
                 kept += costs.stash_bytes(samples, packs[p])
             yield d, p, fixed + kept + need
+
+
+def _packs_on(schedule: Schedule, device: int) -> list[int]:
+    is_pp, count = schedule.mode == "pp", schedule.num_devices
+    return [p for p in range(len(schedule.packs_backward)) if not is_pp or p % count == device or p in schedule.dealt]
+
+
+def _forward_bytes(costs: Costs, samples: int, span: Span) -> float:
+    """Of a joint call, too, which may be larger than any that was profiled."""
+    most = costs.profile.microbatch_sizes.forward[-1]
+    return costs.working_bytes("forward", min(samples, most), span) * max(1.0, samples / most)
+
+
+def _update_bytes(schedule: Schedule, costs: Costs) -> float:
+    """Slots for updates on the device that has most, and tensors that steps make for a moment."""
+    if not schedule.updated_there:
+        return 0.0
+    plan = sized_plan(schedule, costs)
+    return plan.updates_nbytes + 2 * max(costs.gradient_bytes((q, q)) for q in range(costs.num_layers))
 
 
 def _in_turn(schedule: Schedule, sizes: list[float]) -> int:
