@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
@@ -91,12 +92,18 @@ def machine_of(cluster: Cluster) -> Machine | None:
     return None
 
 
-def cluster_to_profile(cluster: Cluster) -> Cluster:
-    """Where layers are costed: on shapes, where GPUs are emulated; else on the GPUs themselves."""
-    if isinstance(cluster, EmulatedCluster) and cluster.machine.clock is not None:
-        memory_bytes, clock = cluster.devices[0].memory_bytes, cluster.machine.clock
-        return EmulatedCluster(1, memory_bytes, preset=clock.gpu, host=clock.host, check_races=False, fake=True)
-    return cluster
+def clusters_to_profile(root: nn.Module, cluster: Cluster) -> list[Cluster]:
+    """Where layers are costed: on the GPUs themselves; on shapes, where they are emulated, and, as torch does not know the
+    shapes of every operation, with numbers where the run has numbers, too."""
+    if not isinstance(cluster, EmulatedCluster) or cluster.machine.clock is None:
+        return [cluster]
+    memory_bytes, clock = cluster.devices[0].memory_bytes, cluster.machine.clock
+    has_numbers = not cluster.fake and not any(parameter.is_meta for parameter in root.parameters())
+    return [
+        EmulatedCluster(1, memory_bytes, preset=clock.gpu, host=clock.host, check_races=False, fake=is_fake)
+        for is_fake in (True, False)
+        if is_fake or has_numbers
+    ]
 
 
 def step_of(
@@ -149,12 +156,21 @@ def profile(
     """
 
     def make() -> Measured:
+        *others, last = clusters_to_profile(root, cluster)
+        for other in others:
+            try:
+                return measure_on(other)
+            except UnsupportedError as error:
+                log.info("harmony profile: with numbers, not on shapes alone: %s", error)
+        return measure_on(last)
+
+    def measure_on(where: Cluster) -> Measured:
         return measure_profile(
             root,
             decomposition,
             batch_of,
             step,
-            cluster_to_profile(cluster),
+            where,
             largest=largest,
             smallest=smallest,
             update_seconds=update_seconds(machine),
