@@ -11,7 +11,7 @@ import torch
 from chain import Chain, loader, same_weights, stays_within, trainer, twins
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
-from wide import Wide, batch_of, cluster_of, last_step_seconds, on_meta
+from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy, Plan
 from harmony_lightning.decomposer.discover import decompose
@@ -73,7 +73,7 @@ def wide(memory, num_steps=6, **options):
     data = TensorDataset(*batch_of(8 * num_steps))
     run = trainer(strategy, max_steps=num_steps)
     run.fit(on_meta(functools.partial(Wide, depth=3)).to_empty(device="cpu"), DataLoader(data, batch_size=8))
-    return last_step_seconds(strategy.timeline()), strategy.plan
+    return strategy.timeline().step_seconds[-1], strategy.plan
 
 
 @pytest.mark.parametrize("memory", [None, "120MiB"])
@@ -251,7 +251,7 @@ def test_what_is_predicted_for_settled_steps_is_what_they_take(memory, told):
     data = TensorDataset(*batch_of(8 * 8))
     trainer(strategy, max_steps=8).fit(on_meta(depth).to_empty(device="cpu"), DataLoader(data, batch_size=8))
     assert bool(best.schedule.stash_stays or best.schedule.resident)
-    assert best.seconds == pytest.approx(last_step_seconds(strategy.timeline()), rel=0.05)
+    assert best.seconds == pytest.approx(strategy.timeline().step_seconds[-1], rel=0.05)
 
 
 @pytest.mark.filterwarnings("error:.*not registered")

@@ -78,17 +78,4 @@ def train(make, schedule, layers, gpu="3090", host="server", num_steps=5):
     strategy = HarmonyStrategy(microbatch_size=plan.microbatch_size, cluster=cluster, plan=plan)
     data = TensorDataset(*batch_of(schedule.minibatch * num_steps))
     trainer(strategy, max_steps=num_steps).fit(module, DataLoader(data, batch_size=schedule.minibatch))
-    return last_step_seconds(strategy.timeline()), max(strategy.statistics().peak_device_bytes)
-
-
-def last_step_seconds(timeline):
-    """Between the ends of the first forwards of the last two steps: they begin with kernels that wait for no weights."""
-    ends, former = [], "backward"
-    for span in timeline.lane(0, "compute"):
-        if span.name == "forward of pack 0, microbatch 0":
-            if former.startswith("backward"):
-                ends.append(span.end)
-            ends[-1] = span.end
-        if span.name.startswith(("forward", "backward")):
-            former = span.name
-    return ends[-1] - ends[-2]
+    return strategy.timeline().step_seconds[-1], max(strategy.statistics().peak_device_bytes)
