@@ -156,13 +156,15 @@ def profile(
     """
 
     def make() -> Measured:
-        *others, last = clusters_to_profile(root, cluster)
-        for other in others:
-            try:
-                return measure_on(other)
-            except UnsupportedError as error:
-                log.info("harmony profile: with numbers, not on shapes alone: %s", error)
-        return measure_on(last)
+        first, *others = clusters_to_profile(root, cluster)
+        try:
+            return measure_on(first)
+        except UnsupportedError as error:
+            if not others:
+                raise
+            measured = measure_on(others[0])
+            log.info("harmony profile: made with numbers, as shapes alone do not do: %s", error)
+            return measured
 
     def measure_on(where: Cluster) -> Measured:
         return measure_profile(

@@ -44,8 +44,8 @@ class Timeline(Record):
 
     @property
     def step_seconds(self) -> tuple[float, ...]:
-        """Of each training step but the last, from the end of its first forward to that of the next step's: what comes before
-        that waits for no weights, and so may be early."""
+        """Of each training step but the last, from the end of its first forward to that of the next step's: what comes
+        before that waits for no weights, and so may be early."""
         ends: list[float] = []
         is_behind = True
         for span in self.lane(0, "compute"):
