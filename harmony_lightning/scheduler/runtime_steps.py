@@ -26,8 +26,8 @@ from harmony_lightning.scheduler.sized_plan import sized_plan
 
 _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
-_UPDATE_ACCESSES = 7
-"""Of host memory in a step of Adam: four values are read, three written."""
+_UPDATE_ACCESSES = 8
+"""Of memory in a step of Adam: four values are read, and written as far as torch tells, though the gradient is not."""
 _ADDITION_ACCESSES = 3
 """Of memory, when one gradient is added to another."""
 _INPUT_ACCESSES = 3
@@ -258,7 +258,12 @@ class RuntimeSteps:
         d, (first, last), size = self.places[pack][m], self.packs[pack], self.sizes[m]
         device = self.devices[d]
         seconds = self._backward_seconds(size, (first, last))
-        left = device.gradients.enter(pack) if m < len(self.visitors[pack]) else ()
+        left: Point = ()
+        if m < len(
+            self.visitors[pack]
+        ):  # the first one here: its gradients are put where those of others will be added
+            left = device.gradients.enter(pack)
+            seconds = max(0.0, seconds - self.costs.device_seconds(self.costs.gradient_bytes((first, last))))
         if left or (first < last and (pack, m) in self.stashed):
             # The last layer waits for its own stash alone, and has made its gradients before they need others' place.
             begin = min(seconds, self._backward_seconds(size, (last, last)))
