@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
-from harmony_lightning.plan.schedule import Schedule, Span, split
+from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 
 _TRAVELLING = 16
@@ -53,9 +53,7 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
         devices = [_Device(schedule, costs, d, tuple(sizes)) for d in range(min(num_devices, num_packs))]
     else:
         shares = [tuple(sizes[d::num_devices]) for d in range(min(num_devices, len(sizes)))]
-        devices = [
-            _Device(schedule, costs, d, share) for d, share in enumerate(shares) if share not in shares[:d]
-        ]
+        devices = [_Device(schedule, costs, d, share) for d, share in enumerate(shares) if share not in shares[:d]]
     for device in devices:
         yield from device.visits()
 
@@ -69,7 +67,9 @@ class _Device:
         self._is_dealt = schedule.mode == "dp" and schedule.num_devices > 1
         self._has_peers = schedule.mode == "pp" and schedule.num_devices > 1
         self._stride = schedule.num_devices if schedule.mode == "pp" else 1
-        self._size, self._count = sizes[0], len(sizes)
+        self._sizes, self._size, self._count = sizes, sizes[0], len(sizes)
+        self._all = sum(sizes) / sizes[0]
+        """Microbatches, the last one by its share where it is smaller."""
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
         self._here = range(index, self._last + 1, self._stride) if schedule.mode == "pp" else range(self._last + 1)
         self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
@@ -88,40 +88,37 @@ class _Device:
     def _forward(self, pack: int) -> float:
         entering, leaving = self._boundary(pack), self._boundary(pack + 1)
         ahead = self._num_ahead(entering)
-        in_layers = self._in_layers(pack, backward=False)
 
         def at(m: int) -> float:
-            waiting = min(self._count - 1 - m, ahead - 1) * entering + m * leaving
+            waiting = min(self._left(m), ahead - 1) * entering + m * leaving
+            former = m * self._stashes[pack]
             if self._leaves:
                 former = self._stashes[pack] if m else self._stash_before(pack)
-            else:
-                former = m * self._stashes[pack]
-            return waiting + former + self._sent_forward(pack, m)
+            return self._in_layers(pack, m, backward=False) + waiting + former + self._sent_forward(pack, m)
 
-        return in_layers + self._kept(pack) + self._landing(entering) + max(map(at, self._moments))
+        return self._kept(pack) + self._landing(entering) + max(map(at, self._moments))
 
     def _fused(self, pack: int) -> float:
         """A microbatch that ends goes back at once: its gradient takes the place of its input."""
         entering = self._boundary(pack)
         ahead = self._num_ahead(entering)
-        in_layers = max(self._in_layers(pack, backward=False), self._in_layers(pack, backward=True))
 
         def at(m: int) -> float:
+            in_layers = max(self._in_layers(pack, m, backward=way) for way in (False, True))
             is_sent = self._has_peers and pack
             back = min(m, self._most_held(entering)) if is_sent else m
-            waiting = min(self._count - 1 - m, ahead - 1) * entering + back * entering
-            return waiting + self._sent_forward(pack, m)
+            waiting = min(self._left(m), ahead - 1) * entering + back * entering
+            return in_layers + waiting + self._sent_forward(pack, m)
 
         former = self._stash_before(pack) if self._leaves else 0.0
-        return in_layers + former + self._kept(pack) + self._landing(entering) + max(map(at, self._moments))
+        return former + self._kept(pack) + self._landing(entering) + max(map(at, self._moments))
 
     def _backward(self, pack: int) -> float:
         entering, leaving = self._boundary(pack), self._boundary(pack + 1)
-        in_layers = self._in_layers(pack, backward=True)
 
         def at(m: int) -> float:
-            left = self._count - 1 - m
-            waiting = left * leaving
+            left = self._left(m)
+            waiting = self._in_layers(pack, m, backward=True) + left * leaving
             if not self._has_peers:
                 waiting += m * entering
             elif pack:
@@ -132,10 +129,10 @@ class _Device:
             following = self._stashes[pack] if left else self._stash_before(pack)
             return waiting + self._is_ahead * following + self._left_last(pack, m)
 
-        most = in_layers + max(map(at, self._moments))
+        most = max(map(at, self._moments))
         if self._is_dealt:  # sums of the other devices come to the first one weight by weight
             layers = range(self._packs[pack][0], self._packs[pack][1] + 1)
-            most = max(most, self._count * entering + max(self._costs.gradient_bytes((i, i)) for i in layers))
+            most = max(most, self._all * entering + max(self._costs.gradient_bytes((i, i)) for i in layers))
         return most + self._kept(pack) + self._landing(leaving)
 
     def _left_last(self, pack: int, m: int) -> float:
@@ -144,18 +141,27 @@ class _Device:
         is_held = not self._has_peers or (pack == newest and self._here[-1] != self._last and (m == 0 or not pack))
         return self._stashes[newest] if is_held else 0.0
 
-    def _in_layers(self, pack: int, *, backward: bool) -> float:
+    def _left(self, m: int) -> float:
+        """Microbatches behind this one."""
+        return self._all - 1 - m if m < self._count - 1 else 0.0
+
+    def _in_layers(self, pack: int, m: int, *, backward: bool) -> float:
         """Of one microbatch, in the layer that needs most."""
         first, last = self._packs[pack]
-        costs, size, most = self._costs, self._size, 0.0
+        costs, size, most = self._costs, self._sizes[m], 0.0
+        way = "backward" if backward else "forward"
+        comes_alone = backward and pack != self._last and self._leaves and not self._is_ahead
         for layer in range(first, last + 1):
-            working = costs.working_bytes("backward" if backward else "forward", size, (layer, layer))
-            is_glue_done = backward and layer + 1 < costs.num_layers
-            # What the code behind a layer saves is part of what that works with.
-            present = costs.stash_bytes(size, (layer, layer)) if is_glue_done else costs.input_bytes(size, layer)
+            working = costs.working_bytes(way, size, (layer, layer))
+            if backward and layer + 1 < costs.num_layers:
+                working += costs.stash_bytes(size, (layer, layer))
+            else:  # what the code behind a layer saves is part of what that works with
+                working += costs.input_bytes(size, layer)
             if backward and layer < last:
                 working += self._boundary(pack + 1)  # the gradient that the segment's backward was given
-            most = max(most, working + present + (costs.stash_bytes(size, (first, layer - 1)) if layer > first else 0.0))
+            if layer > first and not comes_alone:
+                working += costs.stash_bytes(size, (first, layer - 1))
+            most = max(most, working)
         return most
 
     def _boundary(self, pack: int) -> float:
@@ -164,7 +170,7 @@ class _Device:
 
     def _kept(self, pack: int) -> float:
         """Stashes of packs in front of this one that wait here."""
-        return 0.0 if self._leaves else self._count * sum(self._stashes[p] for p in self._here if p < pack)
+        return 0.0 if self._leaves else self._all * sum(self._stashes[p] for p in self._here if p < pack)
 
     def _stash_before(self, pack: int) -> float:
         """Of the pack that is visited here in front of this one."""
@@ -183,13 +189,13 @@ class _Device:
 
     def _most_held(self, nbytes: float) -> int:
         """Sources of copies, each of another microbatch, that are held at once."""
-        return self._count - 1 if self._count * nbytes <= self._limit else 1
+        return max(1, self._count - 1) if self._count * nbytes <= self._limit else 1
 
     def _sent_forward(self, pack: int, m: int) -> float:
         """Outputs of former packs, held as microbatch m comes."""
         if not self._has_peers or pack < self._stride:
             return 0.0
-        newest = self._count * self._boundary(pack - self._stride + 1)
+        newest = self._all * self._boundary(pack - self._stride + 1)
         if self._leaves:
             return newest if m == 0 or (newest <= self._limit and m < self._count - 1) else 0.0
         return newest + self._sent_long_ago(pack - self._stride, newest)
@@ -199,7 +205,7 @@ class _Device:
         total = newest
         for _ in range(self._count - 2):
             pack -= self._stride
-            more = self._count * self._boundary(pack + 1) if pack >= 0 else 0.0
+            more = self._all * self._boundary(pack + 1) if pack >= 0 else 0.0
             if not more or total + more > self._limit:
                 break
             total += more
@@ -213,12 +219,14 @@ class _Device:
         if behind <= self._last:
             gradients, outputs = self._boundary(behind), 0.0
         else:  # nothing has gone back from here
-            gradients, outputs = 0.0, self._count * self._boundary(pack + 1)
+            gradients, outputs = 0.0, self._all * self._boundary(pack + 1)
             outputs += 0.0 if self._leaves else self._sent_long_ago(pack, outputs)
-        is_short = self._count * gradients + outputs > self._limit
-        if is_short:
-            return (gradients + outputs) if m == 0 else 0.0
-        return max(0, self._count - 1 - m) * gradients + (outputs if m < self._count - 1 or not pack else 0.0)
+        if m == 0 and (self._count == 1 or self._count * gradients + outputs > self._limit):
+            return gradients + outputs
+        if self._count * gradients + outputs > self._limit:
+            return 0.0
+        is_held = m < self._count - 1 or not pack
+        return self._left(m) * gradients + is_held * outputs
 
 
 def _in_turn(schedule: Schedule, sizes: list[float]) -> int:
