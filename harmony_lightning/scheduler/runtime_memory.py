@@ -37,12 +37,15 @@ class VisitBytes:
 def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
     """The most that any device holds if nothing stays that need not."""
     packs, is_pp = schedule.packs_backward, schedule.mode == "pp"
+    beside: dict[int, float] = {}
+    for visit in visit_bytes(schedule, costs):
+        beside[visit.device] = max(visit.nbytes, beside.get(visit.device, 0.0))
 
     def slots(device: int) -> float:
         here = packs[device :: schedule.num_devices] if is_pp else packs
         return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
 
-    return max(slots(visit.device) + visit.nbytes for visit in visit_bytes(schedule, costs))
+    return max(slots(device) + nbytes for device, nbytes in beside.items())
 
 
 def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
