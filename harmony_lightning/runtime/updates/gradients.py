@@ -195,6 +195,8 @@ class GradientStore:
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
             assert pack is not None
+            visitors = self._plan.visitors(pack)
+            holders.sort(key=lambda held: visitors.index(held[0]) if held[0] in visitors else len(visitors))
             if pack in self._plan.dealt and self._plan.packs[pack].update == "host":
                 # Devices have other packs to go on with: the host adds, in the same order, and none of them waits.
                 while len(holders) > 1:
@@ -326,7 +328,7 @@ class GradientStore:
 
     @torch.no_grad()
     def _reduce(self, holders: list[tuple[int, _Slot]]) -> None:
-        """Sum the slots of one pack into the first, in the order of devices."""
+        """Sum the slots of one pack into the first, in their order."""
         home, target = holders[0]
         for _, slot in holders[1:]:
             for name, gradient in slot.written.items():
