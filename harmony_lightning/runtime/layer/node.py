@@ -22,6 +22,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
+from harmony_lightning.runtime.differentiate import keeps_graph
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
 from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, versions_of
@@ -145,7 +146,7 @@ class LayerFunction(torch.autograd.Function):
         call.stash = lambda: ctx.saved_tensors
         state, device = call.segment.state, call.segment.device
         try:
-            call.check_weights()
+            call.check()
             with state.recomputing(device):
                 if call.activations.is_kept:  # else the second run asks for them
                     state.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
@@ -153,6 +154,8 @@ class LayerFunction(torch.autograd.Function):
                 num_arguments = len(values) - len(call.objects.used)
                 with torch._C.DisableTorchFunction():
                     linked = call.objects.hand_back(values[num_arguments:], is_wanted=reaches_weights(ctx))
+                if not keeps_graph():
+                    call.end()
                 return (None, None, None, *values[:num_arguments], *linked)
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
