@@ -1,7 +1,6 @@
 """The simulator under the runtime's rules against the runtime itself, by the emulated clock; the search for such plans."""
 
 import functools
-import itertools
 import time
 from dataclasses import replace
 
@@ -67,35 +66,6 @@ def test_it_takes_what_the_runtime_takes(num_gpus, gpu, host, packs, options):
 
 @st.composite
 def plans(draw):
-    """Any packs, microbatches and rules; the activations of a pack may be larger than its weights."""
-    num_gpus = draw(st.integers(1, 4))
-    borders = draw(st.sets(st.integers(1, 6), min_size=1))
-    size, count = draw(st.sampled_from((1, 2, 4, 8))), draw(st.integers(1, 9))
-    options = {
-        "size": size,
-        "minibatch": max(1, size * count - draw(st.integers(0, size // 2))),
-        "mode": draw(st.sampled_from(("pp", "dp"))) if num_gpus > 1 else "pp",
-        "prefetch": draw(st.integers(0, 1)),
-        "stash": draw(st.sampled_from(("host", "device"))),
-    }
-    packs = tuple(after - before for before, after in itertools.pairwise((0, *sorted(borders), 7)))
-    return num_gpus, packs, options
-
-
-@given(plans(), st.sampled_from((None, 600 << 20)))
-@settings(max_examples=12, deadline=None, derandomize=True)
-def test_it_takes_the_memory_that_the_runtime_takes(plan, memory):
-    """Little memory leaves less for copies that wait for their turn."""
-    num_gpus, packs, options = plan
-    costs, layers = costs_of(GROWING, num_gpus, largest=8, memory_bytes=memory)
-    schedule = schedule_of(costs, packs, **options)
-    _, peak = train(GROWING, schedule, layers, num_steps=2, memory=memory)
-    # Never too little. Without copies ahead, and where the last microbatch is smaller, it may be a little too much.
-    assert 0.999 * peak <= runtime_peak_bytes(schedule, costs) <= 1.05 * peak
-
-
-@st.composite
-def plans(draw):
     """Any plan for GROWING: GPUs, host, packs and options."""
     num_gpus = draw(st.integers(1, 4))
     packs = []
@@ -118,8 +88,18 @@ def test_any_plan_takes_what_the_runtime_takes(plan):
     num_gpus, gpu, host, packs, options = plan
     costs, layers = costs_of(GROWING, num_gpus, gpu, host)
     schedule = schedule_of(costs, packs, **options)
-    seconds, _ = train(GROWING, schedule, layers, gpu, host)
+    seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
+    # Never too little. Where the last microbatch is smaller it may be a little too much.
+    assert 0.999 * peak <= runtime_peak_bytes(schedule, costs) <= 1.05 * peak
+
+
+@pytest.mark.parametrize("memory", [None, 600 << 20])
+def test_little_memory_leaves_less_for_copies_that_wait_for_their_turn(memory):
+    costs, layers = costs_of(GROWING, 2, largest=8, memory_bytes=memory)
+    schedule = schedule_of(costs, (1, 1, 1, 2, 2), size=8, minibatch=96)
+    _, peak = train(GROWING, schedule, layers, num_steps=2, memory=memory)
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
 
 
 def test_a_fixed_share_of_a_link_is_the_same_where_nothing_is_shared():
