@@ -61,8 +61,7 @@ def test_it_takes_what_the_runtime_takes(num_gpus, gpu, host, packs, options):
     schedule = schedule_of(costs, packs, **options)
     seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
-    # Too much is counted rather than too little: copies that are held for a while may have gone by then.
-    assert 0.97 * peak <= runtime_peak_bytes(schedule, costs) <= 1.25 * peak
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
 
 
 @st.composite
@@ -89,8 +88,18 @@ def test_any_plan_takes_what_the_runtime_takes(plan):
     num_gpus, gpu, host, packs, options = plan
     costs, layers = costs_of(GROWING, num_gpus, gpu, host)
     schedule = schedule_of(costs, packs, **options)
-    seconds, _ = train(GROWING, schedule, layers, gpu, host)
+    seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
+    # Never too little. Where the last microbatch is smaller it may be a little too much.
+    assert 0.999 * peak <= runtime_peak_bytes(schedule, costs) <= 1.05 * peak
+
+
+@pytest.mark.parametrize("memory", [None, 600 << 20])
+def test_little_memory_leaves_less_for_copies_that_wait_for_their_turn(memory):
+    costs, layers = costs_of(GROWING, 2, largest=8, memory_bytes=memory)
+    schedule = schedule_of(costs, (1, 1, 1, 2, 2), size=8, minibatch=96)
+    _, peak = train(GROWING, schedule, layers, num_steps=2, memory=memory)
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
 
 
 def test_a_fixed_share_of_a_link_is_the_same_where_nothing_is_shared():
