@@ -19,6 +19,10 @@ ALIGNMENT = 64
 """Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""
 
 
+Urgency = Literal["first", "next", "last"]
+"""Of updates on the host: see `Plan.urgency`."""
+
+
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -222,14 +226,27 @@ class Plan(Record):
     @property
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
-        waits for an update that keeps up with it, and that a quarter of the updates may go on in the next forward, in which
-        no gradients come."""
-        return self.num_active_devices + 3 + len(self.packs) // 4
+        waits for an update that keeps up with it."""
+        return sum(self.gradient_buffers.values())
+
+    @property
+    def gradient_buffers(self) -> dict[Urgency, int]:
+        """The same by urgency: no gradient waits for one of another kind to make room."""
+        num_devices = self.num_active_devices
+        return {"first": num_devices, "next": num_devices + 3, "last": len(self.packs) // 3}
+
+    def urgency(self, pack: int) -> Urgency:
+        """Of a pack's update on the host. The next forward begins with the first pack of each device. While it goes on, for
+        about a quarter of a step, no gradients come: a third of the updates, evenly spread, may wait that long, and go on
+        as it comes to their packs."""
+        if pack < self.num_active_devices:
+            return "first"
+        return "last" if pack % 3 == 2 else "next"
 
     def update_priority(self, pack: int) -> int:
-        """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first. The
-        last ones wait longest, and when there is no more room for gradients, others wait for them, and so for all."""
-        return 1 + pack
+        """Which of the updates that could go on comes first: the lowest. Those that are next go in the order in which their
+        gradients arrive, as others wait to take the place of these."""
+        return {"first": pack - len(self.packs), "next": 0, "last": 1 + pack}[self.urgency(pack)]
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.plan import Urgency
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
@@ -62,9 +63,10 @@ def check_for_runtime(schedule: Schedule) -> None:
         raise ConfigurationError("the runtime carries out plans with one microbatch size")
 
 
-def num_gradient_buffers(schedule: Schedule) -> int:
+def gradient_buffers(schedule: Schedule) -> dict[Urgency, int]:
     """As in `Plan`."""
-    return schedule.num_active_devices + 3 + len(schedule.packs_backward) // 4
+    num_devices = schedule.num_active_devices
+    return {"first": num_devices, "next": num_devices + 3, "last": len(schedule.packs_backward) // 3}
 
 
 class RuntimeSteps:
@@ -87,8 +89,9 @@ class RuntimeSteps:
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: deque[tuple[float, Event]] = deque()
-        """Host buffers that gradients have taken last: their bytes, and the updates that free them."""
+        self.buffers = gradient_buffers(schedule)
+        self.on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self.buffers}
+        """Host buffers that gradients have taken last, by urgency: their bytes, and the updates that free them."""
         self.dealt_with: list[tuple[float, Event]] = []
         """Those before."""
         self.controller: Event = None
@@ -293,21 +296,29 @@ class RuntimeSteps:
         if not nbytes:
             self.devices[home].gradient_slots.append(None)
             return
-        buffer_nbytes = self._take_buffer(nbytes)
+        urgency, priority = self._urgency(pack)
+        buffer_nbytes = self._take_buffer(nbytes, urgency)
         ready = self.devices[home].computed
         left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
         self.devices[home].gradient_slots.append(left)
         seconds = self.costs.update_seconds(span)
         touched = _UPDATE_ACCESSES * nbytes
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 1 + pack))
+        self.updates.append((updated, priority))
         self.updated[pack] = updated
-        self.on_host.append((buffer_nbytes, self.updated[pack]))
+        self.on_host[urgency].append((buffer_nbytes, self.updated[pack]))
 
-    def _take_buffer(self, nbytes: float) -> float:
+    def _urgency(self, pack: int) -> tuple[Urgency, int]:
+        """As in `Plan`, with the priority."""
+        if pack < self.buffers["first"]:
+            return "first", pack - len(self.packs)
+        return ("last", 1 + pack) if pack % 3 == 2 else ("next", 0)
+
+    def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
         """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        if len(self.on_host) >= num_gradient_buffers(self.schedule):
-            self.dealt_with.append(self.on_host.popleft())
+        on_host = self.on_host[urgency]
+        if on_host and len(on_host) >= self.buffers[urgency]:
+            self.dealt_with.append(on_host.popleft())
         for index, (size, free) in enumerate(self.dealt_with):
             if nbytes <= size <= 2 * nbytes:
                 del self.dealt_with[index]
