@@ -6,7 +6,7 @@ from chain import Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from harmony_lightning import EmulatedCluster
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.runtime.between import Between
 
 
@@ -45,6 +45,34 @@ def test_what_steps_left_can_be_put_together():
     assert logged[0] == logged[1]
     for name, value in found[0].items():
         assert torch.equal(value, found[1][name].cpu()), name
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_what_steps_left_is_of_the_host_unless_the_cluster_is_strict(strict):
+    class Looking(Keeping):
+        def validation_step(self, batch, batch_idx):
+            super().validation_step(batch, batch_idx)
+            self.within = self.kept[-1][1].device
+
+        def on_validation_epoch_end(self):
+            late = self.kept[-1][1]
+            self.behind, self.is_close = late.device, _is_close(late, late.cpu())
+            super().on_validation_epoch_end()
+
+    module = Looking()
+    cluster = EmulatedCluster(2, "1MiB", strict=strict)
+    trainer(HarmonyStrategy(cluster=cluster)).validate(module, loader(8), verbose=False)
+    assert module.within.index is not None  # CUDA would punish its use with host tensors
+    assert module.behind == (module.within if strict else torch.device("cpu"))
+    assert module.is_close is not strict
+
+
+def _is_close(one, other):
+    try:
+        torch.testing.assert_close(one, other)
+    except AssertionError:
+        return False
+    return True
 
 
 def test_tensors_on_one_device_stay_there():

@@ -62,6 +62,17 @@ def updates(strategy):
     return strategy.statistics().updates_on_devices
 
 
+@pytest.mark.parametrize("stay", [(), "all"])
+def test_the_last_gradients_are_there_after_the_run(stay):
+    strategy = on_devices(stay=stay)
+    ours, plain = fit(strategy, max_epochs=2), fit(max_epochs=2)
+    assert updates(strategy)
+    assert_same(ours, plain)
+    for mine, theirs in zip(ours[0].parameters(), plain[0].parameters(), strict=True):
+        assert type(mine.grad) is torch.Tensor
+        assert torch.equal(mine.grad, theirs.grad)
+
+
 OPTIMIZERS = {
     "SGD": (torch.optim.SGD, {}),
     "SGD with momentum": (torch.optim.SGD, {"momentum": 0.9, "nesterov": True}),

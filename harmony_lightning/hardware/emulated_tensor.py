@@ -101,6 +101,15 @@ class EmulatedTensor(torch.Tensor):
                 host.grad = self.grad.inner_tensor.clone()
             torch.utils.swap_tensors(self, host)  # type: ignore[no-untyped-call]
 
+    @property
+    @override
+    def device(self) -> torch.device:  # type: ignore[override]
+        """`cpu:i` while the cluster is in use on this thread. Behind it, unless the cluster is strict, a tensor that was
+        kept is one of the host's for code that asks, as it is for operations (`bring_together`)."""
+        if self.home.machine.is_strict or torch._C._len_torch_dispatch_stack():
+            return self.home.torch_device
+        return HOST
+
     @override
     def untyped_storage(self) -> torch.UntypedStorage:
         return self.inner_tensor.untyped_storage()

@@ -10,7 +10,7 @@ had a bound above what was found by then.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,7 +32,7 @@ from harmony_lightning.scheduler.bounds import (
 )
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.memory import turn_bytes
-from harmony_lightning.scheduler.packings import Packing, Packings
+from harmony_lightning.scheduler.packings import Packing, Packings, families
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 from harmony_lightning.scheduler.turns import turns
 from harmony_lightning.units import format_nbytes
@@ -43,7 +43,8 @@ BLOCK = 64
 """Groups of pairs whose bounds are refined at once."""
 MAX_COMPUTATIONS = 60_000
 """Microbatches times packs that a search simulates at most: about a second. Mostly it needs a hundredth of them."""
-
+MAX_BOUNDED = 8_000_000
+"""Turns that bounds of pairs look at, at most: a quarter of a second. Mostly they need a tenth of them."""
 MAX_SIZED = 50_000
 """Packs whose memory a search counts at most: about a second, where little fits and bounds say little."""
 MIN_CANDIDATES = 4
@@ -82,9 +83,14 @@ def search(
     mode: Literal["pp", "dp", "auto"],
     memory_bytes: float,
     rules: Rules,
-    packings: Packings | None = None,
+    packings: Sequence[Packings] | None = None,
+    known: Sequence[Schedule] = (),
 ) -> Found:
     """The fastest schedule whose peak is at most `memory_bytes` on each GPU.
+
+    Args:
+        packings: `families(costs)`, to share them between searches.
+        known: schedules of the same question that are simulated first, such as the best under other rules.
 
     Raises:
         CapacityError: no schedule fits, with the layer that needs most.
@@ -95,9 +101,14 @@ def search(
     if mode not in ("pp", "dp", "auto"):
         raise ConfigurationError(f"mode must be 'pp', 'dp' or 'auto', got {mode!r}")
     started = time.perf_counter()
-    packings = packings or Packings(costs)
     modes: tuple[Literal["pp", "dp"], ...] = ("pp", "dp") if mode == "auto" else (mode,)
-    searches = [_Search(costs, minibatch, one, memory_bytes, rules, packings) for one in modes]
+    searches = [
+        _Search(costs, minibatch, one, memory_bytes, rules, family, share=1 / len(modes))
+        for family in packings or families(costs)
+        for one in modes
+    ]
+    for schedule in known:
+        searches[modes.index(schedule.mode)].simulate(schedule)
     found = sorted((c for one in searches for c in one.run()), key=lambda c: c.seconds)
     if not found:
         raise CapacityError(_too_large(costs, modes[0], minibatch, memory_bytes, rules))
@@ -116,10 +127,21 @@ class _Search:
     """One search in one mode."""
 
     def __init__(
-        self, costs: Costs, minibatch: int, mode: Literal["pp", "dp"], memory_bytes: float, rules: Rules, packings: Packings
-    ) -> None:  # fmt: skip
+        self,
+        costs: Costs,
+        minibatch: int,
+        mode: Literal["pp", "dp"],
+        memory_bytes: float,
+        rules: Rules,
+        packings: Packings,
+        share: float,
+    ) -> None:
+        """`share` of all that may be bounded, sized and simulated."""
         self.costs, self.minibatch, self.mode, self.rules = costs, minibatch, mode, rules
         self.memory_bytes, self.packings = memory_bytes, packings
+        self.max_computations, self.max_sized, self.max_bounded = (
+            int(most * share) for most in (MAX_COMPUTATIONS, MAX_SIZED, MAX_BOUNDED)
+        )
         gpus = costs.machine.gpus
         self.setting = Setting(
             costs=costs,
@@ -129,6 +151,7 @@ class _Search:
             samples=-(-minibatch // gpus) if mode == "dp" else minibatch,
         )
         self.num_schedules = self.num_simulated = self.num_computations = self.num_reduced = self.num_sized = 0
+        self.num_bounded = 0
         self.is_complete = True
         self.best: dict[tuple[int, int, int, int], Candidate] = {}
         """By four-tuple with packs counted: the best of those."""
@@ -157,15 +180,19 @@ class _Search:
             block = block[bounds[block] < self.least]
             if not len(block):
                 break
+            if self.num_bounded > self.max_bounded:
+                self.is_complete = False
+                break
             rows = np.repeat(pairs[block, 0], sizes[block])
             offsets = np.arange(len(rows)) - np.repeat(np.cumsum(sizes[block]) - sizes[block], sizes[block])
             members = np.repeat(groups[pairs[block, 1]], sizes[block]) + offsets
-            self._simulate(
+            self.num_bounded += int(turns.counts[rows].sum())
+            self._look_at(
                 forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
             )
         return sorted(self.best.values(), key=lambda c: c.seconds)
 
-    def _simulate(
+    def _look_at(
         self, forward: list[Choice], backward: list[Choice], members: Ints, rows: Ints, bounds: Floats
     ) -> None:
         for pair in np.argsort(bounds, kind="stable"):
@@ -180,31 +207,42 @@ class _Search:
             if not (bounds[pair] < self.least or is_other):
                 continue
             self.num_sized += len(forward_packs) + len(backward_packs)
-            if self.num_computations > MAX_COMPUTATIONS or self.num_sized > MAX_SIZED:
+            if self.num_computations > self.max_computations or self.num_sized > self.max_sized:
                 self.is_complete = False
                 break
-            schedule = Schedule(
-                mode=self.mode,
-                num_devices=self.costs.machine.gpus,
-                minibatch=self.minibatch,
-                microbatch_forward=forward_size,
-                packs_forward=forward_packs,
-                microbatch_backward=backward_size,
-                packs_backward=backward_packs,
+            self.simulate(
+                Schedule(
+                    mode=self.mode,
+                    num_devices=self.costs.machine.gpus,
+                    minibatch=self.minibatch,
+                    microbatch_forward=forward_size,
+                    packs_forward=forward_packs,
+                    microbatch_backward=backward_size,
+                    packs_backward=backward_packs,
+                )
             )
-            for variant, peak in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
-                is_reduced = self.rules is Rules.OWN and (not variant.prefetch or variant.boundary == "host")
-                if is_reduced and self.num_reduced > MAX_COMPUTATIONS // 3:
-                    # Bounds say little about what goes without our abilities; leave time for what has them.
-                    self.is_complete = False
-                    continue
-                taken = seconds(variant, self.costs, self.rules)
-                self.num_simulated += 1
-                self.num_computations += num_computations(variant)
-                self.num_reduced += num_computations(variant) if is_reduced else 0
-                if key not in self.best or taken < self.best[key].seconds:
-                    self.best[key] = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
-                self.least = min(self.least, taken)
+
+    def simulate(self, schedule: Schedule) -> None:
+        """Look at one schedule, in all variants that may be best."""
+        key = (
+            schedule.microbatch_forward,
+            len(schedule.packs_forward),
+            schedule.microbatch_backward,
+            len(schedule.packs_backward),
+        )
+        for variant, peak in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
+            is_reduced = self.rules is Rules.OWN and (not variant.prefetch or variant.boundary == "host")
+            if is_reduced and self.num_reduced > self.max_computations // 3:
+                # Bounds say little about what goes without our abilities; leave time for what has them.
+                self.is_complete = False
+                continue
+            taken = seconds(variant, self.costs, self.rules)
+            self.num_simulated += 1
+            self.num_computations += num_computations(variant)
+            self.num_reduced += num_computations(variant) if is_reduced else 0
+            if key not in self.best or taken < self.best[key].seconds:
+                self.best[key] = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
+            self.least = min(self.least, taken)
 
     # The family -------------------------------------------------------------------------------------------------------
 

@@ -39,6 +39,8 @@ class Updates:
         self._separability = Separability()
         self._optimizer: Optimizer | None = None
         self._just_in_time: JustInTimeUpdate | None = None
+        self._looks_back = False
+        """Whether the user's code may look at gradients behind each step."""
         self._stepped: frozenset[str] = frozenset()
         """Weights that just-in-time updates have stepped, so that the optimizer has its states of them."""
         self._stepped_by: weakref.ref[Optimizer] | None = None
@@ -95,12 +97,13 @@ class Updates:
             self._tell_once(f"{type(optimizer).__name__} updates all weights in one go behind backward: {reason}")
             return _wait
         clip_value = trainer.gradient_clip_val
+        # A training_step that works with gradients may find those of the step before.
+        self._looks_back = overrides.looks_back(module, pl) or not engine.is_cut
         self._just_in_time = JustInTimeUpdate(
             optimizer,
             engine.state.parameters,
             prepare=functools.partial(torch.nn.utils.clip_grad_value_, clip_value=clip_value) if clip_value else None,
-            # A training_step that works with gradients may find those of the step before.
-            keeps_gradients=overrides.looks_back(module, pl) or not engine.is_cut or _leaves_gradients(engine, trainer),
+            keeps_gradients=self._looks_back or _leaves_gradients(engine, trainer),
             stepped=self._stepped,
         )
         return self._just_in_time
@@ -135,7 +138,7 @@ class Updates:
             return "all weights are updated in one go"
         if engine.cluster.host_is_device:
             return "the host is the only device"
-        if self._just_in_time.keeps_gradients:
+        if self._looks_back:
             return "the user's code may look at gradients when the step is over"
         assert self._optimizer is not None
         return self._separability.reason_against_moving(self._optimizer)
@@ -177,13 +180,10 @@ class Updates:
 
 
 def _leaves_gradients(engine: Engine, trainer: Any) -> bool:
-    """Whether gradients of the running step are to be there behind the epoch. Those that devices use up never reach the
-    host."""
+    """Whether gradients of the running step are to be there behind the epoch."""
     loop = trainer.fit_loop
     is_last = loop.epoch_loop.batch_progress.is_last_batch or trainer.should_stop
     if not is_last and (loop.max_steps == -1 or trainer.global_step + 1 < loop.max_steps):
-        return False
-    if any(pack.update != "host" for pack in engine.plan.packs):
         return False
     return sum(p.nbytes for p in engine.state.parameters.values() if p.requires_grad) <= LEFT_NBYTES
 

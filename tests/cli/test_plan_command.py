@@ -47,8 +47,11 @@ def test_json_tells_a_schedule_that_takes_what_it_says(files, capsys, mode):
         assert fields["peak_bytes"] == round(peak_bytes(planned, costs, rules)) <= 1500
         assert fields["is_proved"] and fields["search_seconds"] > 0
         assert mode in (fields["mode"], "auto")
-    # Six layers of 1 s forward and 3 s backward a sample, 8 samples, 2 GPUs.
-    assert printed["bound_seconds"] == pytest.approx(6 * (1 + 3) * 8 / 2)
+    # Six layers of 1 s forward and 3 s backward a sample, 8 samples, 2 GPUs; in dp one pack has most of the layers, and
+    # computes them once.
+    repeated = 1 if mode == "pp" else 0
+    assert printed["bound_seconds"] == pytest.approx(6 * (repeated + 3) * 8 / 2)
+    assert printed["bound_seconds"] < printed["step_seconds"]
     assert printed["own"]["bound_seconds"] == pytest.approx(6 * 3 * 8 / 2)
 
 

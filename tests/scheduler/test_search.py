@@ -23,7 +23,17 @@ from harmony_lightning import CapacityError, ConfigurationError
 from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.bounds import Setting, after_backward, after_forward, measure
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.packings import Packings, mirrored, pack_counts, packs_of, table
+from harmony_lightning.scheduler.packings import (
+    HEADS,
+    MAX_UNITS,
+    Packings,
+    families,
+    mirrored,
+    pack_counts,
+    packs_of,
+    table,
+    units,
+)
 from harmony_lightning.scheduler.search import Found, search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
@@ -80,6 +90,51 @@ def test_packs_can_be_counted_from_the_end():
 
 def test_few_packs_are_all_tried_and_many_in_steps():
     assert list(pack_counts(12, 4)) == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
+
+
+def deep(num_layers):
+    """Layers of four kinds, in stages: the first have large activations, the last many weights."""
+    kinds = [kind(100, 4.0, 80), kind(200, 2.0, 40), kind(400, 1.5, 20), kind(800, 1.0, 10)]
+    stages = tuple(min(3, 4 * layer // num_layers) for layer in range(num_layers))
+    return replace(profile(*kinds), layers=stages)
+
+
+def test_packs_of_very_many_layers_are_made_of_units():
+    costs = Costs(deep(1000), machine())
+    groups = units(costs)
+    assert len(groups) == MAX_UNITS
+    assert [layer for first, last in groups for layer in range(first, last + 1)] == list(range(1000))
+    assert groups[: max(HEADS)] == tuple((layer, layer) for layer in range(max(HEADS)))
+    starts = {first for first, _ in groups}
+    of_units, of_layers = families(costs)
+    assert all(first in starts for packing in of_units.backward(2) for first, _ in packing)
+    assert all(len(packing) > MAX_UNITS for packing in of_layers.backward(2))
+    assert tuple((layer, layer) for layer in range(1000)) in of_layers.backward(2)
+
+
+def test_units_cost_little():
+    costs = Costs(deep(150), machine(gpus=4))
+    options = {"minibatch": 8, "rules": Rules.HARMONY}
+    of_units = found(costs, 2e4, **options)
+    of_layers = found(costs, 2e4, packings=[Packings(costs)], **options)
+    assert of_layers.num_schedules > 1.5 * of_units.num_schedules
+    assert of_units.best.seconds <= 1.02 * of_layers.best.seconds
+
+
+def test_packs_are_smaller_than_units_where_these_are_too_large():
+    costs = Costs(deep(300), machine())
+    packs = found(costs, 1.2 * 1000 * 2, minibatch=1).best.schedule.packs_backward
+    assert len(packs) > MAX_UNITS
+
+
+def test_a_search_that_must_stop_early_is_no_worse_than_what_it_knows(monkeypatch):
+    costs, options = Costs(deep(40), machine(gpus=4)), {"minibatch": 8, "rules": Rules.OWN}
+    thorough = found(costs, 4000, **options)
+    monkeypatch.setattr("harmony_lightning.scheduler.search.MAX_COMPUTATIONS", 0)
+    hasty = found(costs, 4000, **options)
+    told = found(costs, 4000, known=[thorough.best.schedule], **options)
+    assert not hasty.is_proved
+    assert told.best.seconds == thorough.best.seconds < hasty.best.seconds
 
 
 # Bounds -----------------------------------------------------------------------------------------------------------------
@@ -262,7 +317,7 @@ def test_no_published_plan_is_faster(row):
 @pytest.mark.parametrize("mode", ["pp", "dp"])
 def test_more_memory_never_gives_a_worse_plan_of_a_published_profile(mode):
     costs = Costs(published_profile("gpt2_xl"), published_machine())
-    options = {"minibatch": 64, "mode": mode, "packings": Packings(costs)}
+    options = {"minibatch": 64, "mode": mode, "packings": families(costs)}
     taken = [found(costs, memory, **options).best.seconds for memory in np.arange(4e9, 12e9, 1e9)]
     assert taken == sorted(taken, reverse=True)
     assert taken[0] > taken[-1]

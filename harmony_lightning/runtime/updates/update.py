@@ -71,8 +71,7 @@ class JustInTimeUpdate:
             self._prepare(ours)
         step_part(self._optimizer, groups)
         for weight in ours:
-            if self.keeps_gradients and weight.grad is not None:
-                self._kept.append((weight, weight.grad))
+            self._keep(weight, weight.grad)
             weight.grad = None
 
     def step_there(self, stand_ins: Mapping[str, StandIn]) -> None:
@@ -88,6 +87,12 @@ class JustInTimeUpdate:
             if self._prepare is not None:
                 self._prepare([one.parameter for one in part.values()])
             step_part(self._optimizer, groups, {one.parameter: one.state for one in part.values()})
+            for name, one in part.items():
+                self._keep(self._parameters[name], one.parameter.grad)
+
+    def _keep(self, weight: nn.Parameter, gradient: torch.Tensor | None) -> None:
+        if self.keeps_gradients and gradient is not None:
+            self._kept.append((weight, gradient.to(weight.device)))
 
     def options(self, name: str) -> Group | None:
         """Of the group that has the weight; None if the optimizer does not know it."""
