@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
-from harmony_lightning import ConfigurationError, HarmonyStrategy, Plan
+from harmony_lightning import ConfigurationError, HarmonyStrategy, Pack, Plan
 
 BATCH = 8
 
@@ -43,7 +43,7 @@ def test_equal_to_the_bit_with_no_more_microbatches_than_gpus(num_gpus, microbat
     assert sorted(ours.losses) == sorted(reference.losses)
 
 
-@pytest.mark.parametrize("num_gpus", [2, 3])
+@pytest.mark.parametrize("num_gpus", [2, 4])
 def test_otherwise_only_the_last_pack_is_added_up_in_another_order(num_gpus):
     torch.manual_seed(0)
     wide_head = [Chain(optimizer=torch.optim.SGD) for _ in range(2)]
@@ -153,6 +153,23 @@ def test_a_plan_deals_any_pack():
     trainer(strategy).fit(ours, loader(BATCH))
     trainer(accumulate_grad_batches=2).fit(reference, loader(4))
     assert same_weights(ours, reference)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "count", "devices"),
+    [
+        (2, 5, [0, 1, 0, 1, 0]),
+        (4, 4, [2, 3, 0, 1]),
+        (4, 5, [2, 3, 0, 2, 3]),
+        (4, 10, [2, 3, 0, 1, 2, 3, 0, 2, 3, 0]),
+    ],
+)
+def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(num_gpus, count, devices):
+    pack = Pack(layers=(), parameters=(), nbytes=0, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
+    options = {"memory_bytes": 1, "microbatch_size": 1, "stash": "host", "prefetch": 1, "dealt": (6,)}
+    plan = Plan(mode="pp", num_devices=num_gpus, num_microbatches=count, packs=(pack,) * 7, **options)
+    assert [plan.device(6, m) for m in range(count)] == devices
+    assert plan.visitors(6) == tuple(dict.fromkeys(devices))
 
 
 def test_plans_say_what_is_dealt():

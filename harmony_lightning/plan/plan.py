@@ -159,9 +159,17 @@ class Plan(Record):
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
         if self.mode == "dp":
             return microbatch % self.num_devices
-        # The device of the pack before gets the last microbatches of a dealt one: its forward ends last, and in backward
-        # all others wait for it, which has to begin early.
-        return (pack + (microbatch if pack in self.dealt else 0)) % self.num_devices
+        return (pack + (self._turn(microbatch) if pack in self.dealt else 0)) % self.num_devices
+
+    def _turn(self, microbatch: int) -> int:
+        """The how manyth device, from a dealt pack's own on, gets a microbatch of it. The device of the pack before is the
+        last: its forward ends last, and in backward all others wait for it. Of four or more it sits out a turn of several,
+        to begin with that earlier."""
+        num_devices, count = self.num_devices, self.num_microbatches
+        if num_devices < 4 or count <= num_devices:
+            return microbatch % num_devices
+        number = microbatch - (count // num_devices - 1) * num_devices
+        return microbatch % num_devices if number < 0 else number % (num_devices - 1)
 
     def is_dealt(self, pack: int) -> bool:
         """Whether the microbatches of a pack go to different devices."""
