@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import ConfigurationError, HarmonyStrategy, Pack, Plan
+from harmony_lightning.scheduler.packing import dealt_order
 
 BATCH = 8
 
@@ -155,21 +156,30 @@ def test_a_plan_deals_any_pack():
     assert same_weights(ours, reference)
 
 
+def test_a_plan_says_which_gpus_take_turns(nothing_stays):
+    """Each counts by the microbatches it gets; one that gets none needs no weights."""
+    plan = dataclasses.replace(train_both(3, 2)[2].plan, dealt_order=(2, 1, 2), keep=(), resident=(), stash_stays=())
+    (last,) = plan.dealt
+    assert [plan.device(last, m) for m in range(4)] == [2, 1, 2, 2]
+    assert plan.visitors(last) == (2, 1) and last not in plan.packs_on(0)
+    ours, reference = twins(optimizer=torch.optim.SGD)
+    strategy = harmony(3, "200KiB", 2, plan=plan)
+    trainer(strategy, limit_train_batches=3).fit(ours, loader(BATCH))
+    trainer(accumulate_grad_batches=4, limit_train_batches=12).fit(reference, loader(2))
+    assert close(ours, reference)
+    assert strategy.statistics().swap_in_bytes == 3 * plan.swap_in_bytes_per_step
+    assert strategy.statistics().swap_out_bytes == 3 * plan.swap_out_bytes_per_step
+
+
 @pytest.mark.parametrize(
-    ("num_gpus", "count", "devices"),
-    [
-        (2, 5, [0, 1, 0, 1, 0]),
-        (4, 4, [2, 3, 0, 1]),
-        (4, 5, [2, 3, 0, 2, 3]),
-        (4, 10, [2, 3, 0, 1, 2, 3, 0, 2, 3, 0]),
-    ],
+    ("head", "count", "devices"),
+    [(1, 4, ()), (1, 5, (2, 3, 0, 2, 3)), (2, 10, (2, 3, 0, 1, 2, 3, 0, 2, 3, 2)), (0.2, 6, (2, 2, 2, 2, 2, 2))],
 )
-def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(num_gpus, count, devices):
-    pack = Pack(layers=(), parameters=(), nbytes=0, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
-    options = {"memory_bytes": 1, "microbatch_size": 1, "stash": "host", "prefetch": 1, "dealt": (6,)}
-    plan = Plan(mode="pp", num_devices=num_gpus, num_microbatches=count, packs=(pack,) * 7, **options)
-    assert [plan.device(6, m) for m in range(count)] == devices
-    assert plan.visitors(6) == tuple(dict.fromkeys(devices))
+def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(head, count, devices):
+    """Of seven packs on four GPUs it is the second one."""
+    pack = Pack(layers=(), parameters=(), nbytes=100, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
+    packs = [pack] * 6 + [dataclasses.replace(pack, nbytes=int(100 * head))]
+    assert dealt_order(packs, 4, count) == devices
 
 
 def test_plans_say_what_is_dealt():
@@ -177,6 +187,9 @@ def test_plans_say_what_is_dealt():
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(ConfigurationError, match="dealt names pack 99, but packs are 0 to 8"):
         dataclasses.replace(plan, dealt=(99,))
+    for odd, message in [({"dealt_order": (0, 2)}, "device 2"), ({"dealt": (), "dealt_order": (0,)}, "but 0 packs")]:
+        with pytest.raises(ConfigurationError, match=message):
+            dataclasses.replace(plan, **odd)
     with pytest.raises(ConfigurationError, match="in mode 'dp' all packs are"):
         dataclasses.replace(plan, mode="dp")
 

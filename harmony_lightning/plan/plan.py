@@ -114,6 +114,9 @@ class Plan(Record):
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
     takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
+    dealt_order: tuple[int, ...] = ()
+    """Devices to which microbatches of dealt packs go, one after the other, and again from the first on. Empty: all of
+    them, beginning with the one whose turn it is."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -150,6 +153,12 @@ class Plan(Record):
             raise ConfigurationError(
                 f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
             )
+        for device in self.dealt_order:
+            if not (self.dealt and 0 <= device < self.num_devices):
+                raise ConfigurationError(
+                    f"dealt_order names device {device}, but {len(self.dealt)} packs are dealt, over "
+                    f"{self.num_devices} devices"
+                )
         for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
@@ -159,17 +168,13 @@ class Plan(Record):
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
         if self.mode == "dp":
             return microbatch % self.num_devices
-        return (pack + (self._turn(microbatch) if pack in self.dealt else 0)) % self.num_devices
-
-    def _turn(self, microbatch: int) -> int:
-        """The how manyth device, from a dealt pack's own on, gets a microbatch of it. The device of the pack before is the
-        last: its forward ends last, and in backward all others wait for it. Of four or more it sits out a turn of several,
-        to begin with that earlier."""
-        num_devices, count = self.num_devices, self.num_microbatches
-        if num_devices < 4 or count <= num_devices:
-            return microbatch % num_devices
-        number = microbatch - (count // num_devices - 1) * num_devices
-        return microbatch % num_devices if number < 0 else number % (num_devices - 1)
+        if pack not in self.dealt:
+            return pack % self.num_devices
+        return (
+            self.dealt_order[microbatch % len(self.dealt_order)]
+            if self.dealt_order
+            else (pack + microbatch) % self.num_devices
+        )
 
     def is_dealt(self, pack: int) -> bool:
         """Whether the microbatches of a pack go to different devices."""
@@ -258,6 +263,8 @@ class Plan(Record):
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""
+        if pack in self.dealt and self.dealt_order:
+            return tuple(sorted(set(self.dealt_order)))
         return tuple(range(self.num_devices)) if self.is_dealt(pack) else (pack % self.num_devices,)
 
     def packs_on(self, device: int) -> tuple[int, ...]:
