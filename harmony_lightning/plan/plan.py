@@ -88,7 +88,9 @@ class Plan(Record):
     num_microbatches: int
     """Microbatches of the minibatch that the plan was made for."""
     packs: tuple[Pack, ...]
-    """In forward order; forward and backward of the last one meet (fused)."""
+    """In forward order; forward and backward of the last one meet (fused). They are the same both ways, though Harmony's
+    schedules (`plan.schedule`) have larger ones forward: autograd differentiates a layer on the device of its forward, and as
+    each layer is recomputed by itself, all that a pack needs more in backward is memory for its gradients."""
     stash: Literal["device", "host"]
     """Where inputs of layers wait from forward to backward, but for packs in `stash_stays`."""
     prefetch: int
