@@ -173,7 +173,7 @@ def test_a_plan_says_which_gpus_take_turns(nothing_stays):
 
 @pytest.mark.parametrize(
     ("head", "count", "devices"),
-    [(1, 4, ()), (1, 5, (2, 3, 0, 2, 3)), (2, 10, (2, 3, 0, 1, 2, 3, 0, 2, 3, 2)), (0.2, 6, (2, 2, 2, 2, 2, 2))],
+    [(1, 4, ()), (1, 5, (2, 3, 2, 3, 2)), (2, 10, (2, 3, 0, 1, 2, 3, 0, 2, 3, 2)), (0.2, 6, (2, 2, 2, 2, 2, 2))],
 )
 def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(head, count, devices):
     """Of seven packs on four GPUs it is the second one."""
@@ -187,9 +187,8 @@ def test_plans_say_what_is_dealt():
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(ConfigurationError, match="dealt names pack 99, but packs are 0 to 8"):
         dataclasses.replace(plan, dealt=(99,))
-    for odd, message in [({"dealt_order": (0, 2)}, "device 2"), ({"dealt": (), "dealt_order": (0,)}, "but 0 packs")]:
-        with pytest.raises(ConfigurationError, match=message):
-            dataclasses.replace(plan, **odd)
+    with pytest.raises(ConfigurationError, match="dealt_order names device 2, but devices are 0 to 1"):
+        dataclasses.replace(plan, dealt_order=(0, 2))
     with pytest.raises(ConfigurationError, match="in mode 'dp' all packs are"):
         dataclasses.replace(plan, mode="dp")
 

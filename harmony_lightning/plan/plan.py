@@ -89,8 +89,8 @@ class Plan(Record):
     """Microbatches of the minibatch that the plan was made for."""
     packs: tuple[Pack, ...]
     """In forward order; forward and backward of the last one meet (fused). They are the same both ways, though Harmony's
-    schedules (`plan.schedule`) have larger ones forward: autograd differentiates a layer on the device of its forward, and as
-    each layer is recomputed by itself, all that a pack needs more in backward is memory for its gradients."""
+    schedules (`plan.schedule`) have larger ones forward: autograd differentiates a layer on the device of its forward, and
+    as each layer is recomputed by itself, all that a pack needs more in backward is memory for its gradients."""
     stash: Literal["device", "host"]
     """Where inputs of layers wait from forward to backward, but for packs in `stash_stays`."""
     prefetch: int
@@ -156,10 +156,9 @@ class Plan(Record):
                 f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
             )
         for device in self.dealt_order:
-            if not (self.dealt and 0 <= device < self.num_devices):
+            if not 0 <= device < self.num_devices:
                 raise ConfigurationError(
-                    f"dealt_order names device {device}, but {len(self.dealt)} packs are dealt, over "
-                    f"{self.num_devices} devices"
+                    f"dealt_order names device {device}, but devices are 0 to {self.num_devices - 1}"
                 )
         for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
