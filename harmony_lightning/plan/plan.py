@@ -240,20 +240,19 @@ class Plan(Record):
     @property
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
-        waits for an update that keeps up with it."""
+        waits for an update that keeps up with it, and that a third of the updates may go on in the next forward."""
         return sum(self.gradient_buffers.values())
 
     @property
     def gradient_buffers(self) -> dict[Urgency, int]:
         """The same by urgency: no gradient waits for one of another kind to make room."""
-        num_devices = self.num_active_devices
-        return {"first": num_devices, "next": num_devices + 3, "last": len(self.packs) // 3}
+        return {"first": self.num_devices, "next": self.num_devices + 3, "last": len(self.packs) // 3}
 
     def urgency(self, pack: int) -> Urgency:
         """Of a pack's update on the host. The next forward begins with the first pack of each device. While it goes on, for
         about a quarter of a step, no gradients come: a third of the updates, evenly spread, may wait that long, and go on
         as it comes to their packs."""
-        if pack < self.num_active_devices:
+        if pack < self.num_devices:
             return "first"
         return "last" if pack % 3 == 2 else "next"
 
