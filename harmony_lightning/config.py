@@ -34,10 +34,10 @@ class HarmonyConfig:
     but for what is seen to fit on the device."""
     update: Literal["auto", "host", "device", "first"] = "auto"
     """Where the optimizer steps weights whose gradients are complete: on the host, or on the GPU that has the gradients,
-    where the states of the optimizer are swapped in and out. "first" is the host but for the first pack, if there is room
-    for it: its gradients are the last to be complete and its weights the first to be needed, and all GPUs wait meanwhile.
-    Its weights and states stay on its GPU. Auto is the host. What must see all gradients first (clipping by norm, a
-    scaler, hooks) is done on the host in any case."""
+    where the states of the optimizer are swapped in and out. "first" is the host but for the first pack of each GPU, where
+    there is room for it: its gradients are the last to be complete and its weights the first to be needed, and the GPU
+    waits meanwhile. Its weights and states stay there. Auto is the host. What must see all gradients first (clipping by
+    norm, a scaler, hooks) is done on the host in any case."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, cluster_of, on_meta
 
-from harmony_lightning import EmulatedCluster, HarmonyStrategy
+from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyStrategy
 
 NUM_STEPS = 4
 MEMORY = "500KiB"
@@ -150,22 +150,59 @@ def test_the_plan_that_is_made_keeps_packs_where_they_are_updated(mode):
     assert updates(strategy) == (NUM_STEPS - 1) * len(strategy.plan.packs)
 
 
-@pytest.mark.parametrize("mode", ["pp", "dp", "mixed"])
-def test_the_first_pack_alone(mode):
-    """All GPUs wait for it when a step begins."""
+@pytest.mark.parametrize(("mode", "count"), [("pp", 2), ("dp", 1), ("mixed", 2)])
+def test_the_first_packs_alone(mode, count):
+    """All GPUs wait for theirs when a step begins. In dp all have the first one, and its weights stay nowhere."""
     options = {"mode": mode, "microbatch_size": 2, "one_layer_per_pack": True}
     strategy = HarmonyStrategy(update="first", cluster=EmulatedCluster(2, MEMORY), **options)
     on_host = HarmonyStrategy(cluster=EmulatedCluster(2, MEMORY), **options)
     assert_same(fit(strategy), fit(on_host))
     plan = strategy.plan
-    assert [index for index, pack in enumerate(plan.packs) if pack.update == "device"] == [0]
-    assert plan.updates_stay == (0,)
-    assert updates(strategy) == NUM_STEPS - 1
+    assert [index for index, pack in enumerate(plan.packs) if pack.update == "device"] == list(range(count))
+    assert plan.updates_stay == tuple(range(count))
+    assert updates(strategy) == (NUM_STEPS - 1) * count
+
+
+class Peeking(L.Callback):
+    """Looks at a weight, and writes another, while they are newer on a GPU."""
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if batch_idx == 4:
+            assert module.net[0][0].weight.abs().sum() > 0
+        if batch_idx == 6:
+            with torch.no_grad():
+                module.net[1][0].weight.mul_(0.5)
+
+
+@pytest.mark.parametrize("callbacks", [(), (Peeking,)])
+def test_narrow_weights_stay_as_masters(callbacks):
+    """They are cast on the GPU for each pass, to what the host would have cast them to."""
+    options = {"microbatch_size": 2, "one_layer_per_pack": True}
+    runs, strategies = [], []
+    for update in ("first", "host"):
+        strategies.append(HarmonyStrategy(update=update, cluster=EmulatedCluster(2, MEMORY), **options))
+        called = [callback() for callback in callbacks]
+        runs.append(fit(strategies[-1], num_steps=8, precision="bf16-mixed", callbacks=called))
+    assert_same(*runs)
+    plan = strategies[0].plan
+    assert plan.updates_stay == (0, 1) and all(plan.packs[index].narrow for index in (0, 1))
+    assert updates(strategies[0]) > 8
+
+
+def test_weights_that_leave_the_gpu_that_updates_them_are_not_narrow():
+    plan = planned()
+    narrow = dataclasses.replace(plan.packs[0], narrow=plan.packs[0].parameters[:1])
+    with pytest.raises(ConfigurationError, match=r"let pack 0, with '.*', be in updates_stay"):
+        dataclasses.replace(plan, packs=(narrow, *plan.packs[1:]), narrow_dtype="bfloat16")
 
 
 def tied(depth):
     module = Chain(depth=depth)
-    module.net[3][0].weight, module.net[3][0].bias = module.net[0][0].weight, module.net[0][0].bias
+    for index in (0, 1):
+        module.net[3 + index][0].weight, module.net[3 + index][0].bias = (
+            module.net[index][0].weight,
+            module.net[index][0].bias,
+        )
     return module
 
 
@@ -173,7 +210,7 @@ def tied(depth):
     ("make", "memory", "reason"),
     [(Chain, "150KiB", r"slots would take \d.*, each has 150 KiB"), (tied, MEMORY, "has no weights of its own")],
 )
-def test_not_even_the_first_pack(make, memory, reason, caplog):
+def test_not_even_the_first_packs(make, memory, reason, caplog):
     options = {"microbatch_size": 2, "one_layer_per_pack": True}
     strategy = HarmonyStrategy(update="first", cluster=EmulatedCluster(2, memory), **options)
     on_host = HarmonyStrategy(cluster=EmulatedCluster(2, memory), **options)

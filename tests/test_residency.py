@@ -7,7 +7,7 @@ import itertools
 import lightning as L
 import pytest
 import torch
-from chain import WIDTH, Chain, harmony, loader, same_weights, stays_within, trainer, twins
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
 from torch.utils.data import DataLoader
 
@@ -25,10 +25,16 @@ class Looking(L.Callback):
     def __init__(self):
         self.plans = []
         self.statistics = []
+        self.peaks = []
+
+    def on_train_batch_start(self, trainer, *args):
+        for device in trainer.strategy._engine.cluster.devices:
+            device.reset_peak()
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
         self.plans.append(trainer.strategy.plan)
         self.statistics.append(trainer.strategy.statistics())
+        self.peaks.append(tuple(device.peak_bytes() for device in trainer.strategy._engine.cluster.devices))
 
     def each(self, name):
         """Bytes of each step."""
@@ -63,12 +69,9 @@ def test_training_is_the_same_and_copies_are_the_plan_s(mode, num_gpus, memory):
         for mine, theirs in zip(module.parameters(), plain().parameters(), strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
     assert looking.each("swap_in_bytes") == [plan.swap_in_bytes_per_step for plan in looking.plans]
-    assert stays_within(looking.statistics[-1], looking.plans[-1].memory_bytes)
-    last = looking.plans[-1]
-    # What is on its way between GPUs is held longer or shorter: one activation more or less is 6 % of so little memory.
-    least = 0.95 if num_gpus == 1 else 0.92
-    for found, predicted in zip(looking.statistics[-1].peak_device_bytes, last.peak_bytes, strict=True):
-        assert least * predicted <= found <= predicted
+    assert max(map(max, looking.peaks)) <= looking.plans[-1].memory_bytes
+    # A step in which something stayed has been seen by then, so little is left to guess.
+    assert looking.peaks[-1] == pytest.approx(looking.plans[-1].peak_bytes, rel=0.01)
 
 
 @pytest.mark.parametrize("mode", ["pp", "dp"])
@@ -212,7 +215,7 @@ def test_batches_larger_than_all_before_leave_nothing_where_it_was():
     trainer(accumulate_grad_batches=4).fit(reference, halves)
     assert same_weights(ours, reference)
     assert [bool(plan.stash_stays) for plan in looking.plans] == [False, True, True, False, True, True, False, True]
-    assert stays_within(looking.statistics[-1], 700 << 10)
+    assert max(map(max, looking.peaks)) <= 700 << 10
 
 
 def test_what_user_code_puts_on_a_device_has_its_place():
@@ -226,7 +229,7 @@ def test_what_user_code_puts_on_a_device_has_its_place():
             if batch_idx >= 3:
                 device = trainer.strategy._engine.cluster.devices[0]
                 with trainer.strategy._engine.cluster.activate():
-                    self.hoard.append(torch.zeros(60 << 10, dtype=torch.uint8, device=device.torch_device))
+                    self.hoard.append(torch.zeros(40 << 10, dtype=torch.uint8, device=device.torch_device))
 
     looking = Looking()
     module = twins()[0]
@@ -234,7 +237,9 @@ def test_what_user_code_puts_on_a_device_has_its_place():
     fitted.fit(module, loader(8))
     assert same_weights(module, plain())
     resident = [len(plan.resident) for plan in looking.plans]
-    assert resident[2] > resident[3] > resident[4]
+    assert resident[2] >= resident[3] > resident[4]
+    assert looking.peaks[3] == looking.plans[3].peak_bytes  # what others hold is part of it
+    assert looking.peaks[4] <= looking.plans[4].peak_bytes <= (300 << 10,)
 
 
 @pytest.mark.parametrize("when", ["forward", "backward"])
@@ -259,7 +264,7 @@ def test_what_stays_goes_when_memory_is_short_after_all(when, caplog):
     trainer(strategy, callbacks=[looking], limit_train_batches=NUM_STEPS).fit(module, loader(8))
     assert same_weights(module, plain())
     assert any(calls) and "not like the measured one" in caplog.text
-    assert stays_within(looking.statistics[-1], 300 << 10)
+    assert max(map(max, looking.peaks)) <= 300 << 10
 
 
 class Evaluated(Chain):

@@ -16,7 +16,10 @@ class Bound:
     products: float
     """All floating-point operations, recomputation included, at the full rate of all GPUs."""
     kernels: float
-    """The model's own kernels (`own`), the same recomputation included, on all GPUs; products are part of it."""
+    """The model's own kernels (`own`), the same recomputation included, and sums of gradients over microbatches, on all
+    GPUs; products are part of it."""
+    sums: float
+    """Those sums alone."""
     link_in: float
     """Weights and stashes to the GPUs."""
     link_out: float
@@ -34,9 +37,13 @@ class Bound:
         return max(vars(self), key=lambda name: vars(self)[name])
 
     @property
+    def seconds_without_sums(self) -> float:
+        return max(self.seconds_of_products, self.kernels - self.sums)
+
+    @property
     def seconds_of_products(self) -> float:
         """The bound with products in the place of kernels."""
-        return max(value for name, value in vars(self).items() if name != "kernels")
+        return max(value for name, value in vars(self).items() if name not in ("kernels", "sums"))
 
 
 def starts(timeline: Timeline) -> list[float]:
@@ -61,11 +68,13 @@ def bound(
     num_gpus: int,
     num_parameters: int,
     kernel_seconds: float,
+    sum_seconds: float,
     gpu: GpuModel,
     host: HostModel,
     dtype: str,
 ) -> Bound:
-    """Of the step that goes from `start` to `end`, by what began meanwhile. `kernel_seconds`: of all GPUs together."""
+    """Of the step that goes from `start` to `end`, by what began meanwhile. `kernel_seconds` and `sum_seconds`, apart from
+    each other: of all GPUs together."""
     spans = [span for span in timeline.spans if start <= span.start < end]
 
     def total(what: str, *lanes: str) -> float:
@@ -81,7 +90,8 @@ def bound(
     on_host = sum(span.nbytes for span in spans if span.device == HOST)
     return Bound(
         products=total("flops", "compute") / (num_gpus * gpu.flops(dtype)),
-        kernels=kernel_seconds / num_gpus,
+        kernels=(kernel_seconds + sum_seconds) / num_gpus,
+        sums=sum_seconds / num_gpus,
         link_in=on_link(bytes_in),
         link_out=on_link(bytes_out),
         update=num_parameters / host.update_parameters_per_second,

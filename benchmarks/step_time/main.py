@@ -12,8 +12,8 @@ import torch
 from bound import Bound, bound, starts
 from breakdown import Breakdown
 from models import MODELS, LanguageModel, tokens
-from own import own_kernels
-from plans import LAYERS, first_on_device, travelling
+from own import num_sums, own_kernels
+from plans import LAYERS, first_on_devices, travelling
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import gpu_model, host_model
@@ -24,8 +24,8 @@ NUM_STEPS = 5
 NUM_STEPS_OF_PLAN = 3
 """In the first one the optimizer makes its states, and nothing goes on behind it; those that stay come in in the second."""
 HEADER = (
-    "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | to products alone | of which | "
-    "peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|"
+    "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | without sums | to products alone | "
+    "of which | peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
 )
 
 
@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
             num_microbatches=num_microbatches,
             stash=arguments.stash,
         )
-        plan = first_on_device(plan, module) if arguments.update == "first" else plan
+        plan = first_on_devices(plan, module, arguments.stay)
         strategy = HarmonyStrategy(plan=plan, layers=LAYERS, cluster=cluster)
     else:
         strategy = HarmonyStrategy(
@@ -89,14 +89,17 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
         num_gpus=num_gpus,
         num_parameters=sum(parameter.numel() for parameter in module.parameters()),
         kernel_seconds=one.per_step(num_microbatches, recomputed),
+        sum_seconds=one.sums_per_step(num_sums(strategy.plan)),
         gpu=gpu,
         host=host_model(arguments.host),
         dtype="float32" if arguments.precision == "32-true" else "bfloat16",
     )
     stays = f"{len(strategy.plan.resident)} of {statistics.num_packs} packs stay"
+    if arguments.travelling:
+        stays = "travel" + (f", but {arguments.stay} of {statistics.num_packs} packs" if arguments.stay else "")
     row = (
         f"| {arguments.model} | {num_gpus}x {arguments.gpu} | {num_sequences * arguments.length} | "
-        f"{num_microbatches} of {microbatch_size} | {'travel' if arguments.travelling else stays} | "
+        f"{num_microbatches} of {microbatch_size} | {stays} | "
         f"{_times(second - first, least)} | "
         f"{max(statistics.peak_device_bytes) / 2**30:.1f} GiB | {took:.0f} s |"
     )
@@ -107,7 +110,7 @@ def _times(seconds: float, least: Bound) -> str:
     parts = ", ".join(f"{name.replace('_', ' ')} {value:.3g}" for name, value in vars(least).items())
     return (
         f"{seconds:.3f} s | {least.seconds:.3f} s ({least.resource.replace('_', ' ')}) | {seconds / least.seconds:.3f} | "
-        f"{seconds / least.seconds_of_products:.3f} | {parts}"
+        f"{seconds / least.seconds_without_sums:.3f} | {seconds / least.seconds_of_products:.3f} | {parts}"
     )
 
 
@@ -123,6 +126,7 @@ def main() -> None:
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"))
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
+    parser.add_argument("--stay", type=int, default=0, help="but so many first packs, which are updated where they are")
     parser.add_argument(
         "--stash", default="device", choices=("device", "host"), help="where inputs wait if weights travel"
     )

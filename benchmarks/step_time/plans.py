@@ -42,11 +42,11 @@ def travelling(
     return replace(plan, prefetch=1)
 
 
-def first_on_device(plan: Plan, module: nn.Module) -> Plan:
-    """The plan with its first pack updated where it is, and staying there."""
+def first_on_devices(plan: Plan, module: nn.Module, count: int) -> Plan:
+    """The plan with so many first packs updated where they are, and staying there."""
     layers = decomposition(module).with_states(_states(module))
-    first = pack_of_layers(layers, layers.layers[:1], is_updated_there=True)
-    return replace(plan, packs=(first, *plan.packs[1:]), updates_stay=(0,))
+    first = [pack_of_layers(layers, layers.layers[i : i + 1], is_updated_there=True, stays=True) for i in range(count)]
+    return replace(plan, packs=(*first, *plan.packs[count:]), updates_stay=tuple(range(count)))
 
 
 def decomposition(module: nn.Module) -> Decomposition:

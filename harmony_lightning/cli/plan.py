@@ -66,7 +66,11 @@ def run(arguments: argparse.Namespace) -> int:
     memory = parse_nbytes(arguments.memory) if arguments.memory is not None else machine.memory_bytes
     costs = Costs(read_profile(arguments.profile), machine)
     question: dict[str, Any] = {"minibatch": arguments.minibatch, "mode": arguments.mode, "memory_bytes": memory}
-    default = {rules: search(costs, rules=rules, **question) for rules in (Rules.HARMONY, Rules.OWN)}
+    harmony = search(costs, rules=Rules.HARMONY, **question)
+    default = {
+        Rules.HARMONY: harmony,
+        Rules.OWN: search(costs, rules=Rules.OWN, known=[harmony.best.schedule], **question),
+    }
     found = default
     if arguments.planner == "genetic":
         found = {rules: breed(costs, rules=rules, **question) for rules in default}
@@ -74,16 +78,16 @@ def run(arguments: argparse.Namespace) -> int:
         rules: list(explain(answer, costs, **question)) if arguments.explain else [] for rules, answer in found.items()
     }
     if arguments.json:
-        harmony, own = (
+        of_harmony, of_own = (
             {**_fields(found[rules], costs, arguments.minibatch), "planner": arguments.planner} for rules in found
         )
-        for rules, fields in zip(found, (harmony, own), strict=True):
+        for rules, fields in zip(found, (of_harmony, of_own), strict=True):
             if found is not default:
                 best = default[rules]
                 fields["default"] = {"step_seconds": best.best.seconds, "search_seconds": best.search_seconds}
             if reasons[rules]:
                 fields["reasons"] = reasons[rules]
-        print(json.dumps({**harmony, "own": own}))
+        print(json.dumps({**of_harmony, "own": of_own}))
         return 0
     rows = [(str(rules), answer) for rules, answer in default.items()]
     if found is not default:

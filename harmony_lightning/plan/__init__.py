@@ -4,7 +4,7 @@ from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
-from harmony_lightning.plan.usage import Held, Usage, VisitPeak
+from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak
 from harmony_lightning.plan.validate import check_plan
 from harmony_lightning.record import Record
 
@@ -18,6 +18,7 @@ __all__ = [
     "Plan",
     "Record",
     "Schedule",
+    "Seen",
     "Span",
     "Task",
     "TaskGraph",

@@ -24,6 +24,8 @@ class Lane(enum.IntEnum):
     """What the host does for this device: updates, messages."""
     STASH_IN = 6
     """Stashes have a lane of their own where the runtime carries a schedule out."""
+    CONTROLLER = 7
+    """The thread that enqueues everything, where it has to wait; of device 0."""
 
 
 NUM_LANES = len(Lane)
@@ -56,6 +58,8 @@ class Kind(enum.IntEnum):
     MESSAGE = 15
     """From one device's host memory to another's."""
     UPDATE = 16
+    WAIT = 17
+    """The controller lets what it has enqueued so far come to a point."""
 
 
 COMPUTATIONS = frozenset({Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD})

@@ -41,7 +41,7 @@ class Pack(Record):
     """Bytes of the gradients as they lie on a device, alignment included."""
     narrow: tuple[str, ...] = ()
     """Names of the narrow weights: float32 on the host, `Plan.narrow_dtype` on the way and on devices. A pack that is
-    updated on a device has none."""
+    updated on a device has some only if it stays there: its masters do, too."""
     narrow_trainable_nbytes: int = 0
     """Bytes of the gradients of narrow weights, in float32; those that travel in `Plan.narrow_dtype` are half of that."""
     update: Literal["host", "device"] = "host"
@@ -52,11 +52,14 @@ class Pack(Record):
     state_slot_nbytes: int = 0
     """The same as they lie in an arena, alignment included."""
 
+    @property
+    def trained_nbytes(self) -> int:
+        """Bytes of those weights that train, as they travel."""
+        return self.trainable_nbytes - self.narrow_trainable_nbytes // 2
+
     def __post_init__(self) -> None:
         if self.update not in ("host", "device"):
             raise ConfigurationError(f"update must be 'host' or 'device', got {self.update!r}")
-        if self.update == "device" and self.narrow:
-            raise ConfigurationError(f"weights that a device updates are not narrow, got {self.narrow[0]!r}")
         if not 0 <= self.state_nbytes <= self.state_slot_nbytes:
             raise ConfigurationError(
                 f"{self.state_nbytes} bytes of optimizer states cannot lie in {self.state_slot_nbytes}; 0 is the least"
@@ -81,7 +84,9 @@ class Plan(Record):
     num_microbatches: int
     """Microbatches of the minibatch that the plan was made for."""
     packs: tuple[Pack, ...]
-    """In forward order; forward and backward of the last one meet (fused)."""
+    """In forward order; forward and backward of the last one meet (fused). They are the same both ways, though Harmony's
+    schedules (`plan.schedule`) have larger ones forward: autograd differentiates a layer on the device of its forward, and as
+    each layer is recomputed by itself, all that a pack needs more in backward is memory for its gradients."""
     stash: Literal["device", "host"]
     """Where inputs of layers wait from forward to backward, but for packs in `stash_stays`."""
     prefetch: int
@@ -126,6 +131,12 @@ class Plan(Record):
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
         if self.narrow_dtype is None and any(pack.narrow for pack in self.packs):
             raise ConfigurationError("a plan with narrow weights needs a narrow_dtype: 'bfloat16' or 'float16'")
+        for index, pack in enumerate(self.packs):
+            if pack.update == "device" and pack.narrow and not self.weights_stay(index):
+                raise ConfigurationError(
+                    f"weights that a device updates are narrow only if they stay there and nowhere else: let pack {index}, "
+                    f"with {pack.narrow[0]!r}, be in updates_stay, in mode 'pp'"
+                )
         for index in self.updates_stay:
             if not 0 <= index < len(self.packs) or self.packs[index].update != "device":
                 raise ConfigurationError(f"updates_stay names pack {index}, which is not updated on a device")
@@ -144,7 +155,11 @@ class Plan(Record):
 
     def device(self, pack: int, microbatch: int) -> int:
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
-        return (microbatch if self.is_dealt(pack) else pack) % self.num_devices
+        if self.mode == "dp":
+            return microbatch % self.num_devices
+        # The device of the pack before gets the last microbatches of a dealt one: its forward ends last, and in backward
+        # all others wait for it, which has to begin early.
+        return (pack + (microbatch if pack in self.dealt else 0)) % self.num_devices
 
     def is_dealt(self, pack: int) -> bool:
         """Whether the microbatches of a pack go to different devices."""
@@ -163,8 +178,8 @@ class Plan(Record):
         return len({device for pack in range(len(self.packs)) for device in self.visitors(pack)})
 
     def visitors(self, pack: int) -> tuple[int, ...]:
-        """Devices that a pack visits in one step, ascending."""
-        return tuple(sorted({self.device(pack, m) for m in range(self.num_microbatches)}))
+        """Devices that a pack visits in one step, in the order of the microbatches that they get first."""
+        return tuple(dict.fromkeys(self.device(pack, m) for m in range(self.num_microbatches)))
 
     def has_backward(self, pack: int) -> bool:
         """Whether gradients go through a pack: it trains, or one before it does. Weights outside layers do not count."""
@@ -180,7 +195,7 @@ class Plan(Record):
         """Bytes of weights in the first step, or in those behind it."""
         steps = (swap_ins(self, device) for device in range(self.num_devices))
         brought = (index for first, later in steps for index in (first if is_first else later))
-        return sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trainable_nbytes for i in brought)
+        return sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trained_nbytes for i in brought)
 
     @property
     def swap_out_bytes_per_step(self) -> int:
@@ -209,13 +224,14 @@ class Plan(Record):
     @property
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
-        waits for an update that keeps up with it."""
+        waits for an update that keeps up with it, and that a quarter of the updates may go on in the next forward, in which
+        no gradients come."""
         return self.num_active_devices + 3 + len(self.packs) // 4
 
     def update_priority(self, pack: int) -> int:
-        """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first, but
-        gradients that others wait to take the place of go in the order of their arrival."""
-        return 0 if pack >= self.num_gradient_buffers else 1 + pack
+        """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first. The
+        last ones wait longest, and when there is no more room for gradients, others wait for them, and so for all."""
+        return 1 + pack
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""
@@ -223,9 +239,7 @@ class Plan(Record):
 
     def packs_on(self, device: int) -> tuple[int, ...]:
         """Packs that may visit a device, ascending, however many microbatches there are."""
-        return tuple(
-            pack for pack in range(len(self.packs)) if self.is_dealt(pack) or pack % self.num_devices == device
-        )
+        return tuple(pack for pack in range(len(self.packs)) if device in self.devices_of(pack))
 
     def rotating(self, device: int) -> tuple[int, ...]:
         """Packs whose slots share memory on a device: all but the resident ones."""

@@ -30,11 +30,26 @@ class Held(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Seen(Record):
+    """A step like the measured one in which something stayed: copies that were in flight then were fewer."""
+
+    resident: tuple[int, ...]
+    stash_stays: tuple[int, ...]
+    keep: tuple[str, ...]
+    """What stayed, as plans tell it."""
+    visits: tuple[VisitPeak, ...]
+    """What stayed is part of these."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Usage(Record):
     """One step, measured under a plan by which nothing stays that need not."""
 
     visits: tuple[VisitPeak, ...]
+    """In their order."""
     held: tuple[Held, ...] = ()
     """Empty for a step that trains nothing."""
     resting: ByDevice
     """In use in front of the step, slots for weights left out."""
+    seen: Seen | None = None
+    """What has come of that, where it is known."""

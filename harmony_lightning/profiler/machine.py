@@ -38,6 +38,8 @@ class Machine(Record):
     host_memory_bytes: int | None = None
     gpu: str = ""
     """The model of the GPUs."""
+    gpu_memory_bytes_per_second: float | None = None
+    """What one GPU reads and writes of its own memory; None where nobody has told."""
 
     def __post_init__(self) -> None:
         for field in ("gpus", "memory_bytes", "host_link_shared_by"):
@@ -75,6 +77,7 @@ class Machine(Record):
             update_parameters_per_second=_optional(fields, "update_parameters_per_second"),
             host_memory_bytes=fields.count("host_memory_bytes") if fields.tells("host_memory_bytes") else None,
             gpu=fields.text("gpu"),
+            gpu_memory_bytes_per_second=_optional(fields, "gpu_memory_bytes_per_second"),
         )
 
     def host_share(self, num_active: int) -> float:
@@ -103,6 +106,7 @@ def preset_machine(num_gpus: int, gpu: GpuModel, host: HostModel, memory_bytes: 
         release_seconds=0.0,
         update_parameters_per_second=host.update_parameters_per_second,
         gpu=gpu.name,
+        gpu_memory_bytes_per_second=gpu.memory_bytes_per_second,
         note="rates of data sheets (harmony_lightning.hardware.presets)",
     )
 

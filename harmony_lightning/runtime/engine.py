@@ -23,7 +23,7 @@ from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.meter import Holding, Meter
+from harmony_lightning.runtime.meter import Holding, Meter, VisitPeaks
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
 from harmony_lightning.runtime.site import Interposition
@@ -67,6 +67,8 @@ class Engine:
         """What the measured step has taken; None if there was none, or it was not cut."""
         self._measures: bool | None = None
         """Whether the next step of a kind is measured, and that kind."""
+        self._watched: Holding | None = None
+        """Of the next training step, or the running one."""
         self._interrupted_seed: int | None = None
         """Of a step that was given up and will be run again in one piece."""
 
@@ -152,22 +154,30 @@ class Engine:
     def watch(self) -> Holding:
         """Find out what stays in the next training step, which tells it afterwards."""
         self._measures = None
-        holding = self.state.holding = Holding(self.plan, len(self.cluster.devices))
+        holding = self._watched = self.state.holding = Holding(self.plan, len(self.cluster.devices))
         return holding
 
     def _begin_measuring(self, *, trains: bool) -> None:
-        if self._measures is not trains:
+        is_measured, is_watched = self._measures is trains, trains and self._watched is not None
+        if not (is_measured or is_watched):
             return
-        self._measures = None
         with self.cluster.activate(continues=True):
             if trains:
                 self.state.weights.allocate()
-            self.state.meter = Meter(self.plan, self.cluster.devices, self.state.weights.slot_nbytes, trains=trains)
+            peaks = self.state.peaks = VisitPeaks(self.cluster.devices, self.state.weights.slot_nbytes)
+        if self._watched is not None:
+            self._watched.peaks = peaks
+        if is_measured:
+            self._measures = None
+            self.state.meter = Meter(self.plan, peaks, trains=trains)
 
     def _end_measuring(self) -> None:
-        meter, self.state.meter = self.state.meter, None
+        meter, watched = self.state.meter, self._watched
+        self.state.meter = self.state.peaks = self._watched = None
         if meter is not None:
             self.usage = meter.usage()
+        if watched is not None:
+            watched.end()
 
     def is_out_of_date(self) -> bool:
         """Whether parameters came, went or changed their kind since `load`."""
@@ -206,7 +216,7 @@ class Engine:
         self._step = self._shared_pass = None
         self.has_settled = True
         if self._code is not None:
-            self.state.meter = self.state.holding = None
+            self.state.meter = self.state.peaks = self.state.holding = self._watched = None
             self._code.kill(microbatches)
             self._code.stash.end()
             self._come_to_rest()

@@ -194,7 +194,9 @@ class Microbatch:
             if arrived:
                 with segment.device.lane(Lane.COMPUTE, f"backward of pack {segment.pack}, microbatch {self.index}"):
                     with torch._C.DisableTorchFunction():
-                        gradients = [_total(parts) for _, parts in arrived]
+                        gradients = self._state.with_room(
+                            segment.device, lambda: [_total(parts) for _, parts in arrived]
+                        )
                     edges = [edge for edge, _ in arrived]
                     del arrived
                     accumulate(edges, gradients)

@@ -147,7 +147,11 @@ class Segment:
             self.partial[name] = gradient
             self._make_room(name)
         else:
-            self.state.gradients.add(name, gradient, self.device.index, pack, is_ours)
+            self._hand_in(name, pack, gradient, is_ours)
+
+    def _hand_in(self, name: str, pack: int | None, gradient: torch.Tensor, is_ours: bool = False) -> None:
+        add, device = self.state.gradients.add, self.device
+        self.state.with_room(device, lambda: add(name, gradient, device.index, pack, is_ours))
 
     def _make_room(self, newest: str) -> None:
         """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
@@ -168,7 +172,7 @@ class Segment:
         while self.partial:
             name = next(iter(self.partial))
             gradient = self.partial.pop(name).to(self.device.torch_device)
-            self.state.gradients.add(name, gradient, self.device.index, self.state.slot_pack(name, self.pack))
+            self._hand_in(name, self.state.slot_pack(name, self.pack), gradient)
 
     def leave(self) -> None:
         """The microbatch goes on to another pack, and the weights of this one may go."""

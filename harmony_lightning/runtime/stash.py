@@ -6,6 +6,7 @@ asks for it. Slot memory is never stashed, and neither is anything of the fused 
 weight only a reference is kept (`glue_weights`).
 """
 
+import contextlib
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import torch
 
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.structure import without_repetition
@@ -59,6 +61,7 @@ class Stash:
         refer: what stands for a tensor that is a weight; None for others.
         restore: the inverse.
         counters: of bytes.
+        with_room: calls a function that needs memory of a device.
         weigh: is told of each tensor that goes to the host, and its segment.
         note_stay: is told of each that waits where it is.
     """
@@ -71,6 +74,7 @@ class Stash:
         restore: Callable[[WeightReference], torch.Tensor],
         counters: Counters,
         departures: Departures,
+        with_room: Callable[[Device, Callable[[], Arrival]], Arrival] = lambda device, function: function(),
         weigh: Callable[[Segment, torch.Tensor], None] = lambda segment, tensor: None,
         note_stay: Callable[[torch.Tensor], None] = lambda tensor: None,
     ) -> None:
@@ -80,10 +84,13 @@ class Stash:
         self._restore = restore
         self._counters = counters
         self._departures = departures
+        self._with_room = with_room
         self._weigh = weigh
         self._note_stay = note_stay
         self._held: dict[int, weakref.WeakSet[_Held]] = {}
         """What waits where it is, by its memory."""
+        self._ahead: weakref.WeakSet[Stashed] = weakref.WeakSet()
+        """What is on its way back."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
         with torch._C.DisableTorchFunction(), torch.no_grad():
@@ -134,6 +141,11 @@ class Stash:
     def spill(self, device: Device) -> bool:
         """Memory of the device is short: what waits there waits on the host from now on. Returns whether there was any."""
         found = False
+        for stashed in list(self._ahead):
+            if stashed.device is device:  # it comes when it is asked for
+                found |= stashed.back is not None
+                stashed.back = None
+                self._ahead.discard(stashed)
         with torch._C.DisableTorchFunction():
             for held in [held for group in self._held.values() for held in group]:
                 value = held.value
@@ -152,22 +164,24 @@ class Stash:
         if isinstance(held, WeightReference):
             return self._restore(held)
         assert isinstance(held, Stashed)
-        arrival = held.back or self._bring(held)
-        held.back = None
+        arrival, held.back = held.back, None
+        if arrival is None:
+            arrival = self._with_room(held.device, lambda: self._bring(held))
         return arrival.take().expand(held.shape)
 
     def bring_back(self, segment: Segment) -> None:
         """The segment's backward will come: let what it has stashed set out for the device."""
         stash, segment.stash = segment.stash, []
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction(), torch.no_grad(), contextlib.suppress(*OUT_OF_MEMORY):
             for reference in reversed(stash):  # backward asks for the last one first
                 if (stashed := reference()) is not None:
                     stashed.back = self._bring(stashed)
+                    self._ahead.add(stashed)
 
     def _bring(self, stashed: Stashed) -> Arrival:
         device, host = stashed.device, stashed.host
-        self._counters.stash_in_bytes += host.nbytes
         result = torch.empty_strided(host.shape, stashed.stride, dtype=host.dtype, device=device.torch_device)
+        self._counters.stash_in_bytes += host.nbytes
         # The memory of `result` may have been in use by compute, and the host copy may still be on its way out.
         device.wait(Lane.STASH_IN, device.record(Lane.COMPUTE))
         device.wait(Lane.STASH_IN, stashed.left)

@@ -29,7 +29,7 @@ from harmony_lightning.runtime.weights.narrow import Watch, WeightUses
 from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:
-    from harmony_lightning.runtime.meter import Holding, Meter
+    from harmony_lightning.runtime.meter import Holding, Meter, VisitPeaks
 
 Result = TypeVar("Result")
 
@@ -84,6 +84,7 @@ class RuntimeState:
             lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
         )
         self.gradients = self.weights.gradients
+        self.gradients.with_room = self.with_room
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
@@ -98,6 +99,8 @@ class RuntimeState:
         """Gradients of weights that user code has asked for, on the host, while it does."""
         self.meter: Meter | None = None
         """Of the running step, if it is measured."""
+        self.peaks: VisitPeaks | None = None
+        """The same, and of one in which something stays that is watched."""
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
         """By device: what layers keep from forward to backward."""
         self.has_lacked_memory = False
@@ -138,7 +141,8 @@ class RuntimeState:
     def send(self, tensor: torch.Tensor, source: Device, target: Device, ready: Event | None = None) -> Arrival:
         """Copy a tensor from device to device; `ready`: when it is computed, None for now."""
         self.counters.p2p_bytes += tensor.nbytes
-        return send(tensor, source, target, self.departures, ready, self.landings)
+        departures, landings = self.departures, self.landings
+        return self.with_room(target, lambda: send(tensor, source, target, departures, ready, landings))
 
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
@@ -295,6 +299,8 @@ class RuntimeState:
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
+        found |= self.landings.give_back(device)
+        found |= self.departures.release(device)
         self.has_lacked_memory |= found
         return found
 

@@ -92,10 +92,7 @@ class TrainingStep:
         if factor != self._factor:
             self._rescale(factor / self._factor)
         if state.holding is not None:  # from here on, what waits goes
-            state.holding.is_over = True
             state.holding = None
-        if state.meter is not None:
-            state.meter.turn_back()
         state.gradients.begin()
         state.weights.begin_updates(on_device)
         for pack in reversed(range(len(state.plan.packs))):

@@ -101,11 +101,17 @@ class Departures:
 
     def let_go(self) -> None:
         """Hold nothing any more."""
-        for device, lanes in zip(self._devices, self._turns, strict=True):
-            for turns in lanes.values():
-                while turns:
-                    self._free(device, turns.popleft())
-            lanes.clear()
+        for device in self._devices:
+            self.release(device)
+
+    def release(self, device: Device) -> bool:
+        """Hold nothing of a device any more. Returns whether there was anything."""
+        lanes = self._turns[device.index]
+        turns = [turn for of_lane in lanes.values() for turn in of_lane]
+        lanes.clear()
+        for turn in turns:
+            self._free(device, turn)
+        return bool(turns)
 
     @staticmethod
     def _free(device: Device, turn: _Turn) -> None:
@@ -158,6 +164,11 @@ class Landings:
         if tensor.nbytes <= self._limit_nbytes:
             self._last[device.index] = _kind(found[0])
         return found
+
+    def give_back(self, device: Device) -> bool:
+        """Memory of the device is short. Returns whether there was anything."""
+        self._last.pop(device.index, None)
+        return self._ready.pop(device.index, None) is not None
 
     def let_go(self) -> None:
         """Set nothing aside any more."""

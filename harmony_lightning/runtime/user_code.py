@@ -48,6 +48,7 @@ class UserCode:
             state.glue.restore,
             state.counters,
             state.departures,
+            state.with_room,
             self._weigh,
             self._note_stay,
         )

@@ -102,6 +102,11 @@ class Costs:
         weights as they are made are part of it."""
         return max(self._working(direction, size)[span[0] : span[1] + 1])
 
+    def device_seconds(self, nbytes: float) -> float:
+        """That a device reads and writes so many bytes of its own memory; 0 where nobody has told how fast that is."""
+        rate = self.machine.gpu_memory_bytes_per_second
+        return nbytes / rate if rate else 0.0
+
     def update_seconds(self, span: Span) -> float:
         return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]
 

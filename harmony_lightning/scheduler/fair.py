@@ -133,7 +133,7 @@ class _Shares:
             return ("memory", -1), ("out", device), ("uplink out", -1)
         if task.kind == Kind.UPDATE:
             return (("memory", -1),)
-        if task.kind in _PEER:
+        if task.kind in _PEER and len(task.lanes) > 1:
             other = task.lanes[-1] // NUM_LANES
             if not self._machine.peers_by_host:
                 return ("peer out", device), ("peer in", other)

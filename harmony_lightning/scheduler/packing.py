@@ -82,8 +82,8 @@ def make_plan(
         num_microbatches: of one minibatch.
         microbatches_per_forward: in one call of a layer.
         stash: where layer inputs wait.
-        update: where packs are updated; on the host, too, if the device has no room for that. first: the first pack on its
-            device, all others on the host.
+        update: where packs are updated; on the host, too, if the device has no room for that. first: the first pack of each
+            device there, all others on the host.
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
         together: names of layers that take turns in a loop and so belong in one pack.
@@ -124,11 +124,14 @@ def make_plan(
         dealt=(len(packs) - 1,) if mode == "mixed" and num_devices > 1 else (),
     )
     if update == "first":
-        return _with_first_on_device(plan, decomposition)
+        return with_first_on_devices(plan, decomposition)
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
-def pack_of_layers(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
+def pack_of_layers(
+    decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False, stays: bool = False
+) -> Pack:
+    """`is_updated_there`: a device updates it, where it `stays` or not."""
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
@@ -137,8 +140,9 @@ def pack_of_layers(decomposition: Decomposition, layers: Group, *, is_updated_th
     states = [nbytes for weight in trainable if weight.name not in tied for nbytes in weight.state_nbytes]
     is_updated_there &= any(weight.name not in tied for weight in trainable)
     # In a slot a weight has one type: it is narrow if it is for all layers of the pack that have it, and what a device
-    # updates is a master.
-    wide = {name for layer in layers for name in layer.weights if name not in layer.narrow or is_updated_there}
+    # updates is a master, which comes and leaves if it does not stay.
+    is_wide = is_updated_there and not stays
+    wide = {name for layer in layers for name in layer.weights if name not in layer.narrow or is_wide}
     sizes = [weight.nbytes if weight.name in wide else weight.nbytes // 2 for weight in weights]
     return Pack(
         layers=tuple(layer.name for layer in layers),
@@ -207,27 +211,35 @@ def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
     return tuple(sorted(staying))
 
 
-def _with_first_on_device(plan: Plan, decomposition: Decomposition) -> Plan:
-    """The plan with its first pack updated where it is, and staying there, if `ARENA_SHARE` has room for that."""
-    names = plan.packs[0].layers
-    layers = tuple(layer for layer in decomposition.layers if layer.name in names)
-    first = pack_of_layers(decomposition, layers, is_updated_there=True)
-    if first.update == "host":
-        log.info("harmony: the first pack has no weights of its own that train, and is updated on the host")
-        return plan
-    wider = replace(plan, packs=(first, *plan.packs[1:]), updates_stay=(0,))
-    largest_weight = max(w.nbytes for w in decomposition.weights if w.name in first.parameters)
-    nbytes = wider.arena_nbytes() + STEP_TEMPORARIES * largest_weight
-    if nbytes > ARENA_SHARE * plan.memory_bytes:
-        log.info(
-            "harmony: the first pack is updated on the host: on its device slots would take %s, each has %s, of which "
-            "%.0f %% are for activations",
-            format_nbytes(nbytes),
-            format_nbytes(plan.memory_bytes),
-            100 * (1 - ARENA_SHARE),
-        )
-        return plan
-    return wider
+def with_first_on_devices(plan: Plan, decomposition: Decomposition, share: float = ARENA_SHARE) -> Plan:
+    """The plan with the first pack of each device updated where it is, and staying there: of those that have weights of
+    their own, as many as slots have room for in a share of the memory."""
+    for index in range(min(plan.num_devices, len(plan.packs)) if plan.mode == "pp" else 1):
+        names = plan.packs[index].layers
+        layers = tuple(layer for layer in decomposition.layers if layer.name in names)
+        stays = len(plan.devices_of(index)) == 1
+        pack = pack_of_layers(decomposition, layers, is_updated_there=True, stays=stays)
+        if pack.update == "host" or (index > 0 and not stays):
+            log.info(
+                "harmony: pack %d has no weights of its own to be updated there, and is updated on the host", index
+            )
+            continue
+        packs = (*plan.packs[:index], pack, *plan.packs[index + 1 :])
+        wider = replace(plan, packs=packs, updates_stay=(*plan.updates_stay, index))
+        largest_weight = max(w.nbytes for w in decomposition.weights if w.name in pack.parameters)
+        nbytes = wider.arena_nbytes() + STEP_TEMPORARIES * largest_weight
+        if nbytes > share * plan.memory_bytes:
+            log.info(
+                "harmony: pack %d is updated on the host: on its device slots would take %s, each has %s, of which "
+                "%.0f %% are for activations",
+                index,
+                format_nbytes(nbytes),
+                format_nbytes(plan.memory_bytes),
+                100 * (1 - share),
+            )
+            continue
+        plan = wider
+    return plan
 
 
 def _limit(

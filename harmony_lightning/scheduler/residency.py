@@ -8,14 +8,19 @@
 In this order, as far as they fit: where one does not, its device takes no more. So with more memory the same ones stay and
 others beside them, and neither copies nor recomputes ever increase.
 
-Weights occupy their device all the time, stashes and activations from the forward of their pack to its backward. So the
-most that a device holds is the largest, over all visits, of what was measured then and what stays then.
+Weights occupy their device all the time, stashes and activations from the first visit to their pack to the last. So the
+most that a device holds is the largest, over all visits, of what was measured then and what stays then. That counts a
+little twice: of a stash that was on its way out, and of activations that were made again, some microbatches' were there
+when the step was measured. Where a step has been seen in which something stayed, it is that step that counts, for plans by
+which no less does.
 """
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+import itertools
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 
-from harmony_lightning.plan import Plan, Usage
+from harmony_lightning.plan import Held, Plan, Seen, Usage, VisitPeak
 
 HEADROOM = 1 / 32
 """Share of the memory that is left free: allocators lose some, and steps of one size differ a little."""
@@ -32,10 +37,13 @@ def let_stay(plan: Plan, usage: Usage, grown: Sequence[int] = (), *, moves_stash
     """
     memory = [int(plan.memory_bytes * (1 - HEADROOM)) - extra for extra in grown or [0] * plan.num_devices]
     best, full = plan, set[int]()
+    if (seen := usage.seen) is not None:
+        as_seen = dataclasses.replace(plan, resident=seen.resident, stash_stays=seen.stash_stays, keep=seen.keep)
+        if not any(found > most for found, most in zip(peaks(as_seen, usage, plan), memory, strict=True)):
+            best = as_seen
     for candidate in _candidates(plan, usage, moves_stash):
-        pack = candidate.pack
-        devices = set(plan.devices_of(pack))
-        if not devices.isdisjoint(full):
+        devices = set(plan.devices_of(candidate.pack))
+        if not devices.isdisjoint(full) or candidate.is_part_of(best):
             continue
         wider = candidate.added_to(best)
         found = peaks(wider, usage, plan)
@@ -43,7 +51,8 @@ def let_stay(plan: Plan, usage: Usage, grown: Sequence[int] = (), *, moves_stash
             full |= too_small
         else:
             best = wider
-    return dataclasses.replace(best, peak_bytes=tuple(peaks(best, usage, plan)))
+    found = peaks(best, usage, plan)
+    return dataclasses.replace(best, peak_bytes=tuple(map(sum, zip(found, grown or [0] * len(found), strict=True))))
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +62,11 @@ class _Candidate:
     pack: int
     layer: str | None = None
     is_weights: bool = False
+
+    def is_part_of(self, plan: Plan) -> bool:
+        if self.layer is not None:
+            return self.layer in plan.keep
+        return self.pack in (plan.resident if self.is_weights else plan.stash_stays)
 
     def added_to(self, plan: Plan) -> Plan:
         if self.layer is not None:
@@ -86,15 +100,42 @@ def _candidates(plan: Plan, usage: Usage, moves_stash: bool) -> Iterator[_Candid
 
 def peaks(plan: Plan, usage: Usage, measured: Plan) -> list[int]:
     """The most that each device holds in a step like the measured one."""
-    pack_of = {layer: index for index, pack in enumerate(plan.packs) for layer in pack.layers}
-    kept = set(plan.keep) - set(measured.keep)
-    # By device and pack: what waits from its forward on.
-    waits = [[0] * len(plan.packs) for _ in range(plan.num_devices)]
-    for held in usage.held:
-        holders = [p for p in held.stashes if p in plan.stash_stays] + [pack_of[n] for n in held.layers if n in kept]
-        for device, nbytes in enumerate(held.nbytes if holders else ()):
-            waits[device][min(holders)] += nbytes
-    return [
-        plan.slots_nbytes(device) + max(visit.nbytes[device] + sum(waiting[: visit.pack + 1]) for visit in usage.visits)
-        for device, waiting in enumerate(waits)
-    ]
+    devices = range(plan.num_devices)
+    now = _holders(plan, usage.held, measured)
+    found = [_most(usage.visits, _waiting(usage.visits, usage.held, now, device), device) for device in devices]
+    if usage.seen is not None:
+        visits, then = usage.seen.visits, _holders(usage.seen, usage.held, measured)
+        for device in devices:
+            waits = _waiting(visits, usage.held, now, device)
+            waited = _waiting(visits, usage.held, then, device)
+            most = _most(visits, map(operator.sub, waits, waited), device)
+            leaves = any(not a <= b for one, a, b in zip(usage.held, then, now, strict=True) if one.nbytes[device])
+            found[device] = max(most, found[device]) if leaves else most
+    return [plan.slots_nbytes(device) + most for device, most in enumerate(found)]
+
+
+def _holders(plan: Plan | Seen, held: Sequence[Held], measured: Plan) -> list[set[int]]:
+    """The packs for which each of these waits."""
+    pack_of = {layer: index for index, pack in enumerate(measured.packs) for layer in pack.layers}
+    kept, stays = set(plan.keep) - set(measured.keep), set(plan.stash_stays)
+    return [stays.intersection(one.stashes) | {pack_of[name] for name in kept.intersection(one.layers)} for one in held]
+
+
+def _waiting(
+    visits: Sequence[VisitPeak], held: Sequence[Held], holders: Sequence[set[int]], device: int
+) -> Iterator[int]:
+    """Bytes that wait on a device during each visit: from the first one to a pack that holds them to the last."""
+    first: dict[int, int] = {}
+    last = {visit.pack: turn for turn, visit in enumerate(visits)}
+    for turn, visit in enumerate(visits):
+        first.setdefault(visit.pack, turn)
+    changes = [0] * (len(visits) + 1)
+    for one, packs in zip(held, holders, strict=True):
+        if one.nbytes[device] and (visited := packs & last.keys()):
+            changes[min(first[pack] for pack in visited)] += one.nbytes[device]
+            changes[max(last[pack] for pack in visited) + 1] -= one.nbytes[device]
+    return itertools.accumulate(changes[:-1])
+
+
+def _most(visits: Sequence[VisitPeak], waits: Iterable[int], device: int) -> int:
+    return max(visit.nbytes[device] + more for visit, more in zip(visits, waits, strict=True))

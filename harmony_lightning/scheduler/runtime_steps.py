@@ -4,21 +4,23 @@ What differs from what a schedule could ask for (`own.py`): packs and microbatch
 on the same device both ways; every layer recomputes by itself, but for the very last one, which keeps its activations; each
 copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
-The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits in one place: when
-the gradients of too many packs are on the host.
+The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits in two places: when
+the gradients of too many packs are on the host, and for the update of a pack that it is about to use.
 """
 
+import functools
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
-from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
+from harmony_lightning.scheduler.runtime_slots import GradientSlots, Point, WeightSlots
+from harmony_lightning.scheduler.sized_plan import sized_plan
 
 _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
@@ -29,61 +31,63 @@ _NUM_STEPS = 4
 
 
 @dataclass(slots=True, eq=False)
-class _Slot:
-    owner: int | None = None
-    """The resident pack that it is for; None if packs share it."""
-    pack: int | None = None
-    good: int | None = None
-    """The pack whose weights are here and good, though it has been left."""
-    released: Event = None
-    """Behind the last computation with what lay here."""
+class _Departing:
+    """Copies that read a device's memory, enqueued since another microbatch came to the device."""
+
+    number: int
+    nbytes: float = 0.0
+    ends: list[Event] = field(default_factory=list)
 
 
 @dataclass(slots=True, eq=False)
 class _Device:
-    slots: list[_Slot]
+    weights: WeightSlots
+    gradients: GradientSlots
     computed: Event = None
     """Behind all computations that were enqueued."""
     awaited: list[Event] = field(default_factory=list)
     """What the next computation waits for."""
-    departing: "deque[tuple[list[Event], list[Event]]]" = field(default_factory=lambda: deque([([], [])]))
-    """By microbatch: copies to the host, and to other devices, that still read the device's memory."""
-    gradient_slots: "deque[Event]" = field(default_factory=deque)
-    """When what was in each free one has left; used least recently first."""
-    arrived: dict[int, Event] = field(default_factory=dict)
-    """By pack in a slot: its weights are there."""
+    turn: int = 0
+    to_host: "deque[_Departing]" = field(default_factory=deque)
+    to_peers: "deque[_Departing]" = field(default_factory=deque)
+    landing: tuple[float, Point] | None = None
+    """Memory that is set aside for what comes next from another device: bytes, and when it is free."""
+    landed_nbytes: float | None = None
+    """What came last from another device."""
 
-
-def check_for_runtime(schedule: Schedule) -> None:
-    """Raises ConfigurationError if the runtime cannot carry the schedule out."""
-    if schedule.packs_forward != schedule.packs_backward[:-1]:
-        raise ConfigurationError("the runtime carries out plans whose packs are the same forward and backward")
-    if schedule.microbatch_forward != schedule.microbatch_backward:
-        raise ConfigurationError("the runtime carries out plans with one microbatch size")
-
-
-def num_gradient_buffers(schedule: Schedule) -> int:
-    """As in `Plan`."""
-    return schedule.num_active_devices + 3 + len(schedule.packs_backward) // 4
+    def now(self) -> Point:
+        """Behind all that compute was given so far."""
+        return (self.computed, *self.awaited)
 
 
 class RuntimeSteps:
     """Tells one step after another to a listener."""
 
     def __init__(self, schedule: Schedule, costs: Costs, listener: Listener) -> None:
-        check_for_runtime(schedule)
         self.schedule, self.costs = schedule, costs
         self.run, self.run_on_both = listener.run, listener.run_on_both
+        plan = self.plan = sized_plan(schedule, costs)
         self.packs = schedule.packs_backward
         self.sizes = split(schedule.minibatch, schedule.microbatch_backward)
-        self.is_pp = schedule.mode == "pp"
-        num_devices = schedule.num_devices
-        active = min(num_devices, len(self.packs) if self.is_pp else len(self.sizes))
+        count, num_devices = len(self.sizes), schedule.num_devices
+        dealt = tuple(m % num_devices for m in range(count))
+        self.places = [dealt if plan.is_dealt(p) else (p % num_devices,) * count for p in range(len(self.packs))]
+        """By pack and microbatch, the device."""
+        self.visitors = [sorted(set(places)) for places in self.places]
+        self.goes_back = [costs.profile.glue_bytes > 0] * len(self.packs)
+        """Whether gradients go through a pack."""
+        for p, pack in enumerate(plan.packs):
+            self.goes_back[p] |= pack.trainable_nbytes > 0 or (p > 0 and self.goes_back[p - 1])
+        self._following = _following(self.visitors)
+        self._followed = _following(self.visitors[::-1])
+        active = len({d for visitors in self.visitors for d in visitors})
         self.host_share = costs.machine.host_share(active)
-        self.devices = [
-            _Device(self._make_slots(d), gradient_slots=deque[Event]([None] * (1 + schedule.prefetch)))
-            for d in range(num_devices)
-        ]
+        self._num_buffers = plan.num_gradient_buffers
+        self.devices: list[_Device] = []
+        for d in range(num_devices):
+            now = functools.partial(self._now, d)
+            weights = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, now)
+            self.devices.append(_Device(weights, GradientSlots(plan, d)))
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
@@ -99,223 +103,220 @@ class RuntimeSteps:
         self._turn = 0
         self.travelling_nbytes = costs.machine.memory_bytes // 16 if schedule.prefetch else 0
 
-    def _make_slots(self, d: int) -> list[_Slot]:
-        here = range(d, len(self.packs), self.schedule.num_devices) if self.is_pp else range(len(self.packs))
-        own = [_Slot(owner=pack) for pack in here if pack in self.schedule.resident]
-        return own + [_Slot() for _ in range(min(1 + self.schedule.prefetch, len(here) - len(own)))]
-
-    def device(self, pack: int, microbatch: int) -> int:
-        return (pack if self.is_pp else microbatch) % self.schedule.num_devices
-
     def step(self) -> None:
         """Tell the next step."""
         last, count = len(self.packs) - 1, len(self.sizes)
-        for d in range(min(self.schedule.num_devices, last + 1 if self.is_pp else count)):
-            self._load(d, d if self.is_pp else 0)
-        self.outputs: list[Event] = [None] * count
+        for d, device in enumerate(self.devices):
+            first = next((p for p, visitors in enumerate(self.visitors) if d in visitors), None)
+            if first is not None:
+                device.weights.prefetch(first)
+        self.outputs: list[Point] = [()] * count
         """By microbatch: its output is computed."""
         self.gradients: list[Event] = [None] * count
         """By microbatch: the gradient of the next pack's input has arrived."""
         self.stashed: dict[tuple[int, int], Event] = {}
+        self._brought: dict[tuple[int, int, bool], Event] = {}
+        """By pack and microbatch: the stash of the last layer is back, and those of the others."""
         for pack in range(last + 1):
             self._forward(pack)
-        self._ahead: dict[tuple[int, int], Event] = {}
-        order = [(pack, m) for pack in range(last - 1, -1, -1) for m in range(count)]
-        self._following: dict[tuple[int, int], tuple[int, int]] = {}
-        latest: dict[int, tuple[int, int]] = {}
         self._send(last)
-        self._leave(last, self._visitors(last))
-        for visit in order if self.schedule.prefetch else ():
-            d = self.device(*visit)
-            if d in latest:
-                self._following[latest[d]] = visit
-            else:
-                self._bring_stash(visit)
-            latest[d] = visit
+        for d in self.visitors[last]:
+            self.devices[d].weights.release(last)
+        self._look_ahead([(p, m) for p in range(last - 1, -1, -1) if self.goes_back[p] for m in range(count)])
         for pack in range(last - 1, -1, -1):
-            self._backward(pack)
+            if self.goes_back[pack]:
+                self._backward(pack)
         for device in self.devices:
-            for slot in device.slots:
-                if slot.pack is not None:
-                    slot.pack, slot.released = None, device.computed
-                slot.good = None
-            self._let_go(device, 0)
+            device.weights.end_step(lambda pack: self.plan.packs[pack].trainable_nbytes > 0)
+            for departing in (*device.to_host, *device.to_peers):
+                device.awaited += departing.ends
+            device.to_host.clear()
+            device.to_peers.clear()
+            device.landing = device.landed_nbytes = None
 
     # Visits -----------------------------------------------------------------------------------------------------------
 
-    def _visitors(self, pack: int) -> list[int]:
-        if self.is_pp:
-            return [pack % self.schedule.num_devices]
-        return list(range(min(self.schedule.num_devices, len(self.sizes))))
-
     def _forward(self, pack: int) -> None:
-        last = len(self.packs) - 1
-        is_fused, turn = pack == last, self._next_turn()
-        upcoming = {d: self._next(pack, 1) for d in self._visitors(pack)}
-        crosses = self.is_pp and pack > 0 and self.schedule.num_devices > 1
-        sent: list[Event] = []
-        entering = [self.costs.input_bytes(size, self.packs[pack][0]) for size in self.sizes]
-        for m, size in enumerate(self.sizes):
-            d = self.device(pack, m)
-            device = self.devices[d]
-            while crosses and len(sent) < len(self.sizes):  # as `runtime.microbatch.sending_ahead`
-                n = len(sent)
-                if n > m + self.schedule.prefetch and sum(entering[m : n + 1]) > self.travelling_nbytes:
-                    break
-                sent.append(self._peer(turn, Kind.OUTPUT_PEER, pack - 1, pack, n, self.outputs[n]))
-            self._let_go(device, _TURNS_HELD)
+        is_fused, turn = pack == len(self.packs) - 1, self._next_turn()
+        upcoming = dict(self._following[pack])
+        for m, arrived in self._sending_ahead(pack, turn):
+            d, size = self.places[pack][m], self.sizes[m]
+            self._begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
-            seconds = self.costs.forward_seconds(size, self.packs[pack])
-            done = self._compute(d, seconds, Kind.FORWARD, turn, m, sent[m] if crosses else None, weights)
-            if len(self.starts) == self._steps and pack == 0 and m == 0:
+            done = self._compute(
+                d, self.costs.forward_seconds(size, self.packs[pack]), Kind.FORWARD, turn, m, arrived, weights
+            )
+            if pack == m == 0:
                 self.starts.append(done)
-            self.outputs[m] = done
+            self.outputs[m] = self.devices[d].now()
             if is_fused:
-                self._let_go(device, _TURNS_HELD)
-                self._fused_backward(pack, turn, m, size)
-            elif self.schedule.stash == "host" and pack not in self.schedule.stash_stays:
+                self._begin_turn(d)
+                self._compute_backward(pack, turn, m)
+            elif self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays:
                 nbytes = self.costs.stash_bytes(size, self.packs[pack])
                 left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
                 self.stashed[pack, m] = left
-                device.departing[-1][0].append(left)
-        self._leave(pack, [d for d, following in upcoming.items() if following is not None])
+                self._hold(self.devices[d].to_host, d, nbytes, left)
+        self._leave(pack, self._following[pack])
 
-    def _fused_backward(self, pack: int, turn: int, m: int, size: int) -> None:
-        d = self.device(pack, m)
-        slot = self.devices[d].gradient_slots.popleft() if m < len(self._visitors(pack)) else None
-        self._compute(d, self._backward_seconds(size, pack), Kind.BACKWARD, turn, m, slot)
-        self._hand_back(pack, turn, m)
+    def _sending_ahead(self, pack: int, turn: int) -> Iterator[tuple[int, Event]]:
+        """Microbatches, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
+        count, entering = len(self.sizes), [self.costs.input_bytes(size, self.packs[pack][0]) for size in self.sizes]
+        arrived: list[Event] = []
+        travelling = 0.0
+        for m in range(count):
+            while pack and len(arrived) < count:
+                n = len(arrived)
+                if n > m + self.schedule.prefetch and travelling + entering[n] > self.travelling_nbytes:
+                    break
+                source, target = self.places[pack - 1][n], self.places[pack][n]
+                ready = self.outputs[n]
+                is_sent = source != target
+                arrived.append(
+                    self._peer(turn, Kind.OUTPUT_PEER, source, target, n, entering[n], ready) if is_sent else None
+                )
+                travelling += entering[n]
+            travelling -= entering[m]
+            yield m, arrived[m] if pack else None
 
-    def _sum_backward_seconds(self, size: int, pack: int) -> float:
+    def _backward(self, pack: int) -> None:
+        turn = self._next_turn()
+        back = len(self.packs) - 1 - pack
+        following = {d: len(self.packs) - 1 - p for d, p in self._followed[back].items()}
+        following = {d: p for d, p in following.items() if self.goes_back[p]}
+        upcoming = dict(following)
+        for m in range(len(self.sizes)):
+            d = self.places[pack][m]
+            ahead = self._ahead.pop((pack, m), None)
+            if ahead is not None:
+                self._bring_back(ahead)
+            elif not self.schedule.prefetch:
+                self._bring_stash(pack, m, is_first=True)
+            self._begin_turn(d)
+            weights = self._acquire(d, pack, upcoming)
+            self._compute_backward(pack, turn, m, self.gradients[m], weights)
+        self._send(pack)
+        self._leave(pack, following)
+
+    def _compute_backward(self, pack: int, turn: int, m: int, *after: Event) -> None:
+        """And the gradient of its input goes to where that was computed."""
+        d, (first, last), size = self.places[pack][m], self.packs[pack], self.sizes[m]
+        device = self.devices[d]
+        seconds = self._backward_seconds(size, (first, last))
+        left = device.gradients.enter(pack) if m < len(self.visitors[pack]) else ()
+        if left or (first < last and (pack, m) in self.stashed):
+            # The last layer waits for its own stash alone, and has made its gradients before they need others' place.
+            begin = min(seconds, self._backward_seconds(size, (last, last)))
+            self._compute(d, begin, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, True), None))
+            self._bring_stash(pack, m, is_first=False)
+            seconds, after = seconds - begin, left
+        else:
+            after = (*after, self._brought.pop((pack, m, True), None))
+        self._compute(d, seconds, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, False), None))
+        if pack == 0 or not self.goes_back[pack - 1]:
+            return
+        source, target = d, self.places[pack - 1][m]
+        self.gradients[m] = device.computed
+        if source != target:
+            nbytes = self.costs.input_bytes(size, first)
+            self.gradients[m] = self._peer(turn, Kind.GRADIENT_PEER, source, target, m, nbytes, device.now())
+
+    def _sum_backward_seconds(self, size: int, span: tuple[int, int]) -> float:
         """Recompute included, but for layers that keep their activations."""
-        span = self.packs[pack]
         seconds = self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
         kept = (layer for layer in range(span[0], span[1] + 1) if layer in self._kept)
         return max(0.0, seconds - sum(self.costs.recompute_seconds(size, (layer, layer)) for layer in kept))
 
-    def _hand_back(self, pack: int, turn: int, m: int) -> None:
-        """The gradient of a pack's input goes to where that was computed."""
-        if pack == 0:
-            return
-        done = self.devices[self.device(pack, m)].computed
-        if self.is_pp and self.schedule.num_devices > 1:
-            done = self._peer(turn, Kind.GRADIENT_PEER, pack, pack - 1, m, done)
-        self.gradients[m] = done
-
-    def _backward(self, pack: int) -> None:
-        turn = self._next_turn()
-        upcoming = {d: self._next(pack, -1) for d in self._visitors(pack)}
-        fresh = set(self._visitors(pack))
-        for m, size in enumerate(self.sizes):
-            d = self.device(pack, m)
-            following = self._following.get((pack, m))
-            if following is not None:
-                self._bring_stash(following)
-            elif not self.schedule.prefetch:
-                self._bring_stash((pack, m))
-            self._let_go(self.devices[d], _TURNS_HELD)
-            weights = self._acquire(d, pack, upcoming)
-            slot = self.devices[d].gradient_slots.popleft() if d in fresh else None
-            fresh.discard(d)
-            seconds = self._backward_seconds(size, pack)
-            stash = self._ahead.pop((pack, m), None)
-            self._compute(d, seconds, Kind.BACKWARD, turn, m, self.gradients[m], stash, weights, slot)
-            self._hand_back(pack, turn, m)
-        self._leave(pack, [d for d, following in upcoming.items() if following is not None])
-        self._send(pack)
-
-    def _leave(self, pack: int, devices: Iterable[int]) -> None:
-        for d in devices:
-            for slot in self.devices[d].slots:
-                if slot.pack == pack:
-                    slot.pack, slot.good, slot.released = None, pack, self.devices[d].computed
-
-    def _next(self, pack: int, way: int) -> int | None:
-        """The pack that follows on the same device; None behind the last one."""
-        following = pack + way * (self.schedule.num_devices if self.is_pp else 1)
-        return following if 0 <= following < len(self.packs) else None
+    def _look_ahead(self, order: Sequence[tuple[int, int]]) -> None:
+        """Of visits in backward: which others' stashes set out when they begin; those of the first ones do at once."""
+        self._ahead: dict[tuple[int, int], tuple[int, int]] = {}
+        latest: dict[int, tuple[int, int]] = {}
+        for visit in order if self.schedule.prefetch else ():
+            d = self.places[visit[0]][visit[1]]
+            if d in latest:
+                self._ahead[latest[d]] = visit
+            else:
+                self._bring_back(visit)
+            latest[d] = visit
 
     def _next_turn(self) -> int:
         self._turn += 1
         return self._turn - 1
 
-    @property
-    def _steps(self) -> int:
-        return (self._turn - 1) // (2 * len(self.packs) - 1)
-
     # Weights and gradients --------------------------------------------------------------------------------------------
 
-    def _acquire(self, d: int, pack: int, upcoming: dict[int, int | None]) -> Event:
-        device = self.devices[d]
-        self._load(d, pack)
-        following = upcoming[d]
-        if following is not None and any(slot.pack is None for slot in self._slots_for(d, following)):
-            self._load(d, following)
-        return device.arrived.get(pack)
+    def _acquire(self, d: int, pack: int, upcoming: dict[int, int]) -> Event:
+        weights = self.devices[d].weights
+        arrived = weights.acquire(pack)
+        following = upcoming.pop(d, None)
+        if following is not None:
+            weights.prefetch(following)
+        return arrived
 
-    def _slots_for(self, d: int, pack: int) -> list[_Slot]:
-        owner = pack if pack in self.schedule.resident else None
-        return [slot for slot in self.devices[d].slots if slot.owner == owner]
+    def _leave(self, pack: int, following: dict[int, int]) -> None:
+        for d in following:
+            self.devices[d].weights.release(pack)
 
-    def _load(self, d: int, pack: int) -> None:
-        device = self.devices[d]
-        slots = self._slots_for(d, pack)
-        if any(slot.pack == pack for slot in slots):
-            return
-        free = [slot for slot in slots if slot.pack is None]
-        for kept in free:
-            if kept.good == pack:
-                kept.pack, kept.good = pack, None
-                return
-        slot = min(free, key=lambda slot: slot.good is not None, default=None)
-        if slot is None:
-            slot = slots[0]
-            slot.released = device.computed
-        waits = (slot.released, self.updated[pack], self.controller)
-        slot.pack, slot.good, slot.released = pack, None, None
+    def _swap_in(self, d: int, pack: int, released: Point) -> Event:
         nbytes = self.costs.weight_bytes(self.packs[pack])
-        arrived = self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
-        device.arrived[pack] = arrived
+        waits = (*released, self.updated[pack], self.controller)
+        return self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
+
+    def _finish(self, pack: int) -> None:
+        """A swap-in must have been enqueued, which is done behind the last update of the weights."""
+        if self.updated[pack] is not None:
+            self._wait(self.updated[pack])
+
+    def _wait(self, event: Event) -> None:
+        """The controller does."""
+        self.controller = self.run(int(Lane.CONTROLLER), 0.0, Kind.WAIT, self._turn, 0, 0, event)
 
     def _send(self, pack: int) -> None:
         """Gradients go to the host, and the weights are stepped there."""
         turn, span = self._turn - 1, self.packs[pack]
-        home, *others = self._visitors(pack)
+        home, *others = self.visitors[pack]
         nbytes = self.costs.gradient_bytes(span)
-        for d in others:
-            self.devices[d].gradient_slots.append(None)
-        for d in others:  # added up on the first device, and the controller waits for each
+        if not nbytes:
+            return
+        for d in others:  # added up on the first device
             seconds = nbytes / self.costs.machine.peer_bytes_per_second
             lanes = (NUM_LANES * d + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
-            waits = (self.devices[d].computed, self.devices[home].computed, self.controller)
+            waits = (*self.devices[d].now(), *self.devices[home].now(), self.controller)
             done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *waits)
-            self.devices[d].computed = self.devices[home].computed = self.controller = done
-        if not nbytes:
-            self.devices[home].gradient_slots.append(None)
-            return
-        buffer_nbytes = self._take_buffer(nbytes)
-        ready = self.devices[home].computed
-        left = self._host_copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, ready, self.controller)
-        self.devices[home].gradient_slots.append(left)
-        seconds = self.costs.update_seconds(span)
+            for end in (d, home):
+                self.devices[end].computed, self.devices[end].awaited = done, []
+            self._compute(home, self.costs.device_seconds(3 * nbytes), Kind.ALL_REDUCE, turn, 0)
+        left = self._swap_out(home, turn, pack, nbytes)
         touched = _UPDATE_ACCESSES * nbytes
+        seconds = self.costs.update_seconds(span)
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 0 if pack >= num_gradient_buffers(self.schedule) else 1 + pack))
+        self.updates.append((updated, 1 + pack))
         self.updated[pack] = updated
-        self.on_host.append((buffer_nbytes, self.updated[pack]))
+        self.on_host.append((self._buffer_nbytes, updated))
+
+    def _swap_out(self, d: int, turn: int, pack: int, nbytes: float) -> Event:
+        """Gradients leave for a buffer of the host."""
+        self._buffer_nbytes = self._take_buffer(nbytes)
+        waits = (*self.devices[d].now(), self.controller)
+        left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
+        self.devices[d].gradients.leave(pack, left)
+        return left
 
     def _take_buffer(self, nbytes: float) -> float:
         """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        if len(self.on_host) >= num_gradient_buffers(self.schedule):
+        if len(self.on_host) >= self._num_buffers:
             self.dealt_with.append(self.on_host.popleft())
         for index, (size, free) in enumerate(self.dealt_with):
             if nbytes <= size <= 2 * nbytes:
                 del self.dealt_with[index]
-                self.controller = free
+                self._wait(free)
                 return size
         return nbytes
 
     # Computations and copies ------------------------------------------------------------------------------------------
+
+    def _now(self, d: int) -> Point:
+        return self.devices[d].now()
 
     def _compute(self, d: int, seconds: float, kind: Kind, turn: int, m: int, *after: Event) -> Event:
         device = self.devices[d]
@@ -324,43 +325,76 @@ class RuntimeSteps:
         device.computed = self.run(lane, seconds, kind, turn, m, 0, *after, *awaited, self.controller)
         return device.computed
 
-    def _bring_stash(self, visit: tuple[int, int]) -> None:
-        pack, m = visit
-        stashed = self.stashed.get(visit)
-        if stashed is None:
-            return
-        d = self.device(pack, m)
-        nbytes = self.costs.stash_bytes(self.sizes[m], self.packs[pack])
-        waits = (stashed, self.devices[d].computed, self.controller)
-        self._ahead[visit] = self._host_copy(d, Lane.STASH_IN, Kind.STASH_IN, self._turn, m, nbytes, *waits)
+    def _bring_back(self, visit: tuple[int, int]) -> None:
+        """All that a microbatch has stashed in a pack."""
+        self._bring_stash(*visit, is_first=True)
+        self._bring_stash(*visit, is_first=False)
 
-    def _peer(self, turn: int, kind: Kind, source_pack: int, target_pack: int, m: int, ready: Event) -> Event:
-        """Between the devices of two neighbouring packs."""
-        source, target = self.device(source_pack, m), self.device(target_pack, m)
-        nbytes = self.costs.input_bytes(self.sizes[m], self.packs[max(source_pack, target_pack)][0])
+    def _bring_stash(self, pack: int, m: int, *, is_first: bool) -> None:
+        """That of the last layer, which comes first, or those of the others."""
+        stashed = self.stashed.get((pack, m))
+        first, last = self.packs[pack]
+        span = (last, last) if is_first else (first, last - 1)
+        if stashed is None or span[0] > span[1] or (pack, m, is_first) in self._brought:
+            return
+        d = self.places[pack][m]
+        nbytes = self.costs.stash_bytes(self.sizes[m], span)
+        waits = (stashed, *self.devices[d].now(), self.controller)
+        brought = self._host_copy(d, Lane.STASH_IN, Kind.STASH_IN, self._turn, m, nbytes, *waits)
+        self._brought[pack, m, is_first] = brought
+
+    def _peer(self, turn: int, kind: Kind, source: int, target: int, m: int, nbytes: float, ready: Point) -> Event:
+        """From device to device."""
         seconds = nbytes / self.costs.machine.peer_bytes_per_second
         lanes = (NUM_LANES * source + Lane.PEER_OUT, NUM_LANES * target + Lane.PEER_IN)
-        waits = (ready, self.devices[target].computed, self.controller)
+        waits = (*ready, *self._land(self.devices[target], nbytes), self.controller)
         left = self.run_on_both(*lanes, seconds, kind, turn, m, nbytes, *waits)
-        self.devices[source].departing[-1][1].append(left)
+        self._hold(self.devices[source].to_peers, source, nbytes, left)
         return left
 
-    def _let_go(self, device: _Device, num_held: int) -> None:
+    def _land(self, device: _Device, nbytes: float) -> Point:
+        """When memory for what comes is free, as `runtime.transfer.Landings`."""
+        (size, free), device.landing = device.landing or (None, ()), None
+        if nbytes <= self.travelling_nbytes:
+            device.landed_nbytes = nbytes
+        return free if size == nbytes else device.now()
+
+    def _hold(self, departures: "deque[_Departing]", d: int, nbytes: float, end: Event) -> None:
+        turn = self.devices[d].turn
+        if not departures or departures[-1].number != turn:
+            departures.append(_Departing(turn))
+        departures[-1].nbytes += nbytes
+        departures[-1].ends = [end]  # a lane's copies end in order
+
+    def _begin_turn(self, d: int) -> None:
         """Another microbatch comes: compute waits for copies that were there before the last ones. Those to other devices
-        are held for as many as go through a pack; that there is memory for it is taken for granted."""
-        departing = device.departing
-        if any(departing[-1]):
-            departing.append(([], []))
-        for to_host, _ in list(departing)[: max(0, len(departing) - num_held)]:
-            device.awaited += to_host
-            to_host.clear()
-        while len(departing) > (max(num_held, len(self.sizes)) if num_held else 0):
-            device.awaited += departing.popleft()[1]
-        if not departing:
-            departing.append(([], []))
+        are held for as many as go through a pack while they take little."""
+        device = self.devices[d]
+        if any(departures and departures[-1].number == device.turn for departures in (device.to_host, device.to_peers)):
+            device.turn += 1
+        for departures, most in ((device.to_host, _TURNS_HELD), (device.to_peers, max(_TURNS_HELD, len(self.sizes)))):
+            total = sum(departing.nbytes for departing in departures)
+            while departures:
+                age = device.turn - departures[0].number
+                if age < _TURNS_HELD or (age < most and total <= self.travelling_nbytes):
+                    break
+                total -= departures[0].nbytes
+                device.awaited += departures.popleft().ends
+        if device.landing is None and device.landed_nbytes is not None:
+            device.landing = device.landed_nbytes, device.now()
 
     def _host_copy(self, d: int, lane: Lane, kind: Kind, turn: int, m: int, nbytes: float, *after: Event) -> Event:
         return self.run(NUM_LANES * d + lane, nbytes / self.host_share, kind, turn, m, nbytes, *after)
+
+
+def _following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
+    """By position and device that is visited there, the position at which it is visited next."""
+    following: list[dict[int, int]] = []
+    upcoming: dict[int, int] = {}
+    for position in range(len(visitors) - 1, -1, -1):
+        following.append({d: upcoming[d] for d in visitors[position] if d in upcoming})
+        upcoming.update(dict.fromkeys(visitors[position], position))
+    return following[::-1]
 
 
 def runtime_seconds(schedule: Schedule, costs: Costs, num_steps: int = _NUM_STEPS) -> float:

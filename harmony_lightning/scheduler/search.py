@@ -84,11 +84,13 @@ def search(
     memory_bytes: float,
     rules: Rules,
     packings: Sequence[Packings] | None = None,
+    known: Sequence[Schedule] = (),
 ) -> Found:
     """The fastest schedule whose peak is at most `memory_bytes` on each GPU.
 
     Args:
         packings: `families(costs)`, to share them between searches.
+        known: schedules of the same question that are simulated first, such as the best under other rules.
 
     Raises:
         CapacityError: no schedule fits, with the layer that needs most.
@@ -105,6 +107,8 @@ def search(
         for family in packings or families(costs)
         for one in modes
     ]
+    for schedule in known:
+        searches[modes.index(schedule.mode)].simulate(schedule)
     found = sorted((c for one in searches for c in one.run()), key=lambda c: c.seconds)
     if not found:
         raise CapacityError(_too_large(costs, modes[0], minibatch, memory_bytes, rules))
@@ -183,12 +187,12 @@ class _Search:
             offsets = np.arange(len(rows)) - np.repeat(np.cumsum(sizes[block]) - sizes[block], sizes[block])
             members = np.repeat(groups[pairs[block, 1]], sizes[block]) + offsets
             self.num_bounded += int(turns.counts[rows].sum())
-            self._simulate(
+            self._look_at(
                 forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
             )
         return sorted(self.best.values(), key=lambda c: c.seconds)
 
-    def _simulate(
+    def _look_at(
         self, forward: list[Choice], backward: list[Choice], members: Ints, rows: Ints, bounds: Floats
     ) -> None:
         for pair in np.argsort(bounds, kind="stable"):
@@ -206,28 +210,39 @@ class _Search:
             if self.num_computations > self.max_computations or self.num_sized > self.max_sized:
                 self.is_complete = False
                 break
-            schedule = Schedule(
-                mode=self.mode,
-                num_devices=self.costs.machine.gpus,
-                minibatch=self.minibatch,
-                microbatch_forward=forward_size,
-                packs_forward=forward_packs,
-                microbatch_backward=backward_size,
-                packs_backward=backward_packs,
+            self.simulate(
+                Schedule(
+                    mode=self.mode,
+                    num_devices=self.costs.machine.gpus,
+                    minibatch=self.minibatch,
+                    microbatch_forward=forward_size,
+                    packs_forward=forward_packs,
+                    microbatch_backward=backward_size,
+                    packs_backward=backward_packs,
+                )
             )
-            for variant, peak in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
-                is_reduced = self.rules is Rules.OWN and (not variant.prefetch or variant.boundary == "host")
-                if is_reduced and self.num_reduced > self.max_computations // 3:
-                    # Bounds say little about what goes without our abilities; leave time for what has them.
-                    self.is_complete = False
-                    continue
-                taken = seconds(variant, self.costs, self.rules)
-                self.num_simulated += 1
-                self.num_computations += num_computations(variant)
-                self.num_reduced += num_computations(variant) if is_reduced else 0
-                if key not in self.best or taken < self.best[key].seconds:
-                    self.best[key] = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
-                self.least = min(self.least, taken)
+
+    def simulate(self, schedule: Schedule) -> None:
+        """Look at one schedule, in all variants that may be best."""
+        key = (
+            schedule.microbatch_forward,
+            len(schedule.packs_forward),
+            schedule.microbatch_backward,
+            len(schedule.packs_backward),
+        )
+        for variant, peak in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
+            is_reduced = self.rules is Rules.OWN and (not variant.prefetch or variant.boundary == "host")
+            if is_reduced and self.num_reduced > self.max_computations // 3:
+                # Bounds say little about what goes without our abilities; leave time for what has them.
+                self.is_complete = False
+                continue
+            taken = seconds(variant, self.costs, self.rules)
+            self.num_simulated += 1
+            self.num_computations += num_computations(variant)
+            self.num_reduced += num_computations(variant) if is_reduced else 0
+            if key not in self.best or taken < self.best[key].seconds:
+                self.best[key] = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
+            self.least = min(self.least, taken)
 
     # The family -------------------------------------------------------------------------------------------------------
 

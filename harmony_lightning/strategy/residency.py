@@ -119,13 +119,13 @@ class Residency:
             del known[_MOST_EXTENTS:]
 
     def _note_holding(self, measured: _Measured, holding: Holding) -> None:
-        if not holding.is_over:
+        if not holding.is_complete:
             return
         before = self._plan_for(measured)
         measured.usage, measured.plan = holding.correct(measured.estimate), None
         measured.num_corrections += 1
         after = self._plan_for(measured)
-        is_same = set(after.stash_stays) <= set(before.stash_stays) and set(after.keep) <= set(before.keep)
+        is_same = after.stash_stays == before.stash_stays and set(after.keep) == set(before.keep)
         measured.is_complete = is_same or measured.num_corrections == _MOST_CORRECTIONS
 
     def _plan_for(self, measured: _Measured) -> Plan:

@@ -66,6 +66,7 @@ SCENARIOS = {
     "narrow pp": (Chain, {"mode": "pp"}),
     "narrow dp": (Chain, {"mode": "dp"}),
     "narrow, in one go": (Chain, {"gradient_wire": "half"}),
+    "narrow, first ones stay": (Chain, {"update": "first", "memory": "500KiB"}),
 }
 """Those with narrow weights learn in their first step that they have some, and so take more."""
 

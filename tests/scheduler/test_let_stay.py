@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from harmony_lightning.plan import Held, Pack, Plan, Usage, VisitPeak
+from harmony_lightning.plan import Held, Pack, Plan, Seen, Usage, VisitPeak
 from harmony_lightning.scheduler import let_stay
+from harmony_lightning.scheduler.residency import peaks
 
 KB = 6400
 """A hundred times the alignment: slots are exactly as large as weights."""
@@ -177,3 +178,32 @@ def test_more_memory_only_adds_to_what_stays(nbytes, stash, activations, mode, n
 @pytest.mark.parametrize("record", [usage(plan(KB, KB)), let_stay(plan(KB, KB), usage(plan(KB, KB)))])
 def test_json_is_the_inverse(record):
     assert type(record).from_json(record.to_json()) == record
+
+
+def test_what_was_seen_to_stay_counts_as_it_was_seen():
+    """Copies of stashes on their way out are gone when these stay; what of that fits, stays beside them."""
+    base = plan(KB, KB, KB, KB, memory_bytes=12 * KB)
+    guessed = usage(base)
+    first = let_stay(base, guessed)
+    assert (first.keep, first.stash_stays, first.resident) == (("l3",), (1, 2), ())
+    assert first.peak_bytes == (2 * KB + 5 * KB + 2 * KB + 2 * KB,)
+    waits = (0, KB, 2 * KB, 4 * KB, 2 * KB, KB, 0)
+    visits = tuple(
+        VisitPeak(pack=pack, nbytes=(4 * KB + more,)) for pack, more in zip((0, 1, 2, 3, 2, 1, 0), waits, strict=True)
+    )
+    seen = Seen(resident=(), stash_stays=(1, 2), keep=("l3",), visits=visits)
+    known = dataclasses.replace(guessed, seen=seen)
+    second = let_stay(base, known)
+    assert (second.keep, second.stash_stays, second.resident) == (("l3",), (0, 1, 2), ())
+    assert second.peak_bytes == (2 * KB + 4 * KB + 2 * KB + 3 * KB,)
+    # Less memory, so some of it has to go: what is in flight then was seen only in the first step.
+    assert let_stay(base, known, (2 * KB,)).stash_stays == ()
+    assert peaks(dataclasses.replace(base, stash_stays=(2,)), known, base) == [2 * KB + 5 * KB + KB]
+    assert Usage.from_json(known.to_json()) == known
+
+
+def test_a_pack_that_is_entered_again_waits_through_all_that_lies_between():
+    base = plan(KB, KB, KB, memory_bytes=AMPLE)
+    order = zip((0, 1, 2, 0, 2, 1, 0), (1, 1, 1, 9, 1, 1, 1), strict=True)
+    looping = dataclasses.replace(usage(base), visits=tuple(VisitPeak(pack=p, nbytes=(n * KB,)) for p, n in order))
+    assert peaks(dataclasses.replace(base, stash_stays=(1,)), looping, base) == [2 * KB + 9 * KB + KB]

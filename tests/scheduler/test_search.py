@@ -127,6 +127,16 @@ def test_packs_are_smaller_than_units_where_these_are_too_large():
     assert len(packs) > MAX_UNITS
 
 
+def test_a_search_that_must_stop_early_is_no_worse_than_what_it_knows(monkeypatch):
+    costs, options = Costs(deep(40), machine(gpus=4)), {"minibatch": 8, "rules": Rules.OWN}
+    thorough = found(costs, 4000, **options)
+    monkeypatch.setattr("harmony_lightning.scheduler.search.MAX_COMPUTATIONS", 0)
+    hasty = found(costs, 4000, **options)
+    told = found(costs, 4000, known=[thorough.best.schedule], **options)
+    assert not hasty.is_proved
+    assert told.best.seconds == thorough.best.seconds < hasty.best.seconds
+
+
 # Bounds -----------------------------------------------------------------------------------------------------------------
 
 

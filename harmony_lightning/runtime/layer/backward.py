@@ -10,7 +10,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.runtime.activations import hand_out, keep_detached, unreachable
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.differentiate import gradients_of
 from harmony_lightning.runtime.layer.call import LayerCall
 from harmony_lightning.runtime.layer.objects import Surroundings
@@ -23,9 +23,12 @@ def differentiate(
     call: LayerCall, gradients: tuple[torch.Tensor | None, ...], trained: tuple[str, ...]
 ) -> list[torch.Tensor | None]:
     """Gradients of the input tensors; those of the `trained` weights go to the segment."""
+    state, device = call.segment.state, call.segment.device
     is_without_graph = call.site.differentiates or call.is_part
-    values = (_values_by_second_run if is_without_graph else _values)(call, gradients, trained)
-    is_on_host = call.segment.state.cluster.host_is_device
+    values = None if is_without_graph else _values(call, gradients, trained)
+    if values is None:
+        values = state.with_room(device, lambda: _values_by_second_run(call, gradients, trained))
+    is_on_host = state.cluster.host_is_device
     ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
     wide = _wide_names(call, trained)
     num_inputs = len(values) - len(trained) - len(wide)
@@ -46,7 +49,8 @@ def _wide_names(call: LayerCall, trained: tuple[str, ...]) -> list[str]:
     return [name for name in trained if name in call.wide_edges]
 
 
-def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
+def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients | None:
+    """By the graph of the forward; None if memory was short amid it. Then there is room now, but the graph is used up."""
     roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
     targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
     targets += [call.wide_edges[name] for name in _wide_names(call, trained)]
@@ -57,6 +61,11 @@ def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) ->
     try:
         edges, seeds = zip(*roots, strict=True)
         return gradients_of(edges, seeds, targets, keeps_graph=not is_last)
+    except OUT_OF_MEMORY:
+        call.activations.close()
+        if not call.segment.state.make_room(call.segment.device):
+            raise
+        return None
     finally:
         call.activations.close()
 

@@ -143,11 +143,12 @@ class LayerFunction(torch.autograd.Function):
         call: LayerCall = ctx.call
         trained = call.trained if reaches_weights(ctx) else ()
         call.stash = lambda: ctx.saved_tensors
+        state, device = call.segment.state, call.segment.device
         try:
             call.check_weights()
-            with call.segment.state.recomputing(call.segment.device):
+            with state.recomputing(device):
                 if call.activations.is_kept:  # else the second run asks for them
-                    call.segment.state.weights.of_site(call.site, call.segment.device, call.trained)
+                    state.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
                 values = differentiate(call, gradients, trained)
                 num_arguments = len(values) - len(call.objects.used)
                 with torch._C.DisableTorchFunction():

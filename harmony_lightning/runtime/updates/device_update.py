@@ -152,7 +152,9 @@ class DeviceUpdates:
         assert self._update is not None and slot.states is not None
         layout, weights = self._layouts[pack], self._weights[device].acquire(pack, gradients)
         copies = {name: layout[name].view(slot.bytes) for name in gradients}
-        torch._foreach_copy_(list(copies.values()), [weights[name] for name in copies])
+        wide = [name for name in copies if name not in self._plan.packs[pack].narrow]  # masters of others are there
+        if wide:
+            torch._foreach_copy_([copies[name] for name in wide], [weights[name] for name in wide])
         self._weights[device].release(pack)  # the next pack need not wait for the step
         stand_ins: dict[str, StandIn] = {}
         for name, gradient in gradients.items():

@@ -8,6 +8,8 @@ Hooks on parameters are given what one backward over the whole minibatch would g
 the host, where the parameter is. They run on the controller, at the end of backward, through autograd itself.
 """
 
+import functools
+import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from harmony_lightning.hardware.device import Cluster, Event, Lane
+from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.updates.device_update import DeviceUpdates
@@ -112,6 +114,8 @@ class GradientStore:
         """Weights of which some part has been sent in this backward."""
         self.updates: DeviceUpdates | None = None
         """Takes complete gradients where they are; None if there are no such devices."""
+        self.with_room: Callable[[Device, Callable[[], torch.Tensor]], torch.Tensor] = lambda device, make: make()
+        """Calls a function that needs memory of a device."""
 
     def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
         """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue. Called without grad mode.
@@ -191,6 +195,8 @@ class GradientStore:
         holders = [(d, slot) for d, slots in enumerate(self._slots) for slot in slots if slot.pack == pack is not None]
         if holders:
             assert pack is not None
+            visitors = self._plan.visitors(pack)
+            holders.sort(key=lambda held: visitors.index(held[0]) if held[0] in visitors else len(visitors))
             if pack in self._plan.dealt and self._plan.packs[pack].update == "host":
                 # Devices have other packs to go on with: the host adds, in the same order, and none of them waits.
                 while len(holders) > 1:
@@ -322,12 +328,11 @@ class GradientStore:
 
     @torch.no_grad()
     def _reduce(self, holders: list[tuple[int, _Slot]]) -> None:
-        """Sum the slots of one pack into the first, in the order of devices."""
+        """Sum the slots of one pack into the first, in their order."""
         home, target = holders[0]
         for _, slot in holders[1:]:
             for name, gradient in slot.written.items():
-                arrived = gradient.to(self._devices[home].torch_device)
-                self._counters.p2p_bytes += arrived.nbytes
+                arrived = self._bring_to(home, gradient)
                 if name in target.written:
                     target.written[name].add_(arrived)
                     target.narrow.discard(name)
@@ -337,6 +342,12 @@ class GradientStore:
                     target.written[name] = self._layouts[target.pack][name].view(target.bytes)
                     target.written[name].copy_(arrived)
             slot.empty()
+
+    def _bring_to(self, home: int, gradient: torch.Tensor) -> torch.Tensor:
+        device = self._devices[home]
+        arrived = self.with_room(device, lambda: gradient.to(device.torch_device))
+        self._counters.p2p_bytes += _payload_nbytes(arrived)
+        return arrived
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -402,9 +413,8 @@ class GradientStore:
         totals: dict[str, torch.Tensor] = {}
         for name, ((home, total), *others) in held.items():
             for _, gradient in others:
-                arrived = gradient.to(self._devices[home].torch_device)
-                self._counters.p2p_bytes += _payload_nbytes(arrived)
-                total = total + arrived
+                add = functools.partial(operator.add, total, self._bring_to(home, gradient))
+                total = self.with_room(self._devices[home], add)
             if not self._host_is_device:
                 self._counters.swap_out_bytes += _payload_nbytes(total)
                 total = total.cpu()

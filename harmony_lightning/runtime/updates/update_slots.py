@@ -3,7 +3,7 @@
 A slot is shared by packs that come one after the other, each of which leaves for the host when it has been updated. Or it
 belongs to one pack that stays: what is newest is then there only, and the host is behind until somebody asks for it
 (`bring_home`). He may write it, too, so that what was here is good no longer. Where other devices need the weights, as in
-dp, they leave all the same, and only the states stay.
+dp, they leave all the same, and only the states stay. Narrow weights stay as masters: those come in once, with the states.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -75,10 +75,12 @@ class UpdateSlots:
         self._slots: list[list[UpdateSlot]] = [[] for _ in cluster.devices]
 
     def end(self) -> None:
-        """States that were brought in and not asked for are needed no more, but those that stay."""
+        """What was brought in and not updated is needed no more."""
         for slot in self._all():
             if slot.owner is None:
                 slot.pack = slot.states = None
+            elif not (slot.newer or slot.newer_states):  # anybody may write them on the host
+                slot.states = None
 
     def close(self) -> None:
         """Free the slots."""
@@ -99,9 +101,15 @@ class UpdateSlots:
         slot.pack, slot.states, slot.newer_states = pack, states, frozenset()
         slot.views = {name: region.view(memory) for name, region in states.layout.items()}
         released, slot.released = slot.released, None
-        self._counters.swap_in_bytes += states.nbytes
-        slot.loading = self._loaders[device].submit(lambda: self._swap_in(slot, pack, states, memory, device, released))
+        masters = {name: self._layouts[pack][name].view(slot.bytes) for name in self._narrow(pack)}
+        self._counters.swap_in_bytes += states.nbytes + sum(view.nbytes for view in masters.values())
+        slot.loading = self._loaders[device].submit(
+            lambda: self._swap_in(slot, pack, states, masters, device, released)
+        )
         return slot
+
+    def _narrow(self, pack: int) -> list[str]:
+        return [name for name in self._plan.packs[pack].narrow if name in self._layouts[pack]]
 
     def arrived(self, slot: UpdateSlot, device: int) -> Event:
         """The point from which on the states are there."""
@@ -218,15 +226,24 @@ class UpdateSlots:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _swap_in(
-        self, slot: UpdateSlot, pack: int, states: StateArena, memory: torch.Tensor, device: int, released: Event | None
+        self,
+        slot: UpdateSlot,
+        pack: int,
+        states: StateArena,
+        masters: Mapping[str, torch.Tensor],
+        device: int,
+        released: Event | None,
     ) -> None:
-        """On the worker."""
+        """On the worker. `masters`: where those of narrow weights come."""
         here = self._devices[device]
         self._await_updates(self._layouts[pack])
         if released is not None:
             here.wait(Lane.SWAP_IN, released)
         with here.lane(Lane.SWAP_IN, f"states of pack {pack}"):
-            memory[: states.bytes.numel()].copy_(states.bytes, non_blocking=True)
+            start = layout_nbytes(self._layouts[pack])
+            slot.bytes[start : start + states.bytes.numel()].copy_(states.bytes, non_blocking=True)
+            for name, master in masters.items():
+                master.copy_(self._parameters[name], non_blocking=True)
         slot.ready = here.record(Lane.SWAP_IN)
 
     def _swap_out(

@@ -280,8 +280,8 @@ class DeviceWeights:
         if not slot.weights:
             slot.weights.update((name, region.view(slot.bytes).detach()) for name, region in layout.items())
         newer, made = self.find_newer(pack) or ({}, None)
-        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(weight.nbytes for weight in newer.values())
-        cast = self._store.narrow.prepare(pack, self._worker, self._await_updates)
+        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(slot.weights[name].nbytes for name in newer)
+        cast = None if newer else self._store.narrow.prepare(pack, self._worker, self._await_updates)
         after += [] if made is None else [made]
         slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, after, newer, cast))
         return slot
@@ -302,13 +302,11 @@ class DeviceWeights:
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
             if wide_nbytes and not newer:
                 slot.bytes[:wide_nbytes].copy_(arena.bytes[:wide_nbytes], non_blocking=True)
-            if narrow.numel():
+            if narrow.numel() and not newer:
                 slot.bytes[wide_nbytes : wide_nbytes + narrow.numel()].copy_(narrow, non_blocking=True)
-            for name in arena.layout if newer else ():  # none of them narrow
-                source = newer.get(name, self._store.parameters[name])
+            for name in layout if newer else self._store.borrowed[pack]:
+                source = newer.get(name, self._store.parameters[name])  # a master, which is cast here if need be
                 layout[name].view(slot.bytes).copy_(source, non_blocking=True)
-            for name in self._store.borrowed[pack]:
-                layout[name].view(slot.bytes).copy_(self._store.parameters[name], non_blocking=True)
         slot.versions = self._store.versions(pack), slot.bytes._version
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)
 
