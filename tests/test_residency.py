@@ -218,6 +218,28 @@ def test_batches_larger_than_all_before_leave_nothing_where_it_was():
     assert max(map(max, looking.peaks)) <= 700 << 10
 
 
+def test_results_that_user_code_keeps_hold_no_slots():
+    """With the graph that made them, as metrics keep them: it leads to weights, which lie in slots of earlier plans."""
+    kept, allocated = [], []
+
+    class Keeping(Chain):
+        def step(self, batch):
+            outputs = self.head(self.net(batch[0])).squeeze(1)
+            kept.append(outputs)
+            return nn.functional.mse_loss(outputs, batch[1])
+
+        def on_train_batch_end(self, *args):
+            devices = self.trainer.strategy._engine.cluster.devices
+            allocated.append(sum(device.allocated_bytes() for device in devices))
+
+    _, looking = fit(harmony(2, "120KiB"), Keeping())
+    assert looking.plans[0].resident != looking.plans[-1].resident
+    slots = sum(looking.plans[-1].slots_nbytes(device) for device in (0, 1))
+    gradients = sum(looking.plans[-1].gradient_slots_nbytes(device) for device in (0, 1))
+    assert len(kept) == 4 * NUM_STEPS and kept[0].grad_fn is not None
+    assert allocated[-1] <= slots + gradients + len(kept) * 512
+
+
 def test_what_user_code_puts_on_a_device_has_its_place():
     """Room that was free when the step was measured."""
 

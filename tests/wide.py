@@ -68,9 +68,9 @@ def costs_of(make, num_gpus, gpu="3090", host="server", largest=4, memory_bytes=
     return Costs(measured.profile, machine), layers.reordered(measured.profile.names)
 
 
-def train(make, schedule, layers, gpu="3090", host="server", num_steps=5):
+def train(make, schedule, layers, gpu="3090", host="server", num_steps=5, memory=None):
     """Seconds of a settled step and peak bytes when the runtime carries a schedule out."""
-    cluster = cluster_of(schedule.num_devices, gpu, host)
+    cluster = cluster_of(schedule.num_devices, gpu, host, memory)
     if schedule.updated_there:
         layers = layers.with_states({weight.name: (weight.nbytes, weight.nbytes, 4) for weight in layers.weights})
     plan = plan_of(schedule, layers, cluster.devices[0].memory_bytes)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.errors import UnsupportedError
@@ -118,7 +118,7 @@ def run_call(
         tensors: weights and buffers by name, on the device; those weights that train require a gradient.
 
     Returns:
-        The result, without graph; and what a run costs, the median of all but the first.
+        The result, without graph and memory; and what a run costs, the median of all but the first.
     """
     costs = []
     for _ in range(stopwatch.num_runs):
@@ -126,6 +126,10 @@ def run_call(
         costs.append(cost)
     middle = sorted(costs[1:] or costs, key=lambda cost: cost.forward_seconds + cost.backward_seconds)
     return result, middle[len(middle) // 2]
+
+
+def _without_memory(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
 
 
 def _run_once(
@@ -167,16 +171,18 @@ def _run_once(
     roots = [tensor for tensor in results if tensor.requires_grad]
     weights = [tensor for tensor in tensors.values() if tensor.requires_grad]
     targets = [tensor for tensor in inputs if tensor.requires_grad] + weights
-    plain = pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.detach(), result)
+    plain = pytree.tree_map_only(torch.Tensor, _without_memory, result)
     del result, results
     if not (roots and targets):
         seconds = stopwatch.seconds(begin, end)
         return plain, CallCost(forward_seconds=seconds, forward_peak_bytes=forward_peak)
     seeds = [torch.empty_like(root) for root in roots]
+    edges = [get_gradient_edge(root) for root in roots]
+    del roots  # the layer's results are gone when its backward comes
     device.reset_peak()
     activations.open()
     begin_backward = stopwatch.mark()
-    gradients = torch.autograd.grad(roots, targets, seeds, allow_unused=True)
+    gradients = torch.autograd.grad(edges, targets, seeds, allow_unused=True)
     with torch.no_grad():
         for gradient in gradients[len(targets) - len(weights) :]:
             if gradient is not None:

@@ -125,7 +125,7 @@ def fingerprint_of(root: nn.Module, decomposition: Decomposition, *more: str) ->
     `more` is what else counts: the device, the shapes of the batch, precision.
     """
     layers = [f"{layer.name}: {layer.weights}" for layer in decomposition.layers]
-    return fingerprint("profile 2", torch.__version__, describe(root), *_codes(root), *layers, *more)
+    return fingerprint("profile 3", torch.__version__, describe(root), *_codes(root), *layers, *more)
 
 
 def _codes(root: nn.Module) -> list[str]:

@@ -23,3 +23,8 @@ def gradients_of(
 def accumulate(edges: Sequence[GradientEdge], gradients: Sequence[torch.Tensor]) -> None:
     """Backward to all leaves, given the gradients of `edges`."""
     _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
+
+
+def keeps_graph() -> bool:
+    """Whether the running backward leaves the graph to others."""
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())  # type: ignore[attr-defined]

@@ -163,7 +163,7 @@ class Engine:
             return
         with self.cluster.activate(continues=True):
             if trains:
-                self.state.weights.allocate()
+                self.state.allocate()
             peaks = self.state.peaks = VisitPeaks(self.cluster.devices, self.state.weights.slot_nbytes)
         if self._watched is not None:
             self._watched.peaks = peaks

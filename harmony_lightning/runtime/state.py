@@ -6,6 +6,7 @@ from visit to visit.
 """
 
 import dataclasses
+import functools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -275,6 +276,12 @@ class RuntimeState:
         """Go on under another plan for the same packs."""
         self.weights.take_up(plan)
         self.plan = plan
+
+    def allocate(self) -> None:
+        """Make all slots that a training step will use, as far as there is room."""
+        for device in self.cluster.devices:
+            self.with_room(device, functools.partial(self.weights.allocate, device))
+        self.gradients.allocate()
 
     def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
         """What the function returns, which needs memory of the device: if there is none, it is called again when what was

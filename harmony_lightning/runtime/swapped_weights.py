@@ -120,11 +120,9 @@ class SwappedWeights:
         for slots in self._slots:
             slots.release_all()
 
-    def allocate(self) -> None:
-        """Make all slots that a training step will use."""
-        for slots in self._slots:
-            slots.allocate()
-        self.gradients.allocate()
+    def allocate(self, device: Device) -> None:
+        """Make the device's slots for weights now, not when they are first needed."""
+        self._slots[device.index].allocate()
 
     def slot_nbytes(self) -> list[int]:
         """Bytes that slots for weights take now, by device."""

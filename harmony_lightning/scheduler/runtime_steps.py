@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from harmony_lightning.plan import Urgency
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
@@ -30,6 +31,8 @@ _UPDATE_ACCESSES = 8
 """Of memory in a step of Adam: four values are read, and written as far as torch tells, though the gradient is not."""
 _ADDITION_ACCESSES = 3
 """Of memory, when one gradient is added to another."""
+_IN_TURN: Urgency = "next"
+"""Of gradients that come in parts."""
 _INPUT_ACCESSES = 3
 """Of host memory, when a part of the minibatch is put where devices copy from."""
 _NUM_STEPS = 4
@@ -92,7 +95,7 @@ class RuntimeSteps:
         self._followed = _following(self.visitors[::-1])
         active = len({d for visitors in self.visitors for d in visitors})
         self.host_share = costs.machine.host_share(active)
-        self._num_buffers = plan.num_gradient_buffers
+        self._num_buffers = plan.gradient_buffers
         self.devices: list[_Device] = []
         for d in range(num_devices):
             now = functools.partial(self._now, d)
@@ -106,8 +109,8 @@ class RuntimeSteps:
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: deque[tuple[float, Event]] = deque()
-        """Host buffers that gradients have taken last: their bytes, and the updates that free them."""
+        self.on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self._num_buffers}
+        """Host buffers that gradients have taken last, by urgency: their bytes, and the updates that free them."""
         self.dealt_with: list[tuple[float, Event]] = []
         """Those before."""
         self.controller: Event = None
@@ -349,8 +352,9 @@ class RuntimeSteps:
         if is_in_parts:  # the host adds, so that no device waits for another
             *others, home = self.visitors[pack]
             for d in others:
-                left = self._swap_out(d, turn, pack, nbytes)
-                self.on_host.append((self._buffer_nbytes, self._add_part(turn, 0 if d == others[0] else nbytes, left)))
+                left = self._swap_out(d, turn, pack, nbytes, _IN_TURN)
+                added = self._add_part(turn, 0 if d == others[0] else nbytes, left)
+                self.on_host[_IN_TURN].append((self._buffer_nbytes, added))
             others = []
         for d in others:  # added up on the first device
             seconds = nbytes / self.costs.machine.peer_bytes_per_second
@@ -363,7 +367,8 @@ class RuntimeSteps:
         if self.plan.packs[pack].update == "device":
             self._update_there(pack, home, turn)
             return
-        left = self._swap_out(home, turn, pack, nbytes)
+        urgency = _IN_TURN if is_in_parts else self.plan.urgency(pack)
+        left = self._swap_out(home, turn, pack, nbytes, urgency)
         if is_in_parts:
             left = self._add_part(turn, nbytes, left)
         touched = _UPDATE_ACCESSES * nbytes
@@ -371,7 +376,7 @@ class RuntimeSteps:
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
         self.updates.append((updated, 0 if is_in_parts else self.plan.update_priority(pack)))
         self.updated[pack] = updated
-        self.on_host.append((self._buffer_nbytes, updated))
+        self.on_host[urgency].append((self._buffer_nbytes, updated))
 
     def _add_part(self, turn: int, nbytes: float, arrived: Event) -> Event:
         """The host adds what has come from one device to what came from others."""
@@ -410,18 +415,19 @@ class RuntimeSteps:
     def _device_seconds(self, pack: int, accesses: int) -> float:
         return self.costs.device_seconds(accesses * self.plan.packs[pack].trainable_nbytes)
 
-    def _swap_out(self, d: int, turn: int, pack: int, nbytes: float) -> Event:
+    def _swap_out(self, d: int, turn: int, pack: int, nbytes: float, urgency: Urgency) -> Event:
         """Gradients leave for a buffer of the host."""
-        self._buffer_nbytes = self._take_buffer(nbytes)
+        self._buffer_nbytes = self._take_buffer(nbytes, urgency)
         waits = (*self.devices[d].now(), self.controller)
         left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
         self.devices[d].gradients.leave(pack, left)
         return left
 
-    def _take_buffer(self, nbytes: float) -> float:
+    def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
         """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        if len(self.on_host) >= self._num_buffers:
-            self.dealt_with.append(self.on_host.popleft())
+        on_host = self.on_host[urgency]
+        if on_host and len(on_host) >= self._num_buffers[urgency]:
+            self.dealt_with.append(on_host.popleft())
         for index, (size, free) in enumerate(self.dealt_with):
             if nbytes <= size <= 2 * nbytes:
                 del self.dealt_with[index]

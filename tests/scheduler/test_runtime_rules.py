@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import wide
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from small_profiles import kind, machine, machines, profile, profiles
 from wide import Wide, train
@@ -61,8 +61,7 @@ def test_it_takes_what_the_runtime_takes(num_gpus, gpu, host, packs, options):
     schedule = schedule_of(costs, packs, **options)
     seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
-    # Too much is counted rather than too little: copies that are held for a while may have gone by then.
-    assert 0.97 * peak <= runtime_peak_bytes(schedule, costs) <= 1.25 * peak
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
 
 
 @st.composite
@@ -79,6 +78,9 @@ def plans(draw):
         "prefetch": draw(st.integers(0, 1)),
         "stash": draw(st.sampled_from(("host", "device"))),
     }
+    gpu, host = draw(st.sampled_from(("1080ti", "3090", "4090", "h100"))), draw(st.sampled_from(("server", "desktop")))
+    if draw(st.booleans()):
+        return num_gpus, gpu, host, tuple(packs), options, {}
     some = st.sets(st.integers(0, len(packs) - 1), max_size=3)
     updated_there = draw(some)
     abilities = {
@@ -87,18 +89,27 @@ def plans(draw):
         "updates_stay": tuple(sorted(updated_there & draw(some))),
         "microbatches_per_forward": draw(st.integers(1, 2)),
     }
-    gpu, host = draw(st.sampled_from(("1080ti", "3090", "4090", "h100"))), draw(st.sampled_from(("server", "desktop")))
     return num_gpus, gpu, host, tuple(packs), options, abilities
 
 
 @given(plans())
-@settings(max_examples=10, derandomize=True, deadline=None)  # the first 400 hold, too
+@settings(max_examples=8, derandomize=True, deadline=None, phases=[Phase.generate])
 def test_any_plan_takes_what_the_runtime_takes(plan):
     num_gpus, gpu, host, packs, options, abilities = plan
     costs, layers = costs_of(GROWING, num_gpus, gpu, host)
     schedule = replace(schedule_of(costs, packs, **options), **abilities)
-    seconds, _ = train(GROWING, schedule, layers, gpu, host)
+    seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
+    # Never too little. Where the last microbatch is smaller it may be a little too much.
+    assert abilities or 0.999 * peak <= runtime_peak_bytes(schedule, costs) <= 1.05 * peak
+
+
+@pytest.mark.parametrize("memory", [None, 600 << 20])
+def test_little_memory_leaves_less_for_copies_that_wait_for_their_turn(memory):
+    costs, layers = costs_of(GROWING, 2, largest=8, memory_bytes=memory)
+    schedule = schedule_of(costs, (1, 1, 1, 2, 2), size=8, minibatch=96)
+    _, peak = train(GROWING, schedule, layers, num_steps=2, memory=memory)
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
 
 
 def test_a_fixed_share_of_a_link_is_the_same_where_nothing_is_shared():
@@ -127,8 +138,10 @@ def test_updates_go_in_the_order_of_their_priority():
     steps.step()
     times = fair_times(recorder.graph, costs.machine, dict(steps.updates))
     ends = [times.ends[index] for index, _ in sorted(steps.updates, key=lambda pair: pair[1])]
-    # The last pack's gradients come first and find nobody waiting; of the rest the first pack is wanted first.
-    assert ends[3] == min(ends) and ends[:3] == sorted(ends[:3])
+    # The last pack's gradients come first and find nobody waiting; of the rest the first pack is wanted first, and the
+    # third may wait.
+    first, last, second, third = ends
+    assert last < first < second < third
 
 
 def test_only_what_the_runtime_can_do():

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, hand_out, keep_detached, unreachable
-from harmony_lightning.runtime.differentiate import gradients_of
+from harmony_lightning.runtime.differentiate import gradients_of, keeps_graph
 from harmony_lightning.runtime.layer.call import LayerCall
 from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.structure import clone_with_strides, flatten_result
@@ -54,13 +54,12 @@ def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) ->
     roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
     targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
     targets += [call.wide_edges[name] for name in _wide_names(call, trained)]
-    is_last = not torch._C._autograd._get_current_graph_task_keep_graph()  # type: ignore[attr-defined]
     if not (roots and targets):
         return (None,) * len(targets)
     call.activations.open(functools.partial(_recompute, call))
     try:
         edges, seeds = zip(*roots, strict=True)
-        return gradients_of(edges, seeds, targets, keeps_graph=not is_last)
+        return gradients_of(edges, seeds, targets, keeps_graph=keeps_graph())
     except OUT_OF_MEMORY:
         call.activations.close()
         if not call.segment.state.make_room(call.segment.device):

@@ -50,6 +50,8 @@ class LayerCall:
         """Of float32 versions of narrow weights, where the layer's code has asked for them."""
         self.result_edges: list[GradientEdge | None] = []
         """Where the layer's own graph begins and ends; None for tensors that are not part of it."""
+        self.is_over = False
+        """Backward has been here, for good."""
         self.result_spec: Any = None
         self.result_leaves: list[Any] = []
         self.tensor_positions: list[int] = []
@@ -88,12 +90,24 @@ class LayerCall:
         # While a microbatch is cut its weights cannot change: updates follow backward.
         return () if self.segment.is_cut else tuple(parameters[name]._version for name in self.site.weight_names)
 
-    def check_weights(self) -> None:
+    def end(self) -> None:
+        """Nobody will differentiate the call again. Whoever keeps its results, as a metric does, keeps the node, but no
+        slot with it: leaves of the layer's own graph are weights that lie there."""
+        self.is_over = True
+        self.input_edges, self.result_edges, self.weight_edges, self.wide_edges = [], [], {}, {}
+
+    def check(self) -> None:
         """In front of backward.
 
         Raises:
+            RuntimeError: there was one before, as torch tells it.
             UnsupportedError: weights are not those of the forward any more.
         """
+        if self.is_over:
+            raise RuntimeError(
+                f"layer {self.site.name} has been differentiated, and what its backward needs is gone: give "
+                f"retain_graph=True to the first of several backwards through it"
+            )
         if self._read_weight_versions() != self.weight_versions:
             raise UnsupportedError(
                 f"weights of layer {self.site.name} were changed between its forward and its backward (by an optimizer's "

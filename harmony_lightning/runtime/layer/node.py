@@ -22,12 +22,14 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
+from harmony_lightning.runtime.differentiate import keeps_graph
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
 from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, versions_of
 from harmony_lightning.runtime.layer.graph import follow_kept_results, outlive_slots, refuse_strangers
 from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
+from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
@@ -76,6 +78,7 @@ class LayerFunction(torch.autograd.Function):
                     args, kwargs = arguments.build(inner)
                     weights = state.weights.of_site(site, device, call.trained)
                     call.weight_edges = {name: weights.edge(name) for name in call.trained}
+                    weight_versions = versions_of_weights(site, weights)
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
             except (TakesDerivative, *OUT_OF_MEMORY) as reason:
@@ -89,6 +92,7 @@ class LayerFunction(torch.autograd.Function):
                 replay.begin(device)
                 arguments = call.arguments.snapshot(objects.original)
                 objects.forget_uses()
+        hand_on_written(site, call.segment, weights, weight_versions)
         replay.keep_what_was_drawn(device)
         call.replay = replay
         site.draws |= not replay.is_empty
@@ -145,7 +149,7 @@ class LayerFunction(torch.autograd.Function):
         call.stash = lambda: ctx.saved_tensors
         state, device = call.segment.state, call.segment.device
         try:
-            call.check_weights()
+            call.check()
             with state.recomputing(device):
                 if call.activations.is_kept:  # else the second run asks for them
                     state.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
@@ -153,6 +157,8 @@ class LayerFunction(torch.autograd.Function):
                 num_arguments = len(values) - len(call.objects.used)
                 with torch._C.DisableTorchFunction():
                     linked = call.objects.hand_back(values[num_arguments:], is_wanted=reaches_weights(ctx))
+                if not keeps_graph():
+                    call.end()
                 return (None, None, None, *values[:num_arguments], *linked)
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
