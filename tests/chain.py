@@ -102,6 +102,7 @@ def assert_same_optimizers(ours, reference):
     for mine, theirs in zip(ours, reference, strict=True):
         mine, theirs = mine.state_dict(), theirs.state_dict()
         assert mine["param_groups"] == theirs["param_groups"]
+        assert list(mine["state"]) == list(theirs["state"])
         torch.testing.assert_close(mine["state"], theirs["state"], rtol=0, atol=0)
 
 

@@ -147,21 +147,36 @@ def test_a_checkpoint_within_a_layer_recomputes_on_the_weights_of_the_layer(use_
     assert same_weights(ours, reference)
 
 
-def test_recurrent_layers_predict_packed_sequences():
-    class Recurrent(Chain):
-        def __init__(self, **options):
-            super().__init__(**options)
-            self.rnn = nn.LSTM(64, 16, batch_first=True)
+class Recurrent(Chain):
+    """Two recurrent layers, each swapped by itself, over sequences of 1 to 3 items."""
 
-        def predict_step(self, batch, batch_idx):
-            hidden = self.net(batch[0]).reshape(4, 2, 64)
-            lengths = torch.tensor([2, 1, 2, 1])
-            packed = nn.utils.rnn.pack_padded_sequence(hidden, lengths, batch_first=True, enforce_sorted=False)
-            return nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.first = nn.LSTM(8, 16, batch_first=True, bidirectional=True, num_layers=2)
+        self.second = nn.GRU(32, 8, batch_first=True)
 
-    predictions = []
-    for strategy in ("auto", harmony(2, "160KiB")):
+    def recur(self, inputs):
+        lengths = 1 + torch.arange(len(inputs)) % 3
+        items = inputs[:, None, :8].expand(-1, 3, -1) * torch.arange(1, 4, device=inputs.device)[:, None]
+        packed = nn.utils.rnn.pack_padded_sequence(items, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.second(self.first(packed)[0])[0], batch_first=True)
+
+    def training_step(self, batch, batch_idx):
+        return super().training_step(batch, batch_idx) + self.recur(batch[0])[0].square().mean()
+
+    def predict_step(self, batch, batch_idx):
+        return self.recur(batch[0])
+
+
+def test_recurrent_layers_take_packed_sequences():
+    modules, predictions = [], []
+    for strategy, batch_size in (("auto", 4), (harmony(2, "160KiB", microbatch_size=4), 8)):
         torch.manual_seed(0)
-        predictions.append(trainer(strategy).predict(Recurrent(), loader(8)))
+        modules.append(Recurrent())
+        run = trainer(strategy, accumulate_grad_batches=8 // batch_size, limit_train_batches=16 // batch_size)
+        run.fit(modules[-1], loader(batch_size))
+        predictions.append(run.predict(modules[-1], loader(8)))
+    assert same_weights(*modules)
     for (padded, lengths), (other, other_lengths) in zip(*predictions, strict=True):
-        assert torch.equal(padded, other) and torch.equal(lengths, other_lengths)
+        assert torch.equal(padded, other)
+        assert torch.equal(lengths, other_lengths)

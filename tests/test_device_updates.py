@@ -174,15 +174,21 @@ class Peeking(L.Callback):
                 module.net[1][0].weight.mul_(0.5)
 
 
-@pytest.mark.parametrize("callbacks", [(), (Peeking,)])
-def test_narrow_weights_stay_as_masters(callbacks):
+def half_frozen(depth):
+    module = Chain(depth=depth)
+    module.net[0][0].weight.requires_grad_(False)
+    return module
+
+
+@pytest.mark.parametrize(("make", "callbacks"), [(Chain, (Peeking,)), (half_frozen, ())])
+def test_narrow_weights_stay_as_masters(make, callbacks):
     """They are cast on the GPU for each pass, to what the host would have cast them to."""
     options = {"microbatch_size": 2, "one_layer_per_pack": True}
     runs, strategies = [], []
     for update in ("first", "host"):
         strategies.append(HarmonyStrategy(update=update, cluster=EmulatedCluster(2, MEMORY), **options))
         called = [callback() for callback in callbacks]
-        runs.append(fit(strategies[-1], num_steps=8, precision="bf16-mixed", callbacks=called))
+        runs.append(fit(strategies[-1], make, num_steps=8, precision="bf16-mixed", callbacks=called))
     assert_same(*runs)
     plan = strategies[0].plan
     assert plan.updates_stay == (0, 1) and all(plan.packs[index].narrow for index in (0, 1))

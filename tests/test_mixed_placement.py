@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
-from harmony_lightning import ConfigurationError, HarmonyStrategy, Plan
+from harmony_lightning import ConfigurationError, HarmonyStrategy, Pack, Plan
+from harmony_lightning.scheduler import packing
 
 BATCH = 8
 
@@ -43,7 +44,7 @@ def test_equal_to_the_bit_with_no_more_microbatches_than_gpus(num_gpus, microbat
     assert sorted(ours.losses) == sorted(reference.losses)
 
 
-@pytest.mark.parametrize("num_gpus", [2, 3])
+@pytest.mark.parametrize("num_gpus", [2, 4])
 def test_otherwise_only_the_last_pack_is_added_up_in_another_order(num_gpus):
     torch.manual_seed(0)
     wide_head = [Chain(optimizer=torch.optim.SGD) for _ in range(2)]
@@ -118,8 +119,9 @@ def test_the_last_pack_goes_to_every_gpu_and_its_gradients_leave_each(num_gpus):
 
 
 @pytest.mark.parametrize("microbatch_size", [2, 4])
-def test_narrow_weights_and_gradients(nothing_stays, microbatch_size):
+def test_narrow_weights_and_gradients(nothing_stays, microbatch_size, monkeypatch):
     """Gradients leave in half the bytes where a GPU has made one alone."""
+    monkeypatch.setattr(packing, "dealt_order", lambda *_: ())  # one GPU would do for so small a head
     totals, plans = [], []
     for num_batches in (3, 4):
         _, _, strategy = train_both(2, microbatch_size, memory="1MiB", num_batches=num_batches, precision="bf16-mixed")
@@ -155,11 +157,39 @@ def test_a_plan_deals_any_pack():
     assert same_weights(ours, reference)
 
 
+def test_a_plan_says_which_gpus_take_turns(nothing_stays):
+    """Each counts by the microbatches it gets; one that gets none needs no weights."""
+    plan = dataclasses.replace(train_both(3, 2)[2].plan, dealt_order=(2, 1, 2), keep=(), resident=(), stash_stays=())
+    (last,) = plan.dealt
+    assert [plan.device(last, m) for m in range(4)] == [2, 1, 2, 2]
+    assert plan.visitors(last) == (2, 1) and last not in plan.packs_on(0)
+    ours, reference = twins(optimizer=torch.optim.SGD)
+    strategy = harmony(3, "200KiB", 2, plan=plan)
+    trainer(strategy, limit_train_batches=3).fit(ours, loader(BATCH))
+    trainer(accumulate_grad_batches=4, limit_train_batches=12).fit(reference, loader(2))
+    assert close(ours, reference)
+    assert strategy.statistics().swap_in_bytes == 3 * plan.swap_in_bytes_per_step
+    assert strategy.statistics().swap_out_bytes == 3 * plan.swap_out_bytes_per_step
+
+
+@pytest.mark.parametrize(
+    ("head", "count", "devices"),
+    [(1, 4, ()), (1, 5, (2, 3, 2, 3, 2)), (2, 10, (2, 3, 0, 1, 2, 3, 0, 2, 3, 2)), (0.2, 6, (2, 2, 2, 2, 2, 2))],
+)
+def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(head, count, devices):
+    """Of seven packs on four GPUs it is the second one."""
+    pack = Pack(layers=(), parameters=(), nbytes=100, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
+    packs = [pack] * 6 + [dataclasses.replace(pack, nbytes=int(100 * head))]
+    assert packing.dealt_order(packs, 4, count) == devices
+
+
 def test_plans_say_what_is_dealt():
     plan = train_both(2, 4, num_batches=1)[2].plan
     assert Plan.from_json(plan.to_json()) == plan
     with pytest.raises(ConfigurationError, match="dealt names pack 99, but packs are 0 to 8"):
         dataclasses.replace(plan, dealt=(99,))
+    with pytest.raises(ConfigurationError, match="dealt_order names device 2, but devices are 0 to 1"):
+        dataclasses.replace(plan, dealt_order=(0, 2))
     with pytest.raises(ConfigurationError, match="in mode 'dp' all packs are"):
         dataclasses.replace(plan, mode="dp")
 

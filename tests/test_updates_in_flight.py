@@ -286,3 +286,19 @@ def test_the_last_gradients_are_there_after_the_run(end, monkeypatch):
     assert all(torch.equal(p.grad, q.grad) for p, q in zip(*(one.parameters() for one in fits), strict=True))
     monkeypatch.setattr(updates, "LEFT_NBYTES", 1000)
     assert all(p.grad is None for p in fit(harmony(2), **end).parameters())
+
+
+class Transforming(Chain):
+    """Functions that take their tensors in a way of their own, while nobody knows which of them are being updated."""
+
+    def training_step(self, batch, batch_idx):
+        hidden = self.net(batch[0])
+        squares = torch.func.vmap(lambda row: row.square().sum())(hidden)
+        first, _, last = torch.tensor_split(
+            hidden, torch.tensor([16, 40]), dim=1
+        )  # indices on the host, whatever the device
+        return (self.head(hidden).squeeze(1) - batch[1] + squares + first.sum(1) - last.sum(1)).square().mean()
+
+
+def test_functions_with_ways_of_their_own():
+    assert same_weights(fit(make=Transforming), fit(harmony(2), make=Transforming))

@@ -206,7 +206,10 @@ def _is_hidden() -> bool:
 
 def storage_key(tensor: torch.Tensor) -> int:
     """Equal for tensors that share memory: the address of the storage that holds the numbers."""
-    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+    try:
+        return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else id(tensor)
+    except NotImplementedError:  # within a transform of `torch.func`
+        return id(tensor)
 
 
 def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | None) -> Any:

@@ -2,7 +2,7 @@
 
 from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
-from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, aligned
+from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, Urgency, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak
 from harmony_lightning.plan.validate import check_plan
@@ -23,6 +23,7 @@ __all__ = [
     "Task",
     "TaskGraph",
     "TaskTimes",
+    "Urgency",
     "Usage",
     "VisitPeak",
     "aligned",

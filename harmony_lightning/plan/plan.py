@@ -19,6 +19,10 @@ ALIGNMENT = 64
 """Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""
 
 
+Urgency = Literal["first", "next", "last"]
+"""Of updates on the host: see `Plan.urgency`."""
+
+
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
@@ -85,8 +89,8 @@ class Plan(Record):
     """Microbatches of the minibatch that the plan was made for."""
     packs: tuple[Pack, ...]
     """In forward order; forward and backward of the last one meet (fused). They are the same both ways, though Harmony's
-    schedules (`plan.schedule`) have larger ones forward: autograd differentiates a layer on the device of its forward, and as
-    each layer is recomputed by itself, all that a pack needs more in backward is memory for its gradients."""
+    schedules (`plan.schedule`) have larger ones forward: autograd differentiates a layer on the device of its forward, and
+    as each layer is recomputed by itself, all that a pack needs more in backward is memory for its gradients."""
     stash: Literal["device", "host"]
     """Where inputs of layers wait from forward to backward, but for packs in `stash_stays`."""
     prefetch: int
@@ -112,6 +116,9 @@ class Plan(Record):
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
     takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
+    dealt_order: tuple[int, ...] = ()
+    """Devices to which microbatches of dealt packs go, one after the other, and again from the first on. Empty: all of
+    them, beginning with the one whose turn it is."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
@@ -148,6 +155,11 @@ class Plan(Record):
             raise ConfigurationError(
                 f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
             )
+        for device in self.dealt_order:
+            if not 0 <= device < self.num_devices:
+                raise ConfigurationError(
+                    f"dealt_order names device {device}, but devices are 0 to {self.num_devices - 1}"
+                )
         for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
@@ -157,9 +169,13 @@ class Plan(Record):
         """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
         if self.mode == "dp":
             return microbatch % self.num_devices
-        # The device of the pack before gets the last microbatches of a dealt one: its forward ends last, and in backward
-        # all others wait for it, which has to begin early.
-        return (pack + (microbatch if pack in self.dealt else 0)) % self.num_devices
+        if pack not in self.dealt:
+            return pack % self.num_devices
+        return (
+            self.dealt_order[microbatch % len(self.dealt_order)]
+            if self.dealt_order
+            else (pack + microbatch) % self.num_devices
+        )
 
     def is_dealt(self, pack: int) -> bool:
         """Whether the microbatches of a pack go to different devices."""
@@ -224,17 +240,31 @@ class Plan(Record):
     @property
     def num_gradient_buffers(self) -> int:
         """Packs whose gradients may be on the host, on their way to it, or waiting to leave, at once: enough that no device
-        waits for an update that keeps up with it, and that a quarter of the updates may go on in the next forward, in which
-        no gradients come."""
-        return self.num_active_devices + 3 + len(self.packs) // 4
+        waits for an update that keeps up with it, and that a third of the updates may go on in the next forward."""
+        return sum(self.gradient_buffers.values())
+
+    @property
+    def gradient_buffers(self) -> dict[Urgency, int]:
+        """The same by urgency: no gradient waits for one of another kind to make room."""
+        return {"first": self.num_devices, "next": self.num_devices + 3, "last": len(self.packs) // 3}
+
+    def urgency(self, pack: int) -> Urgency:
+        """Of a pack's update on the host. The next forward begins with the first pack of each device. While it goes on, for
+        about a quarter of a step, no gradients come: a third of the updates, evenly spread, may wait that long, and go on
+        as it comes to their packs."""
+        if pack < self.num_devices:
+            return "first"
+        return "last" if pack % 3 == 2 else "next"
 
     def update_priority(self, pack: int) -> int:
-        """Which of the updates that could go on comes first: the lowest. The next forward wants the first pack first. The
-        last ones wait longest, and when there is no more room for gradients, others wait for them, and so for all."""
-        return 1 + pack
+        """Which of the updates that could go on comes first: the lowest. Those that are next go in the order in which their
+        gradients arrive, as others wait to take the place of these."""
+        return {"first": pack - len(self.packs), "next": 0, "last": 1 + pack}[self.urgency(pack)]
 
     def devices_of(self, pack: int) -> tuple[int, ...]:
         """Devices that a pack may visit, ascending, however many microbatches there are."""
+        if pack in self.dealt and self.dealt_order:
+            return tuple(sorted(set(self.dealt_order)))
         return tuple(range(self.num_devices)) if self.is_dealt(pack) else (pack % self.num_devices,)
 
     def packs_on(self, device: int) -> tuple[int, ...]:

@@ -44,8 +44,8 @@ _COMPUTED_ATTRIBUTES = frozenset(("T", "mT", "H", "mH", "real", "imag"))
 _MOVES = frozenset(("to", "cpu", "cuda"))
 _WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
 """In-place operators and methods."""
-_PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence"))
-"""Functions whose second argument, lengths or batch sizes, lives on the host whatever the device."""
+_PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence", "tensor_split"))
+"""Functions whose second argument, lengths, batch sizes or indices, lives on the host whatever the device."""
 
 
 class Glue(TorchFunctionMode):

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy
 import torch
+from torch.nn.utils.rnn import PackedSequence
 from torch.utils import _pytree as pytree
 
 _PLAIN = (str, bytes, int, float, complex, bool, type(None), torch.dtype, torch.device, torch.Size, type)
@@ -142,7 +143,8 @@ def clone_with_strides(tensor: torch.Tensor) -> torch.Tensor:
 class Arguments:
     """Flattened arguments of a call: tensors apart from the rest.
 
-    A tensor that stands in several places is one tensor, and stays one: layers ask `query is key`.
+    A tensor that stands in several places is one tensor, and stays one: layers ask `query is key`. Batch sizes of packed
+    sequences belong to the rest: recurrent layers read them on the host, whatever the device.
     """
 
     __slots__ = ("_containers", "_opaque", "_own", "_places", "_rest", "_spec")
@@ -161,8 +163,9 @@ class Arguments:
         """The distinct tensors, which are not held here from now on."""
         indices: dict[int, int] = {}
         tensors: list[torch.Tensor] = []
+        batch_sizes = frozenset[int]() if _is_flat(self._spec) else _batch_sizes(self._own, self._rest)
         for place, leaf in enumerate(self._rest):
-            if isinstance(leaf, torch.Tensor):
+            if isinstance(leaf, torch.Tensor) and id(leaf) not in batch_sizes:
                 if id(leaf) not in indices:
                     indices[id(leaf)] = len(tensors)
                     tensors.append(leaf)
@@ -247,6 +250,14 @@ def _flatten(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
     if all(isinstance(leaf, _LEAVES) for leaf in flat):
         return flat, (len(args), tuple(kwargs))
     return pytree.tree_flatten((args, kwargs))
+
+
+def _batch_sizes(arguments: Any, flat: list[Any]) -> frozenset[int]:
+    """Identities of those of packed sequences; for most arguments a look at their leaves tells that there are none."""
+    if not any(isinstance(leaf, torch.Tensor) and leaf.dtype is torch.int64 and leaf.dim() == 1 for leaf in flat):
+        return frozenset()
+    nodes = pytree.tree_leaves(arguments, is_leaf=lambda node: isinstance(node, PackedSequence))
+    return frozenset(id(node.batch_sizes) for node in nodes if isinstance(node, PackedSequence))
 
 
 def _unflatten(flat: list[Any], spec: Any) -> tuple[Any, Any]:

@@ -96,8 +96,14 @@ class HostWorker:
         self.raise_error()
 
     def raise_error(self) -> None:
-        """Raise what a job has raised, once."""
-        error, self._error = self._error, None
+        """Raise what a job has raised, once. What has been submitted behind it is dropped, though it may still wait."""
+        with self._changed:
+            error, self._error = self._error, None
+            dropped = self._jobs if error is not None else []
+            if dropped:
+                self._jobs = []
+        for *_, ticket in dropped:
+            ticket.end(None)
         if error is not None:
             raise error
 
@@ -119,8 +125,9 @@ class HostWorker:
                 if not self._jobs:
                     return
                 priority, _, job, submitted, ticket = heapq.heappop(self._jobs)
+                is_dropped = self._error is not None
             try:
-                if self._error is None:
+                if not is_dropped:
                     self._cluster.begin_job(priority)
                     submitted.synchronize()
                     with self._cluster.activate(continues=True):

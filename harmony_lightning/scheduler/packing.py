@@ -121,11 +121,38 @@ def make_plan(
         keep=packs[-1].layers[-1:],
         narrow_dtype=narrow_dtype,
         gradient_wire=gradient_wire,
-        dealt=(len(packs) - 1,) if mode == "mixed" and num_devices > 1 else (),
     )
+    if mode == "mixed" and num_devices > 1:
+        plan = replace(plan, dealt=(len(packs) - 1,), dealt_order=dealt_order(packs, num_devices, num_microbatches))
     if update == "first":
         return with_first_on_devices(plan, decomposition)
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
+
+
+def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int) -> tuple[int, ...]:
+    """Devices of the last pack's microbatches, for backward to begin early:
+
+        device of pack n-4  | forward |   last pack   |                 | backward
+        device of pack n-3    | forward |   last pack   |        | backward
+        device of pack n-2      | forward | last |          | backward
+
+    The device of the pack before ends its forward last, and all others wait for its backward. Each microbatch goes to the
+    device that is done with it soonest, compared with when its backward can begin. Times are taken from weights: two
+    operations for each in forward, four in backward, and two when forward is done again.
+    """
+    others = num_devices - 1
+    if num_microbatches <= num_devices or len(packs) < 2:  # one each, and sums are those of one device
+        return ()
+    forward, backward, both = 2 * packs[-2].nbytes, 6 * packs[-2].nbytes, 6 * packs[-1].nbytes
+    devices = [(len(packs) - 1 + i) % num_devices for i in range(num_devices)]
+    begins = [-forward * (others - i) for i in range(num_devices)]
+    may_end = [backward * (others - i) for i in range(num_devices)]
+    counts = [0] * num_devices
+    for _ in range(num_microbatches):
+        soonest = min(range(num_devices), key=lambda i: (begins[i] + both * (counts[i] + 1) - may_end[i], i))
+        counts[soonest] += 1
+    turns = [(begins[i] + both * n, i) for i, count in enumerate(counts) for n in range(count)]
+    return tuple(devices[i] for _, i in sorted(turns))
 
 
 def pack_of_layers(

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 
+from harmony_lightning.plan import Urgency
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
@@ -70,10 +71,9 @@ class RuntimeSteps:
         self.packs = schedule.packs_backward
         self.sizes = split(schedule.minibatch, schedule.microbatch_backward)
         count, num_devices = len(self.sizes), schedule.num_devices
-        dealt = tuple(m % num_devices for m in range(count))
-        self.places = [dealt if plan.is_dealt(p) else (p % num_devices,) * count for p in range(len(self.packs))]
+        self.places = [tuple(plan.device(p, m) for m in range(count)) for p in range(len(self.packs))]
         """By pack and microbatch, the device."""
-        self.visitors = [sorted(set(places)) for places in self.places]
+        self.visitors = [list(dict.fromkeys(places)) for places in self.places]
         self.goes_back = [costs.profile.glue_bytes > 0] * len(self.packs)
         """Whether gradients go through a pack."""
         for p, pack in enumerate(plan.packs):
@@ -82,7 +82,7 @@ class RuntimeSteps:
         self._followed = _following(self.visitors[::-1])
         active = len({d for visitors in self.visitors for d in visitors})
         self.host_share = costs.machine.host_share(active)
-        self._num_buffers = plan.num_gradient_buffers
+        self._num_buffers = plan.gradient_buffers
         self.devices: list[_Device] = []
         for d in range(num_devices):
             now = functools.partial(self._now, d)
@@ -91,8 +91,8 @@ class RuntimeSteps:
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
         self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: deque[tuple[float, Event]] = deque()
-        """Host buffers that gradients have taken last: their bytes, and the updates that free them."""
+        self.on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self._num_buffers}
+        """Host buffers that gradients have taken last, by urgency: their bytes, and the updates that free them."""
         self.dealt_with: list[tuple[float, Event]] = []
         """Those before."""
         self.controller: Event = None
@@ -290,22 +290,23 @@ class RuntimeSteps:
         touched = _UPDATE_ACCESSES * nbytes
         seconds = self.costs.update_seconds(span)
         updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 1 + pack))
+        self.updates.append((updated, self.plan.update_priority(pack)))
         self.updated[pack] = updated
-        self.on_host.append((self._buffer_nbytes, updated))
+        self.on_host[self.plan.urgency(pack)].append((self._buffer_nbytes, updated))
 
     def _swap_out(self, d: int, turn: int, pack: int, nbytes: float) -> Event:
         """Gradients leave for a buffer of the host."""
-        self._buffer_nbytes = self._take_buffer(nbytes)
+        self._buffer_nbytes = self._take_buffer(nbytes, self.plan.urgency(pack))
         waits = (*self.devices[d].now(), self.controller)
         left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
         self.devices[d].gradients.leave(pack, left)
         return left
 
-    def _take_buffer(self, nbytes: float) -> float:
+    def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
         """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        if len(self.on_host) >= self._num_buffers:
-            self.dealt_with.append(self.on_host.popleft())
+        on_host = self.on_host[urgency]
+        if on_host and len(on_host) >= self._num_buffers[urgency]:
+            self.dealt_with.append(on_host.popleft())
         for index, (size, free) in enumerate(self.dealt_with):
             if nbytes <= size <= 2 * nbytes:
                 del self.dealt_with[index]

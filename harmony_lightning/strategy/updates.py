@@ -79,7 +79,7 @@ class Updates:
                 engine.counters.updates_whole += 1
             else:
                 engine.counters.updates_just_in_time += 1
-                self._just_in_time.give_back()
+                self._just_in_time.finish()
                 self._stepped |= frozenset(engine.updated)
         finally:
             for group, members in hidden:

@@ -193,11 +193,12 @@ def test_layers_that_take_turns_share_a_pack():
     assert not planned.follows(("a", "b", "c"), (frozenset("ab"), frozenset("ac")))
 
 
-def test_updates_come_in_the_order_of_the_next_forward():
+def test_updates_come_as_the_next_forward_wants_them():
+    """Those in the middle as their gradients arrive, which others wait to take the place of."""
     many = plan(*(pack(f"p{index}", 100) for index in range(12)), num_devices=2)
-    assert many.num_gradient_buffers == 2 + 3 + 12 // 4
-    priorities = [many.update_priority(index) for index in range(12)]
-    assert priorities == sorted(priorities) and priorities[0] > 0  # parts that keep an order come before all
+    assert many.gradient_buffers == {"first": 2, "next": 2 + 3, "last": 12 // 3} and many.num_gradient_buffers == 11
+    assert [many.urgency(index)[0] for index in range(12)] == [*"ffl", *"nnl" * 3]
+    assert [many.update_priority(index) for index in range(12)] == [-12, -11, 3, 0, 0, 6, 0, 0, 9, 0, 0, 12]
 
 
 def updated_there(name, nbytes, states):

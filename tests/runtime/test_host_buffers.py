@@ -26,21 +26,21 @@ def worker(cluster):
     worker.close()
 
 
-def arrive(buffers, worker, job=lambda lent: lent.clear()):
+def arrive(buffers, worker, job=lambda lent: lent.clear(), priority=0, **kind):
     """A gradient arrives, and a job deals with it; returns the buffer's address."""
-    buffer = buffers.take(NBYTES)
+    buffer = buffers.take(NBYTES, **kind)
     lent = buffers.lend(buffer, LAYOUT, ["weight"])
-    buffers.follow(buffer, worker.submit(lambda: job(lent)))
+    buffers.follow(buffer, worker.submit(lambda: job(lent), priority), **kind)
     return buffer.data_ptr()
 
 
 def test_buffers_go_round(cluster, worker):
-    buffers = HostBuffers(cluster, worker, limit=2)
+    buffers = HostBuffers(cluster, worker, limits={"next": 2})
     assert len({arrive(buffers, worker) for _ in range(20)}) <= 3
 
 
 def test_whoever_runs_ahead_waits_for_those_who_deal_with_gradients(cluster, worker):
-    buffers, go_on, taken = HostBuffers(cluster, worker, limit=2), threading.Event(), []
+    buffers, go_on, taken = HostBuffers(cluster, worker, limits={"next": 2}), threading.Event(), []
 
     def run_ahead():
         for _ in range(3):
@@ -55,8 +55,19 @@ def test_whoever_runs_ahead_waits_for_those_who_deal_with_gradients(cluster, wor
     assert len(taken) == 3
 
 
+def test_no_update_waits_for_one_that_comes_later(cluster, worker):
+    """The last ones wait until there is nothing else, and do not keep others from taking buffers meanwhile."""
+    buffers, order, go_on = HostBuffers(cluster, worker, {"next": 2, "last": 2}), [], threading.Event()
+    worker.submit(go_on.wait)
+    for priority, urgency in ((2, "last"), (1, "last"), (0, "next"), (0, "next")):
+        arrive(buffers, worker, lambda lent, p=priority: (order.append(p), lent.clear()), priority, urgency=urgency)
+    go_on.set()
+    worker.drain()
+    assert order == [0, 0, 1, 2]
+
+
 def test_a_gradient_that_somebody_keeps_is_not_overwritten(cluster, worker):
-    buffers, kept = HostBuffers(cluster, worker, limit=1), []
+    buffers, kept = HostBuffers(cluster, worker, limits={"next": 1}), []
     arrive(buffers, worker, lambda lent: kept.append(lent.pop("weight").fill_(7)))
     for _ in range(5):
         arrive(buffers, worker, lambda lent: (lent["weight"].zero_(), lent.clear()))
@@ -64,7 +75,7 @@ def test_a_gradient_that_somebody_keeps_is_not_overwritten(cluster, worker):
 
 
 def test_an_error_of_the_job_before_is_raised_where_the_next_one_asks(cluster, worker):
-    buffers = HostBuffers(cluster, worker, limit=1)
+    buffers = HostBuffers(cluster, worker, limits={"next": 1})
 
     def fail(lent):
         raise ValueError("broken")

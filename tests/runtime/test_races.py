@@ -56,6 +56,7 @@ class _BreakingChain(Chain):
 
 SCENARIOS = {
     "pp": (Chain, {"mode": "pp"}),
+    "buffers go round": (Chain, {"mode": "pp", "depth": 14}),
     "dp": (Chain, {"mode": "dp"}),
     "stash on the device": (Chain, {"stash": "device"}),
     "tied": (_Tied, {}),
@@ -74,8 +75,9 @@ SCENARIOS = {
 def run(scenario, ignored=None):
     """Three steps of training, validation and prediction; returns where the runtime waited."""
     make, options = SCENARIOS[scenario]
+    options = dict(options)
     torch.manual_seed(0)
-    module = make(depth=6)
+    module = make(depth=options.pop("depth", 6))
     cluster = EmulatedCluster(2, options.get("memory", "500KiB" if make in (_Tied, _Manual) else "230KiB"))
     cluster.machine.waits, cluster.machine.ignored = {}, ignored
     strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)

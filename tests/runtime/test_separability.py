@@ -355,7 +355,7 @@ def test_weights_are_prepared_before_their_step_and_get_their_gradients_back():
     update(["bias"])
     assert net.bias.grad is None
     assert torch.equal(net.bias, torch.tensor([-0.5, 0.5]))
-    update.give_back()
+    update.finish()
     assert torch.equal(net.bias.grad, torch.tensor([0.5, -0.5]))
 
 

@@ -126,8 +126,10 @@ def test_updates_go_in_the_order_of_their_priority():
     steps.step()
     times = fair_times(recorder.graph, costs.machine, dict(steps.updates))
     ends = [times.ends[index] for index, _ in sorted(steps.updates, key=lambda pair: pair[1])]
-    # The last pack's gradients come first and find nobody waiting; of the rest the first pack is wanted first.
-    assert ends[3] == min(ends) and ends[:3] == sorted(ends[:3])
+    # The last pack's gradients come first and find nobody waiting; of the rest the first pack is wanted first, and the
+    # third may wait.
+    first, last, second, third = ends
+    assert last < first < second < third
 
 
 def test_only_what_the_runtime_can_do():

@@ -91,8 +91,8 @@ class LayerCall:
         return () if self.segment.is_cut else tuple(parameters[name]._version for name in self.site.weight_names)
 
     def end(self) -> None:
-        """Nobody will differentiate the call again. Whoever keeps its results, as a metric does, keeps the node, but no slot
-        with it: leaves of the layer's own graph are weights that lie there."""
+        """Nobody will differentiate the call again. Whoever keeps its results, as a metric does, keeps the node, but no
+        slot with it: leaves of the layer's own graph are weights that lie there."""
         self.is_over = True
         self.input_edges, self.result_edges, self.weight_edges, self.wide_edges = [], [], {}, {}
 
@@ -105,8 +105,8 @@ class LayerCall:
         """
         if self.is_over:
             raise RuntimeError(
-                f"layer {self.site.name} has been differentiated, and what its backward needs is gone: give retain_graph=True "
-                f"to the first of several backwards through it"
+                f"layer {self.site.name} has been differentiated, and what its backward needs is gone: give "
+                f"retain_graph=True to the first of several backwards through it"
             )
         if self._read_weight_versions() != self.weight_versions:
             raise UnsupportedError(

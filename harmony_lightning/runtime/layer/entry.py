@@ -13,6 +13,7 @@ from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer.joint import Join, Waiting
 from harmony_lightning.runtime.layer.node import LayerFunction
+from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments, unflatten_result
@@ -99,7 +100,9 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
         buffers = CallBuffers(call)
         with call.objects.opened(_as_it_is):
             weights = state.weights.of_site(site, device, call.trained)
+            weight_versions = versions_of_weights(site, weights)
             result, _ = call.run(weights, buffers.tensors, args, kwargs, _without_graph)
+            hand_on_written(site, call.segment, weights, weight_versions)
         buffers.report_written()
     call.objects.let_go()
     arguments.keep_written()

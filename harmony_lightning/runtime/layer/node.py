@@ -29,6 +29,7 @@ from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version
 from harmony_lightning.runtime.layer.graph import follow_kept_results, outlive_slots, refuse_strangers
 from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
+from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Import, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
@@ -77,6 +78,7 @@ class LayerFunction(torch.autograd.Function):
                     args, kwargs = arguments.build(inner)
                     weights = state.weights.of_site(site, device, call.trained)
                     call.weight_edges = {name: weights.edge(name) for name in call.trained}
+                    weight_versions = versions_of_weights(site, weights)
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
             except (TakesDerivative, *OUT_OF_MEMORY) as reason:
@@ -90,6 +92,7 @@ class LayerFunction(torch.autograd.Function):
                 replay.begin(device)
                 arguments = call.arguments.snapshot(objects.original)
                 objects.forget_uses()
+        hand_on_written(site, call.segment, weights, weight_versions)
         replay.keep_what_was_drawn(device)
         call.replay = replay
         site.draws |= not replay.is_empty

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, Urgency
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.updates.device_update import DeviceUpdates
 from harmony_lightning.runtime.updates.host_buffers import HostBuffers
@@ -87,8 +87,8 @@ class GradientStore:
         self._host_is_device = cluster.host_is_device
         self._counters = counters
         self._worker = worker
-        self._buffers = HostBuffers(cluster, worker, plan.num_gradient_buffers)
-        self._narrow_buffers = HostBuffers(cluster, worker, plan.num_gradient_buffers)
+        self._buffers = HostBuffers(cluster, worker, plan.gradient_buffers)
+        self._narrow_buffers = HostBuffers(cluster, worker, plan.gradient_buffers)
         self._layouts: list[Layout] = [
             lay_out(parameters, (name for name in pack.parameters if parameters[name].requires_grad))
             for pack in plan.packs
@@ -358,10 +358,16 @@ class GradientStore:
             return
         layout = self._layouts[slot.pack]
         nbytes = layout_nbytes(layout)
-        buffer = self._buffers.take(nbytes)
+        # A tied weight may still have a part in another pack's slot.
+        elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}
+        complete = frozenset(name for name in slot.written if name not in elsewhere and is_complete(name))
+        in_turn = len(complete) < len(slot.written) or not complete.isdisjoint(self._in_parts)
+        urgency: Urgency = "next" if in_turn else self._plan.urgency(slot.pack)
+        buffer = self._buffers.take(nbytes, urgency)
         narrow = self._leave_narrow(slot)
         narrow_layout = {name: self._narrow_layouts[slot.pack][name] for name in narrow}
-        narrow_buffer = self._narrow_buffers.take(layout_nbytes(self._narrow_layouts[slot.pack])) if narrow else None
+        narrow_nbytes = layout_nbytes(self._narrow_layouts[slot.pack])
+        narrow_buffer = self._narrow_buffers.take(narrow_nbytes, urgency) if narrow else None
         lane_owner = self._devices[device]
         lane_owner.wait(Lane.SWAP_OUT, lane_owner.record(Lane.COMPUTE))
         with lane_owner.lane(Lane.SWAP_OUT, f"gradients of pack {slot.pack}"):
@@ -378,9 +384,6 @@ class GradientStore:
         arrived = self._buffers.lend(buffer, layout, slot.written)
         as_left = self._narrow_buffers.lend(narrow_buffer, narrow_layout, narrow) if narrow_buffer is not None else {}
         self._counters.swap_out_bytes += sum((as_left.get(name, arrived[name])).nbytes for name in arrived)
-        # A tied weight may still have a part in another pack's slot.
-        elsewhere = {name for slots in self._slots for other in slots if other is not slot for name in other.written}
-        complete = frozenset(name for name in arrived if name not in elsewhere and is_complete(name))
         slot_pack = slot.pack
         slot.empty()
 
@@ -391,14 +394,13 @@ class GradientStore:
                 arrived[name].copy_(gradient)
             return arrived
 
-        in_turn = len(complete) < len(arrived) or not complete.isdisjoint(self._in_parts)
         self._in_parts.update(arrived.keys() - complete)
         self._in_parts -= complete
         priority = 0 if in_turn else self._plan.update_priority(slot_pack)
         ticket = self._submit(take, complete, on_complete, arrival, priority)
-        self._buffers.follow(buffer, ticket)
+        self._buffers.follow(buffer, ticket, urgency)
         if narrow_buffer is not None:
-            self._narrow_buffers.follow(narrow_buffer, ticket)
+            self._narrow_buffers.follow(narrow_buffer, ticket, urgency)
 
     def _leave_narrow(self, slot: _Slot) -> list[str]:
         """Gradients that travel in the type of narrow weights."""

@@ -7,32 +7,35 @@ go round; where gradients stay, in `Parameter.grad`, there is a new one each tim
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 import torch
 
 from harmony_lightning.hardware.device import Cluster, Mark
+from harmony_lightning.plan import Urgency
 from harmony_lightning.runtime.weights.arena import Layout
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 
 class HostBuffers:
-    """Buffers that are used again when the last tensor over them is gone; `limit` are in use while they go round."""
+    """Buffers that are used again when the last tensor over them is gone; `limits` tells how many are in use at once while
+    they go round."""
 
-    def __init__(self, cluster: Cluster, worker: HostWorker, limit: int) -> None:
+    def __init__(self, cluster: Cluster, worker: HostWorker, limits: Mapping[Urgency, int]) -> None:
         self._cluster = cluster
         self._worker = worker
-        self._limit = limit
-        self._in_use: deque[tuple[torch.Tensor, Ticket]] = deque()
+        self._limits = limits
+        self._in_use: dict[Urgency, deque[tuple[torch.Tensor, Ticket]]] = {urgency: deque() for urgency in limits}
         """What was taken last, with the jobs that work with it."""
         self._dealt_with: list[torch.Tensor] = []
         """What those before have worked with: free, or kept by somebody."""
         self._free: dict[int, Mark] = {}
         """By identity of the buffer: the point at which the last user was done."""
 
-    def take(self, nbytes: int) -> torch.Tensor:
-        if len(self._in_use) >= self._limit:
-            buffer, ticket = self._in_use.popleft()
+    def take(self, nbytes: int, urgency: Urgency = "next") -> torch.Tensor:
+        in_use = self._in_use[urgency]
+        if in_use and len(in_use) >= self._limits[urgency]:
+            buffer, ticket = in_use.popleft()
             ticket.join()
             self._worker.raise_error()  # the step is lost, and what was sent since may still be on its way here
             self._dealt_with.append(buffer)
@@ -52,6 +55,6 @@ class HostBuffers:
     def _return(self, buffer: torch.Tensor) -> None:
         self._free[id(buffer)] = self._cluster.mark()
 
-    def follow(self, buffer: torch.Tensor, ticket: Ticket) -> None:
+    def follow(self, buffer: torch.Tensor, ticket: Ticket, urgency: Urgency = "next") -> None:
         """The job works with the buffer, and frees it if nobody keeps what it holds."""
-        self._in_use.append((buffer, ticket))
+        self._in_use[urgency].append((buffer, ticket))

@@ -45,7 +45,7 @@ class JustInTimeUpdate:
     ) -> None:
         """
         Args:
-            keeps_gradients: hold what was stepped with, for `give_back`, instead of freeing it.
+            keeps_gradients: hold what was stepped with, for `finish`, instead of freeing it.
             stepped: weights that the optimizer has stepped before.
         """
         self.stepped = stepped
@@ -55,6 +55,7 @@ class JustInTimeUpdate:
         self.keeps_gradients = keeps_gradients
         self._kept: list[tuple[nn.Parameter, torch.Tensor]] = []
         self._groups = [({**group}, {id(p) for p in group["params"]}) for group in optimizer.param_groups]
+        self._num_states = len(optimizer.state)
 
     def __call__(self, names: Sequence[str]) -> None:
         """Step these weights and free their gradients. Weights that the optimizer does not know keep theirs."""
@@ -115,10 +116,18 @@ class JustInTimeUpdate:
         weights = (weight for group in self._optimizer.param_groups for weight in group["params"])
         return not ours <= members or any(w.grad is not None for w in weights if id(w) not in ours)
 
-    def give_back(self) -> None:
-        """After the whole step: let weights have the gradients again that they were stepped with, as in plain training."""
+    def finish(self) -> None:
+        """After the whole step: let all be as behind a plain one. Weights have the gradients again that they were stepped
+        with, if these were kept, and the optimizer remembers in the order of weights, in which checkpoints list it."""
         for weight, gradient in self._kept:
             weight.grad = gradient
+        state = self._optimizer.state
+        if (
+            len(state) > self._num_states
+        ):  # no update is under way: the first one of a weight does not go on behind its step
+            new = set(list(state)[self._num_states :])
+            for group in self._optimizer.param_groups:
+                state.update((weight, state.pop(weight)) for weight in group["params"] if weight in new)
 
 
 def _parts(stand_ins: Mapping[str, StandIn], limit_nbytes: int) -> Iterator[dict[str, StandIn]]:
