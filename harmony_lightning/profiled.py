@@ -29,7 +29,7 @@ from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
-from harmony_lightning.scheduler.packing import pack_of_layers, with_first_on_devices
+from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
 from harmony_lightning.scheduler.runtime_search import search_runtime
 from harmony_lightning.scheduler.search import Found
 from harmony_lightning.scheduler.staying import with_what_stays
@@ -216,8 +216,12 @@ def find_plan(
             dealt=(last,) if is_dealt else (),
             updated_there=tuple(range(last + 1)) if question.update == "device" else (),
         )
+        if is_dealt:
+            plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
+            schedule = replace(schedule, dealt_order=dealt_order(plan.packs, plan.num_devices, plan.num_microbatches))
         if question.update == "first":
-            plan = with_first_on_devices(plan_of(schedule, ordered, question.memory_bytes, in_use), ordered)
+            plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
+            plan = with_first_on_devices(plan, ordered, is_told=False)
             there = tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device")
             schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
         return schedule

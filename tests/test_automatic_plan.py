@@ -18,6 +18,7 @@ from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.hardware.presets import gpu_model, host_model
 from harmony_lightning.profiled import Question, find_plan, profile, step_of
 from harmony_lightning.profiler.machine import preset_machine
+from harmony_lightning.scheduler.packing import dealt_order
 from harmony_lightning.scheduler.translate import plan_of
 from harmony_lightning.strategy import automatic
 from harmony_lightning.strategy.training import PLAN_FILE, PLAN_KEY
@@ -215,7 +216,7 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
     [
         {"mode": "mixed", "memory": "1MiB"},
         {"update": "device", "memory": "1MiB"},
-        {"update": "first", "memory": "1MiB", "mode": "pp"},
+        {"update": "first", "memory": "300KiB", "mode": "pp", "num_gpus": 4},
         {"microbatches_per_forward": 2, "mode": "pp"},
     ],
 )
@@ -227,7 +228,10 @@ def test_what_the_user_asked_for_is_searched_with_it(options, told):
     plan = strategy.plan
     assert any("predicted" in message for message in told.messages), told.messages
     assert plan.dealt == ((len(plan.packs) - 1,) if options.get("mode") == "mixed" else ())
+    order = dealt_order(plan.packs, plan.num_devices, plan.num_microbatches)
+    assert plan.dealt_order == (order if plan.dealt else ())
     assert (plan.packs[0].update == "device") == ("update" in options)
+    assert sum("is updated on the host" in message for message in told.messages) <= plan.num_devices
     assert plan.microbatches_per_forward == options.get("microbatches_per_forward", 1)
     expected = trained_plainly(reference, plan.microbatch_size, 64)
     if "update" in options:

@@ -45,6 +45,8 @@ class Schedule(Record):
     """Layers that keep their activations from forward to backward; the last one does in any case."""
     dealt: tuple[int, ...] = ()
     """Backward packs of a schedule in pp whose microbatches go round the devices, as in `Plan.dealt`."""
+    dealt_order: tuple[int, ...] = ()
+    """Devices to which these microbatches go, as in `Plan`."""
     updated_there: tuple[int, ...] = ()
     """Backward packs that are updated on the device which has their gradients, not on the host."""
     updates_stay: tuple[int, ...] = ()

@@ -163,7 +163,8 @@ def pack_of_layers(
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
     # One that other packs use, too, has gradients in several places; the host adds them up and updates it.
-    tied = {name for layer in decomposition.layers if layer not in layers for name in layer.weights}
+    others = (layer for layer in decomposition.layers if layer not in layers) if is_updated_there else ()
+    tied = {name for layer in others for name in layer.weights}
     states = [nbytes for weight in trainable if weight.name not in tied for nbytes in weight.state_nbytes]
     is_updated_there &= any(weight.name not in tied for weight in trainable)
     # In a slot a weight has one type: it is narrow if it is for all layers of the pack that have it, and what a device
@@ -238,17 +239,23 @@ def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
     return tuple(sorted(staying))
 
 
-def with_first_on_devices(plan: Plan, decomposition: Decomposition, share: float = ARENA_SHARE) -> Plan:
+def with_first_on_devices(
+    plan: Plan, decomposition: Decomposition, share: float = ARENA_SHARE, *, is_told: bool = True
+) -> Plan:
     """The plan with the first pack of each device updated where it is, and staying there: of those that have weights of
-    their own, as many as slots have room for in a share of the memory."""
+    their own, as many as slots have room for in a share of the memory. A search asks for many, of which nobody `is_told`.
+    """
+    level = logging.INFO if is_told else logging.DEBUG
     for index in range(min(plan.num_devices, len(plan.packs)) if plan.mode == "pp" else 1):
         names = plan.packs[index].layers
         layers = tuple(layer for layer in decomposition.layers if layer.name in names)
         stays = len(plan.devices_of(index)) == 1
         pack = pack_of_layers(decomposition, layers, is_updated_there=True, stays=stays)
         if pack.update == "host" or (index > 0 and not stays):
-            log.info(
-                "harmony: pack %d has no weights of its own to be updated there, and is updated on the host", index
+            log.log(
+                level,
+                "harmony: pack %d has no weights of its own to be updated there, and is updated on the host",
+                index,
             )
             continue
         packs = (*plan.packs[:index], pack, *plan.packs[index + 1 :])
@@ -256,7 +263,8 @@ def with_first_on_devices(plan: Plan, decomposition: Decomposition, share: float
         largest_weight = max(w.nbytes for w in decomposition.weights if w.name in pack.parameters)
         nbytes = wider.arena_nbytes() + STEP_TEMPORARIES * largest_weight
         if nbytes > share * plan.memory_bytes:
-            log.info(
+            log.log(
+                level,
                 "harmony: pack %d is updated on the host: on its device slots would take %s, each has %s, of which "
                 "%.0f %% are for activations",
                 index,

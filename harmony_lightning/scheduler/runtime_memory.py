@@ -240,8 +240,11 @@ class _Device:
 
 def _packs_on(schedule: Schedule, device: int) -> list[int]:
     """All microbatches of a dealt one are counted on each of its devices."""
-    is_pp, count = schedule.mode == "pp", schedule.num_devices
-    return [p for p in range(len(schedule.packs_backward)) if not is_pp or p % count == device or p in schedule.dealt]
+    packs = range(len(schedule.packs_backward))
+    if schedule.mode == "dp":
+        return list(packs)
+    takes_turns = device in schedule.dealt_order or not schedule.dealt_order
+    return [p for p in packs if (takes_turns if p in schedule.dealt else p % schedule.num_devices == device)]
 
 
 def _update_bytes(schedule: Schedule, costs: Costs) -> float:

@@ -200,9 +200,10 @@ def _bound(schedule: Schedule, costs: Costs, *, stays: bool) -> float:
     if schedule.mode == "dp":
         compute, visitors = sum(map(seconds, packs)), min(gpus, len(sizes))
     else:
-        dealt = sum(seconds(packs[p]) for p in schedule.dealt) / gpus
         own = [[packs[p] for p in range(d, len(packs), gpus) if p not in schedule.dealt] for d in range(gpus)]
-        compute, visitors = dealt + max(sum(map(seconds, mine)) for mine in own), 1
+        # Who has more of its own may get less of what is dealt.
+        busiest, even = max(sum(map(seconds, mine)) for mine in own), sum(map(seconds, packs)) / gpus
+        compute, visitors = max(busiest, even), 1
     travelling = [span for p, span in enumerate(packs) if p not in schedule.updates_stay]
     nbytes = sum(map(costs.weight_bytes, travelling)) * visitors
     active = gpus if schedule.dealt else min(gpus, len(packs)) if schedule.mode == "pp" else visitors

@@ -262,9 +262,7 @@ class RuntimeSteps:
         device = self.devices[d]
         seconds = self._backward_seconds(size, (first, last))
         left: Point = ()
-        if m < len(
-            self.visitors[pack]
-        ):  # the first one here: its gradients are put where those of others will be added
+        if self.places[pack].index(d) == m:  # the first one here: its gradients are put where those of others are added
             left = device.gradients.enter(pack)
             seconds = max(0.0, seconds - self.costs.device_seconds(self.costs.gradient_bytes((first, last))))
         if left or (first < last and (pack, m) in self.stashed):

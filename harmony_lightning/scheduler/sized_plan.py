@@ -36,6 +36,7 @@ def sized_plan(schedule: Schedule, costs: Costs) -> Plan:
         resident=schedule.resident,
         stash_stays=schedule.stash_stays,
         dealt=schedule.dealt,
+        dealt_order=schedule.dealt_order,
         updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),
         microbatches_per_forward=schedule.microbatches_per_forward,
     )

@@ -17,10 +17,11 @@ from harmony_lightning.scheduler.clock import Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
 from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
-from harmony_lightning.scheduler.runtime_search import search_runtime
+from harmony_lightning.scheduler.runtime_search import _bound, search_runtime
 from harmony_lightning.scheduler.runtime_steps import RuntimeSteps, fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.scheduler.translate import schedule_of as plan_to_schedule
 
 GROWING = functools.partial(Wide, hidden=(1, 2, 1, 3))
 costs_of = functools.cache(wide.costs_of)
@@ -102,6 +103,25 @@ def test_any_plan_takes_what_the_runtime_takes(plan):
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
     # Never too little. Where the last microbatch is smaller it may be a little too much.
     assert abilities or 0.999 * peak <= runtime_peak_bytes(schedule, costs) <= 1.05 * peak
+
+
+@pytest.mark.parametrize(("dealt", "stash", "order"), [((1, 3), "host", (2, 2, 1)), ((3,), "device", (0,))])
+def test_dealt_packs_go_to_the_devices_that_the_plan_names(dealt, stash, order):
+    costs, layers = costs_of(GROWING, 3)
+    schedule = schedule_of(costs, (2, 2, 1, 2), minibatch=6, stash=stash)
+    schedule = replace(schedule, dealt=dealt, dealt_order=order)
+    seconds, peak = train(GROWING, schedule, layers)
+    assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.01)
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.03)
+    plan = plan_of(schedule, layers, 2**30)
+    assert plan.dealt_order == order and plan_to_schedule(plan, layers, 6) == schedule
+
+
+def test_a_bound_of_dealt_packs_counts_devices_that_get_few_microbatches():
+    """One has so much to do of its own that the dealt pack is best left to others."""
+    costs = Costs(profile(kind(seconds=50.0), kind(), kind(seconds=20.0)), machine(gpus=4))
+    schedule = replace(schedule_of(costs, (1, 1, 1), minibatch=32, stash="device"), dealt=(2,), dealt_order=(2, 3))
+    assert _bound(schedule, costs, stays=False) <= fair_seconds(schedule, costs)
 
 
 @pytest.mark.parametrize("memory", [None, 600 << 20])
