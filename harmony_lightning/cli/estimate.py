@@ -64,7 +64,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 def run(arguments: argparse.Namespace) -> int:
     """Raises CapacityError if nothing fits; ConfigurationError or UnsupportedError with what to do."""
-    from harmony_lightning.profiled import MEMORY_SHARE, Question, find_plan, host_bytes
+    from harmony_lightning.profiled import Question, find_plan, host_bytes
 
     minibatch = parse_batch(arguments.batch).samples
     measured, decomposition, machine = profile_for(arguments)
@@ -81,13 +81,12 @@ def run(arguments: argparse.Namespace) -> int:
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
     if arguments.is_explained:
-        memory = MEMORY_SHARE * machine.memory_bytes
 
         def again(costs: "Costs", samples: int, memory_bytes: float) -> "Found":
-            asked = replace(question, minibatch=samples, memory_bytes=round(memory_bytes / MEMORY_SHARE))
+            asked = replace(question, minibatch=samples, memory_bytes=round(memory_bytes))
             return find_plan(measured, costs.machine, decomposition, asked).found
 
-        asked: dict[str, Any] = {"minibatch": minibatch, "mode": arguments.mode, "memory_bytes": memory}
+        asked: dict[str, Any] = {"minibatch": minibatch, "mode": arguments.mode, "memory_bytes": machine.memory_bytes}
         reasons = list(explain(planned.found, planned.costs, **asked, search_again=again))
         if mixed is not None:
             reasons.append(_advise_mixed(mixed, best.seconds))

@@ -117,15 +117,17 @@ class TaskTimes(Record):
         """How long one lane had something to do."""
         return sum(task.seconds for task in self.graph.tasks if lane in task.lanes)
 
-    def critical_path(self) -> Iterator[int]:
-        """Indices of tasks from the last one to end back to the first: each ended just when the next one started."""
+    def critical_path(self, last: int | None = None) -> Iterator[int]:
+        """Indices of tasks from the last one to end, or the one given, back to the first: each ended just when the next one
+        started."""
         tasks, ends = self.graph.tasks, self.ends
         previous: dict[int, int] = {}
-        before: list[tuple[int, ...]] = []
-        for index, task in enumerate(tasks):
-            before.append((*task.after, *(previous[lane] for lane in task.lanes if lane in previous)))
+        before: list[tuple[int, ...]] = [()] * len(tasks)
+        for index in sorted(range(len(tasks)), key=lambda index: (ends[index], index)):  # updates go by priority
+            task = tasks[index]
+            before[index] = (*task.after, *(previous[lane] for lane in task.lanes if lane in previous))
             previous.update(dict.fromkeys(task.lanes, index))
-        at = max(range(len(tasks)), key=lambda index: (ends[index], -index), default=None)
+        at = max(range(len(tasks)), key=lambda index: (ends[index], -index), default=None) if last is None else last
         while at is not None:
             yield at
             at = max(before[at], key=lambda index: (ends[index], -index), default=None)

@@ -13,8 +13,10 @@ from harmony_lightning.plan.graph import COMPUTATIONS, NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.runtime_search import search_runtime
-from harmony_lightning.scheduler.search import Found, search
+from harmony_lightning.scheduler.fair import fair_times
+from harmony_lightning.scheduler.runtime_search import MAX_FAIR_COMPUTATIONS, search_runtime
+from harmony_lightning.scheduler.runtime_steps import settled_steps
+from harmony_lightning.scheduler.search import Found, num_computations, search
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 from harmony_lightning.units import format_nbytes
 
@@ -48,17 +50,32 @@ class Breakdown(Record):
 
 
 def break_down(schedule: Schedule, costs: Costs, rules: Rules) -> Breakdown:
-    """Where the seconds of one step go."""
-    timeline = simulate(task_graph(schedule, costs, rules))
+    """Where the seconds of one step go; under the runtime's rules of one in full flow, from the end of its first forward to
+    that of the next step's."""
+    last, begin = None, 0.0
+    if rules is Rules.RUNTIME:
+        graph, steps = settled_steps(schedule, costs)
+        is_fair = num_computations(schedule) <= MAX_FAIR_COMPUTATIONS  # as the search told its seconds
+        timeline = fair_times(graph, costs.machine, dict(steps.updates)) if is_fair else simulate(graph)
+        last, begin = steps.starts[-1], timeline.ends[steps.starts[-2]]
+    else:
+        timeline = simulate(task_graph(schedule, costs, rules))
+    end = timeline.seconds if last is None else timeline.ends[last]
     tasks = timeline.graph.tasks
+
+    def within(index: int) -> float:
+        return max(0.0, min(timeline.ends[index], end) - max(timeline.starts[index], begin))
+
     seconds: dict[str, float] = {}
-    for index in timeline.critical_path():
+    for index in timeline.critical_path(last):
+        if timeline.ends[index] < begin:
+            break
         kind = Kind(tasks[index].kind)
         part = "compute" if kind in COMPUTATIONS else _PARTS.get(kind, "activations")
-        seconds[part] = seconds.get(part, 0.0) + tasks[index].seconds
+        seconds[part] = seconds.get(part, 0.0) + within(index)
     lanes = {lane for task in tasks for lane in task.lanes if lane % NUM_LANES == Lane.COMPUTE}
-    busy = sum(task.seconds for task in tasks if task.kind in COMPUTATIONS)
-    return Breakdown(**seconds, busy_share=busy / (len(lanes) * timeline.seconds) if timeline.seconds else 0.0)
+    busy = sum(within(index) for index, task in enumerate(tasks) if task.kind in COMPUTATIONS)
+    return Breakdown(**seconds, busy_share=busy / (len(lanes) * (end - begin)) if end > begin else 0.0)
 
 
 def bound_seconds(costs: Costs, minibatch: int, *, recompute: bool) -> float:
@@ -84,8 +101,10 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
     machine, devices = costs.machine, schedule.num_devices
     share, is_dp = machine.host_share(devices), schedule.mode == "dp"
     weights, gradients = costs.weight_prefix[-1], costs.gradient_prefix[-1]
+    kept = sum(costs.weight_bytes(schedule.packs_backward[pack]) for pack in schedule.resident)
     seconds = {
-        "weights": 2 * weights / share / (1 if is_dp else devices),  # once for forward and once for backward
+        # Once for forward and once for backward, unless they stay in between.
+        "weights": (2 * weights - kept) / share / (1 if is_dp else devices),
         # In dp they are added up on one device, which sends them alone.
         "gradients": gradients / machine.host_share(1) if is_dp else gradients / share / devices,
         # The runtime has one worker, the rules of schedules one for each device.

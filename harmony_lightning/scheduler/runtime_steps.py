@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from functools import cache
 
 from harmony_lightning.plan import Urgency
-from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
+from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane, TaskGraph
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
@@ -533,9 +533,15 @@ def runtime_seconds(schedule: Schedule, costs: Costs, num_steps: int = _NUM_STEP
 
 def fair_seconds(schedule: Schedule, costs: Costs) -> float:
     """The same, links and host memory being shared by those that use them: slower to find out, and closer to the truth."""
+    graph, steps = settled_steps(schedule, costs)
+    ends = fair_times(graph, costs.machine, dict(steps.updates)).ends
+    return ends[steps.starts[-1]] - ends[steps.starts[-2]]
+
+
+def settled_steps(schedule: Schedule, costs: Costs) -> tuple[TaskGraph, RuntimeSteps]:
+    """Some steps, the last of which are in full flow, and who told them."""
     recorder = Recorder(schedule.num_devices)
     steps = RuntimeSteps(schedule, costs, recorder)
     for _ in range(_NUM_STEPS):
         steps.step()
-    ends = fair_times(recorder.graph, costs.machine, dict(steps.updates)).ends
-    return ends[steps.starts[-1]] - ends[steps.starts[-2]]
+    return recorder.graph, steps

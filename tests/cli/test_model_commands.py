@@ -56,7 +56,7 @@ def test_estimate_tells_whether_it_fits_and_how_fast(capsys, init):
 def test_explain_tells_what_binds_and_what_would_help(capsys):
     answer = json.loads(told(capsys, "explain", *CHAIN, "--json"))
     assert any("binds" in reason for reason in answer["reasons"])
-    assert any("twice the memory" in reason for reason in answer["reasons"])
+    assert any("twice the memory (600 KiB per GPU)" in reason for reason in answer["reasons"])
     assert "samples/s" in told(capsys, "explain", *CHAIN)
 
 

@@ -3,8 +3,10 @@
 import pytest
 from small_profiles import MACHINE, kind, machine, profile
 
+from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.explain import explain, find, samples_to_hide
+from harmony_lightning.scheduler.explain import break_down, explain, find, samples_to_hide
+from harmony_lightning.scheduler.runtime_steps import fair_seconds
 from harmony_lightning.scheduler.simulate import Rules
 
 MINIBATCH = 8
@@ -62,3 +64,17 @@ def test_a_step_with_as_many_samples_hides_its_updates():
 
     assert times_as_long(needed // 4) > 3
     assert times_as_long(4 * needed) < 1.3
+
+
+@pytest.mark.parametrize(("update", "resident"), [(80.0, ()), (0.1, (0, 1, 2))])
+def test_the_parts_of_a_settled_step_are_as_long_as_the_step(update, resident):
+    """Weights that stay are no part of it, though the first step brings them."""
+    slow, packs = costs(update=update), ((0, 1), (2, 3), (4, 5))
+    schedule = Schedule(
+        mode="pp", num_devices=2, minibatch=8, microbatch_forward=2, packs_forward=packs[:-1], microbatch_backward=2,
+        packs_backward=packs, prefetch=1, resident=resident,
+    )  # fmt: skip
+    parts = break_down(schedule, slow, Rules.RUNTIME).parts
+    assert sum(seconds for _, seconds in parts) == pytest.approx(fair_seconds(schedule, slow))
+    needs = samples_to_hide(slow, schedule, Rules.RUNTIME)
+    assert needs["weights"] == pytest.approx((1 if resident else 2) * 600 / 200 / 12)
