@@ -56,7 +56,7 @@ def break_down(schedule: Schedule, costs: Costs, rules: Rules) -> Breakdown:
     if rules is Rules.RUNTIME:
         graph, steps = settled_steps(schedule, costs)
         is_fair = num_computations(schedule) <= MAX_FAIR_COMPUTATIONS  # as the search told its seconds
-        timeline = fair_times(graph, costs.machine, dict(steps.updates)) if is_fair else simulate(graph)
+        timeline = fair_times(graph, costs.machine, dict(steps.updates.jobs)) if is_fair else simulate(graph)
         last, begin = steps.starts[-1], timeline.ends[steps.starts[-2]]
     else:
         timeline = simulate(task_graph(schedule, costs, rules))

@@ -11,64 +11,23 @@ between devices and host.
 
 import functools
 import itertools
-from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 
-from harmony_lightning.plan import Urgency
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane, TaskGraph
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
+from harmony_lightning.scheduler.runtime_lanes import RuntimeLanes
 from harmony_lightning.scheduler.runtime_slots import GradientSlots, Point, WeightSlots
+from harmony_lightning.scheduler.runtime_updates import RuntimeUpdates
 from harmony_lightning.scheduler.sized_plan import sized_plan
 
-_TURNS_HELD = 2
-"""Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
-_UPDATE_ACCESSES = 8
-"""Of memory in a step of Adam: four values are read, and written as far as torch tells, though the gradient is not."""
-_ADDITION_ACCESSES = 3
-"""Of memory, when one gradient is added to another."""
-_IN_TURN: Urgency = "next"
-"""Of gradients that come in parts."""
 _INPUT_ACCESSES = 3
 """Of host memory, when a part of the minibatch is put where devices copy from."""
 _NUM_STEPS = 4
 """The first steps are not in full flow."""
-
-
-@dataclass(slots=True, eq=False)
-class _Departing:
-    """Copies that read a device's memory, enqueued since another microbatch came to the device."""
-
-    number: int
-    nbytes: float = 0.0
-    ends: list[Event] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Device:
-    weights: WeightSlots
-    gradients: GradientSlots
-    states: "deque[Point]"
-    """When what was in each slot for updates that packs share has left; used least recently first."""
-    computed: Event = None
-    """Behind all computations that were enqueued."""
-    awaited: list[Event] = field(default_factory=list)
-    """What the next computation waits for."""
-    turn: int = 0
-    to_host: "deque[_Departing]" = field(default_factory=deque)
-    to_peers: "deque[_Departing]" = field(default_factory=deque)
-    landing: tuple[float, Point] | None = None
-    """Memory that is set aside for what comes next from another device: bytes, and when it is free."""
-    landed_nbytes: float | None = None
-    """What came last from another device."""
-
-    def now(self) -> Point:
-        """Behind all that compute was given so far."""
-        return (self.computed, *self.awaited)
 
 
 class RuntimeSteps:
@@ -76,7 +35,6 @@ class RuntimeSteps:
 
     def __init__(self, schedule: Schedule, costs: Costs, listener: Listener) -> None:
         self.schedule, self.costs = schedule, costs
-        self.run, self.run_on_both = listener.run, listener.run_on_both
         plan = self.plan = sized_plan(schedule, costs)
         self.packs = schedule.packs_backward
         self.sizes = split(schedule.minibatch, schedule.microbatch_backward)
@@ -93,43 +51,30 @@ class RuntimeSteps:
             self.goes_back[p] |= pack.trainable_nbytes > 0 or (p > 0 and self.goes_back[p - 1])
         self._following = _following(self.visitors)
         self._followed = _following(self.visitors[::-1])
-        active = len({d for visitors in self.visitors for d in visitors})
-        self.host_share = costs.machine.host_share(active)
-        self._num_buffers = plan.gradient_buffers
-        self.devices: list[_Device] = []
-        for d in range(num_devices):
-            now = functools.partial(self._now, d)
-            weights = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, now)
-            states = deque[Point]([()] * (1 + schedule.prefetch))
-            self.devices.append(_Device(weights, GradientSlots(plan, d), states))
-        self.states: dict[int, Event] = {}
-        """By pack: what the optimizer remembers of it has come to the device that updates it."""
-        self.weights_there: dict[int, Event] = {}
-        """By pack that stays where it is updated: its newest weights are there."""
+        active = {d for visitors in self.visitors for d in visitors}
+        self.lanes = RuntimeLanes(schedule, costs, listener, len(active))
+        self.weights = [
+            WeightSlots(
+                plan, d, functools.partial(self._swap_in, d), self._finish, functools.partial(self.lanes.now, d)
+            )
+            for d in range(num_devices)
+        ]
+        self.gradient_slots = [GradientSlots(plan, d) for d in range(num_devices)]
+        self.updates = RuntimeUpdates(
+            plan, self.packs, costs, self.lanes, self.visitors, self.weights, self.gradient_slots
+        )
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
-        self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self._num_buffers}
-        """Host buffers that gradients have taken last, by urgency: their bytes, and the updates that free them."""
-        self.dealt_with: list[tuple[float, Event]] = []
-        """Those before."""
-        self.controller: Event = None
-        self._copied: dict[int, Event] = {}
-        """By lane: behind the last copy between a device and the host."""
-        self.updates: list[tuple[Event, int]] = []
-        """With their priorities: of those whose gradients have come, the host does the lowest first."""
         self.starts: list[Event] = []
         """First computation of each step."""
-        self._turn = 0
-        self.travelling_nbytes = costs.machine.memory_bytes // 16 if schedule.prefetch else 0
 
     def step(self) -> None:
         """Tell the next step."""
         last, count = len(self.packs) - 1, len(self.sizes)
-        for d, device in enumerate(self.devices):
+        for d, weights in enumerate(self.weights):
             first = next((p for p, visitors in enumerate(self.visitors) if d in visitors), None)
             if first is not None:
-                device.weights.prefetch(first)
+                weights.prefetch(first)
         self.outputs: list[Point] = [()] * count
         """By microbatch: its output is computed."""
         self.gradients: list[Event] = [None] * count
@@ -139,56 +84,50 @@ class RuntimeSteps:
         """By pack and microbatch: the stash of the last layer is back, and those of the others."""
         for pack in range(last + 1):
             self._forward(pack)
-        self._send(last)
+        self.updates.send(last, self.costs.gradient_bytes(self.packs[last]))
         for d in self.visitors[last]:
-            self.devices[d].weights.release(last)
+            self.weights[d].release(last)
         self._look_ahead([(p, m) for p in range(last - 1, -1, -1) if self.goes_back[p] for m in range(count)])
         for pack in range(last - 1, -1, -1):
             if self.goes_back[pack]:
                 self._backward(pack)
-        for device in self.devices:
-            device.weights.end_step(lambda pack: self.plan.packs[pack].trainable_nbytes > 0)
-            for departing in (*device.to_host, *device.to_peers):
-                device.awaited += departing.ends
-            device.to_host.clear()
-            device.to_peers.clear()
-            device.landing = device.landed_nbytes = None
-        self._wait(*self._copied.values())
+        for weights in self.weights:
+            weights.end_step(lambda pack: self.plan.packs[pack].trainable_nbytes > 0)
+        self.lanes.end_step()
 
     # Visits -----------------------------------------------------------------------------------------------------------
 
     def _forward(self, pack: int) -> None:
-        is_fused, turn = pack == len(self.packs) - 1, self._next_turn()
+        is_fused = pack == len(self.packs) - 1
+        self.lanes.turn += 1
         upcoming = dict(self._following[pack])
         leaves = self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays
-        for group, arrived in self._sending_ahead(pack, turn):
+        for group, arrived in self._sending_ahead(pack):
             d = self.places[pack][group[0]]
             for m in group:
-                self._begin_turn(d)
+                self.lanes.begin_turn(d)
                 if pack == 0:
-                    self._bring_input(d, turn, m)
+                    self._bring_input(d, m)
             weights = self._acquire(d, pack, upcoming)
             seconds = self._forward_seconds(group, self.packs[pack])
-            done = self._compute(d, seconds, Kind.FORWARD, turn, group[0], *arrived, weights)
+            done = self.lanes.compute(d, seconds, Kind.FORWARD, group[0], *arrived, weights)
             if pack == group[0] == 0:
                 self.starts.append(done)
             for m in group:
-                self.outputs[m] = self.devices[d].now()
+                self.outputs[m] = self.lanes.now(d)
                 if is_fused:
-                    self._begin_turn(d)
-                    self._compute_backward(pack, turn, m)
+                    self.lanes.begin_turn(d)
+                    self._compute_backward(pack, m)
                 elif leaves:
                     nbytes = self.costs.stash_bytes(self.sizes[m], self.packs[pack])
-                    left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
-                    self.stashed[pack, m] = left
-                    self._hold(self.devices[d].to_host, d, nbytes, left)
+                    self.stashed[pack, m] = self.lanes.send_stash(d, m, nbytes, done)
         self._leave(pack, self._following[pack])
 
-    def _bring_input(self, d: int, turn: int, m: int) -> None:
+    def _bring_input(self, d: int, m: int) -> None:
         """Of the minibatch: the controller puts it where a device can copy it from, and user code waits for that copy."""
         nbytes = self.costs.input_bytes(self.sizes[m], 0)
-        self._wait(nbytes=_INPUT_ACCESSES * nbytes)
-        self._compute(d, nbytes / self.host_share, Kind.INPUT_IN, turn, m, nbytes=nbytes)
+        self.lanes.wait(nbytes=_INPUT_ACCESSES * nbytes)
+        self.lanes.compute(d, nbytes / self.lanes.host_share, Kind.INPUT_IN, m, nbytes=nbytes)
 
     def _forward_seconds(self, group: Sequence[int], span: tuple[int, int]) -> float:
         """A joint call may be larger than any that was profiled: as of several of those then. What it takes is put
@@ -212,7 +151,7 @@ class RuntimeSteps:
         columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in here]
         return [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
 
-    def _sending_ahead(self, pack: int, turn: int) -> Iterator[tuple[Sequence[int], list[Event]]]:
+    def _sending_ahead(self, pack: int) -> Iterator[tuple[Sequence[int], list[Event]]]:
         """Groups, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
         groups, layer = self._groups(pack), self.packs[pack][0]
         entering = [sum(self.costs.input_bytes(self.sizes[m], layer) for m in group) for group in groups]
@@ -221,28 +160,28 @@ class RuntimeSteps:
         for index, group in enumerate(groups):
             while pack and len(arrived) < len(groups):
                 n = len(arrived)
-                if n > index + self.schedule.prefetch and travelling + entering[n] > self.travelling_nbytes:
+                if n > index + self.schedule.prefetch and travelling + entering[n] > self.lanes.travelling_nbytes:
                     break
-                arrived.append([self._send_output(pack, turn, m) for m in groups[n]])
+                arrived.append([self._send_output(pack, m) for m in groups[n]])
                 travelling += entering[n]
             travelling -= entering[index]
             yield group, arrived[index] if pack else []
 
-    def _send_output(self, pack: int, turn: int, m: int) -> Event:
+    def _send_output(self, pack: int, m: int) -> Event:
         """Of the pack before, for this one; None if it is where it is needed."""
         source, target = self.places[pack - 1][m], self.places[pack][m]
         if source == target:
             return None
         nbytes = self.costs.input_bytes(self.sizes[m], self.packs[pack][0])
-        return self._peer(turn, Kind.OUTPUT_PEER, source, target, m, nbytes, self.outputs[m])
+        return self.lanes.send(source, target, Kind.OUTPUT_PEER, m, nbytes, self.outputs[m])
 
     def _backward(self, pack: int) -> None:
-        turn = self._next_turn()
+        self.lanes.turn += 1
         back = len(self.packs) - 1 - pack
         following = {d: len(self.packs) - 1 - p for d, p in self._followed[back].items()}
         following = {d: p for d, p in following.items() if self.goes_back[p]}
         upcoming = dict(following)
-        self._bring_states(pack)
+        self.updates.bring_states(pack)
         for m in range(len(self.sizes)):
             d = self.places[pack][m]
             ahead = self._ahead.pop((pack, m), None)
@@ -250,37 +189,36 @@ class RuntimeSteps:
                 self._bring_back(ahead)
             elif not self.schedule.prefetch:
                 self._bring_stash(pack, m, is_first=True)
-            self._begin_turn(d)
+            self.lanes.begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
-            self._compute_backward(pack, turn, m, self.gradients[m], weights)
-        self._send(pack)
+            self._compute_backward(pack, m, self.gradients[m], weights)
+        self.updates.send(pack, self.costs.gradient_bytes(self.packs[pack]))
         self._leave(pack, following)
 
-    def _compute_backward(self, pack: int, turn: int, m: int, *after: Event) -> None:
+    def _compute_backward(self, pack: int, m: int, *after: Event) -> None:
         """And the gradient of its input goes to where that was computed."""
         d, (first, last), size = self.places[pack][m], self.packs[pack], self.sizes[m]
-        device = self.devices[d]
         seconds = self._backward_seconds(size, (first, last))
         left: Point = ()
         if self.places[pack].index(d) == m:  # the first one here: its gradients are put where those of others are added
-            left = device.gradients.enter(pack)
+            left = self.gradient_slots[d].enter(pack)
             seconds = max(0.0, seconds - self.costs.device_seconds(self.costs.gradient_bytes((first, last))))
         if left or (first < last and (pack, m) in self.stashed):
             # The last layer waits for its own stash alone, and has made its gradients before they need others' place.
             begin = min(seconds, self._backward_seconds(size, (last, last)))
-            self._compute(d, begin, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, True), None))
+            self.lanes.compute(d, begin, Kind.BACKWARD, m, *after, self._brought.pop((pack, m, True), None))
             self._bring_stash(pack, m, is_first=False)
             seconds, after = seconds - begin, left
         else:
             after = (*after, self._brought.pop((pack, m, True), None))
-        self._compute(d, seconds, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, False), None))
+        done = self.lanes.compute(d, seconds, Kind.BACKWARD, m, *after, self._brought.pop((pack, m, False), None))
         if pack == 0 or not self.goes_back[pack - 1]:
             return
         source, target = d, self.places[pack - 1][m]
-        self.gradients[m] = device.computed
+        self.gradients[m] = done
         if source != target:
-            nbytes = self.costs.input_bytes(size, first)
-            self.gradients[m] = self._peer(turn, Kind.GRADIENT_PEER, source, target, m, nbytes, device.now())
+            nbytes, ready = self.costs.input_bytes(size, first), self.lanes.now(d)
+            self.gradients[m] = self.lanes.send(source, target, Kind.GRADIENT_PEER, m, nbytes, ready)
 
     def _sum_backward_seconds(self, size: int, span: tuple[int, int]) -> float:
         """Recompute included, but for layers that keep their activations."""
@@ -303,14 +241,10 @@ class RuntimeSteps:
                 self._bring_back(visit)
             latest[d] = visit
 
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn - 1
-
-    # Weights and gradients --------------------------------------------------------------------------------------------
+    # Weights and stashes ----------------------------------------------------------------------------------------------
 
     def _acquire(self, d: int, pack: int, upcoming: dict[int, int]) -> Event:
-        weights = self.devices[d].weights
+        weights = self.weights[d]
         arrived = weights.acquire(pack)
         following = upcoming.pop(d, None)
         if following is not None:
@@ -319,133 +253,20 @@ class RuntimeSteps:
 
     def _leave(self, pack: int, following: dict[int, int]) -> None:
         for d in following:
-            self.devices[d].weights.release(pack)
+            self.weights[d].release(pack)
 
     def _swap_in(self, d: int, pack: int, released: Point) -> Event:
-        waits = (*released, self.updated[pack], self.controller)
-        if (newer := self.weights_there.get(pack)) is not None:
-            seconds, lane = self._device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
-            return self.run(lane, seconds, Kind.WEIGHTS_IN, self._turn, 0, 0, *waits, newer)
-        nbytes = self.plan.packs[pack].nbytes
-        return self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
+        lanes, updates = self.lanes, self.updates
+        waits = (*released, updates.updated[pack], lanes.controller)
+        if (newer := updates.weights_there.get(pack)) is not None:
+            seconds, lane = updates.device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
+            return lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *waits, newer)
+        return lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, self.plan.packs[pack].nbytes, *waits)
 
     def _finish(self, pack: int) -> None:
         """A swap-in must have been enqueued, which is done behind the last update of the weights."""
-        if self.updated[pack] is not None:
-            self._wait(self.updated[pack])
-
-    def _wait(self, *events: Event, nbytes: float = 0.0) -> None:
-        """The controller does, and reads and writes so many bytes of host memory."""
-        seconds = nbytes / (2 * self.costs.machine.host_message_bytes_per_second)
-        self.controller = self.run(int(Lane.CONTROLLER), seconds, Kind.WAIT, self._turn, 0, nbytes, *events)
-
-    def _send(self, pack: int) -> None:
-        """Gradients go to the host, and the weights are stepped there."""
-        turn, span = self._turn - 1, self.packs[pack]
-        home, *others = self.visitors[pack]
-        nbytes = self.costs.gradient_bytes(span)
-        if not nbytes:
-            return
-        is_in_parts = bool(others) and pack in self.schedule.dealt and self.plan.packs[pack].update == "host"
-        if is_in_parts:  # the host adds, so that no device waits for another
-            *others, home = self.visitors[pack]
-            for d in others:
-                left = self._swap_out(d, turn, pack, nbytes, _IN_TURN)
-                added = self._add_part(turn, 0 if d == others[0] else nbytes, left)
-                self.on_host[_IN_TURN].append((self._buffer_nbytes, added))
-            others = []
-        for d in others:  # added up on the first device
-            seconds = nbytes / self.costs.machine.peer_bytes_per_second
-            lanes = (NUM_LANES * d + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
-            waits = (*self.devices[d].now(), *self.devices[home].now(), self.controller)
-            done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *waits)
-            for end in (d, home):
-                self.devices[end].computed, self.devices[end].awaited = done, []
-            self._compute(home, self.costs.device_seconds(_ADDITION_ACCESSES * nbytes), Kind.ALL_REDUCE, turn, 0)
-        if self.plan.packs[pack].update == "device":
-            self._update_there(pack, home, turn)
-            return
-        urgency = _IN_TURN if is_in_parts else self.plan.urgency(pack)
-        left = self._swap_out(home, turn, pack, nbytes, urgency)
-        if is_in_parts:
-            left = self._add_part(turn, nbytes, left)
-        touched = _UPDATE_ACCESSES * nbytes
-        seconds = self.costs.update_seconds(span)
-        updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, 0 if is_in_parts else self.plan.update_priority(pack)))
-        self.updated[pack] = updated
-        self.on_host[urgency].append((self._buffer_nbytes, updated))
-
-    def _add_part(self, turn: int, nbytes: float, arrived: Event) -> Event:
-        """The host adds what has come from one device to what came from others."""
-        added = self.run(int(Lane.HOST), 0.0, Kind.UPDATE, turn, 0, _ADDITION_ACCESSES * nbytes, arrived)
-        self.updates.append((added, 0))
-        return added
-
-    def _bring_states(self, pack: int) -> None:
-        """An update on a device will come: what the optimizer remembers does, unless it is there."""
-        if self.plan.packs[pack].update == "host" or pack in self.states:
-            return
-        d = self.visitors[pack][0]
-        stays = pack in self.plan.updates_stay
-        waits = (*(() if stays else self.devices[d].states.popleft()), self.updated[pack], self.controller)
-        nbytes = self.plan.packs[pack].state_nbytes
-        self.states[pack] = self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
-
-    def _update_there(self, pack: int, d: int, turn: int) -> None:
-        """On a copy of the weights, so that their slot is free; new weights and states leave, or stay."""
-        self._bring_states(pack)
-        device, sizes = self.devices[d], self.plan.packs[pack]
-        self._compute(d, self._device_seconds(pack, 2), Kind.UPDATE, turn, 0, self.states[pack])
-        device.weights.release(pack)
-        done = self._compute(d, self._device_seconds(pack, _UPDATE_ACCESSES), Kind.UPDATE, turn, 0)
-        if self.plan.weights_stay(pack):
-            self.weights_there[pack], self.updated[pack] = done, None
-            return
-        stays = pack in self.plan.updates_stay
-        nbytes = sizes.trainable_nbytes + (0 if stays else sizes.state_nbytes)
-        left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, done, self.controller)
-        self.updated[pack] = left
-        if not stays:
-            del self.states[pack]
-            device.states.append((left,))
-
-    def _device_seconds(self, pack: int, accesses: int) -> float:
-        return self.costs.device_seconds(accesses * self.plan.packs[pack].trainable_nbytes)
-
-    def _swap_out(self, d: int, turn: int, pack: int, nbytes: float, urgency: Urgency) -> Event:
-        """Gradients leave for a buffer of the host."""
-        self._buffer_nbytes = self._take_buffer(nbytes, urgency)
-        waits = (*self.devices[d].now(), self.controller)
-        left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
-        self.devices[d].gradients.leave(pack, left)
-        return left
-
-    def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
-        """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        on_host = self.on_host[urgency]
-        if on_host and len(on_host) >= self._num_buffers[urgency]:
-            self.dealt_with.append(on_host.popleft())
-        for index, (size, free) in enumerate(self.dealt_with):
-            if nbytes <= size <= 2 * nbytes:
-                del self.dealt_with[index]
-                self._wait(free)
-                return size
-        return nbytes
-
-    # Computations and copies ------------------------------------------------------------------------------------------
-
-    def _now(self, d: int) -> Point:
-        return self.devices[d].now()
-
-    def _compute(
-        self, d: int, seconds: float, kind: Kind, turn: int, m: int, *after: Event, nbytes: float = 0.0
-    ) -> Event:
-        device = self.devices[d]
-        awaited, device.awaited = device.awaited, []
-        lane = NUM_LANES * d + Lane.COMPUTE
-        device.computed = self.run(lane, seconds, kind, turn, m, nbytes, *after, *awaited, self.controller)
-        return device.computed
+        if self.updates.updated[pack] is not None:
+            self.lanes.wait(self.updates.updated[pack])
 
     def _bring_back(self, visit: tuple[int, int]) -> None:
         """All that a microbatch has stashed in a pack."""
@@ -461,54 +282,8 @@ class RuntimeSteps:
             return
         d = self.places[pack][m]
         nbytes = self.costs.stash_bytes(self.sizes[m], span)
-        waits = (stashed, *self.devices[d].now(), self.controller)
-        brought = self._host_copy(d, Lane.STASH_IN, Kind.STASH_IN, self._turn, m, nbytes, *waits)
-        self._brought[pack, m, is_first] = brought
-
-    def _peer(self, turn: int, kind: Kind, source: int, target: int, m: int, nbytes: float, ready: Point) -> Event:
-        """From device to device."""
-        seconds = nbytes / self.costs.machine.peer_bytes_per_second
-        lanes = (NUM_LANES * source + Lane.PEER_OUT, NUM_LANES * target + Lane.PEER_IN)
-        waits = (*ready, *self._land(self.devices[target], nbytes), self.controller)
-        left = self.run_on_both(*lanes, seconds, kind, turn, m, nbytes, *waits)
-        self._hold(self.devices[source].to_peers, source, nbytes, left)
-        return left
-
-    def _land(self, device: _Device, nbytes: float) -> Point:
-        """When memory for what comes is free, as `runtime.transfer.Landings`."""
-        (size, free), device.landing = device.landing or (None, ()), None
-        if nbytes <= self.travelling_nbytes:
-            device.landed_nbytes = nbytes
-        return free if size == nbytes else device.now()
-
-    def _hold(self, departures: "deque[_Departing]", d: int, nbytes: float, end: Event) -> None:
-        turn = self.devices[d].turn
-        if not departures or departures[-1].number != turn:
-            departures.append(_Departing(turn))
-        departures[-1].nbytes += nbytes
-        departures[-1].ends = [end]  # a lane's copies end in order
-
-    def _begin_turn(self, d: int) -> None:
-        """Another microbatch comes: compute waits for copies that were there before the last ones. Those to other devices
-        are held for as many as go through a pack while they take little."""
-        device = self.devices[d]
-        if any(departures and departures[-1].number == device.turn for departures in (device.to_host, device.to_peers)):
-            device.turn += 1
-        for departures, most in ((device.to_host, _TURNS_HELD), (device.to_peers, max(_TURNS_HELD, len(self.sizes)))):
-            total = sum(departing.nbytes for departing in departures)
-            while departures:
-                age = device.turn - departures[0].number
-                if age < _TURNS_HELD or (age < most and total <= self.travelling_nbytes):
-                    break
-                total -= departures[0].nbytes
-                device.awaited += departures.popleft().ends
-        if device.landing is None and device.landed_nbytes is not None:
-            device.landing = device.landed_nbytes, device.now()
-
-    def _host_copy(self, d: int, lane: Lane, kind: Kind, turn: int, m: int, nbytes: float, *after: Event) -> Event:
-        index = NUM_LANES * d + lane
-        copied = self._copied[index] = self.run(index, nbytes / self.host_share, kind, turn, m, nbytes, *after)
-        return copied
+        waits = (stashed, *self.lanes.now(d), self.lanes.controller)
+        self._brought[pack, m, is_first] = self.lanes.copy(d, Lane.STASH_IN, Kind.STASH_IN, m, nbytes, *waits)
 
 
 def _following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
@@ -534,7 +309,7 @@ def runtime_seconds(schedule: Schedule, costs: Costs, num_steps: int = _NUM_STEP
 def fair_seconds(schedule: Schedule, costs: Costs) -> float:
     """The same, links and host memory being shared by those that use them: slower to find out, and closer to the truth."""
     graph, steps = settled_steps(schedule, costs)
-    ends = fair_times(graph, costs.machine, dict(steps.updates)).ends
+    ends = fair_times(graph, costs.machine, dict(steps.updates.jobs)).ends
     return ends[steps.starts[-1]] - ends[steps.starts[-2]]
 
 

@@ -156,8 +156,8 @@ def test_updates_go_in_the_order_of_their_priority():
     recorder = Recorder(1)
     steps = RuntimeSteps(schedule, costs, recorder)
     steps.step()
-    times = fair_times(recorder.graph, costs.machine, dict(steps.updates))
-    ends = [times.ends[index] for index, _ in sorted(steps.updates, key=lambda pair: pair[1])]
+    times = fair_times(recorder.graph, costs.machine, dict(steps.updates.jobs))
+    ends = [times.ends[index] for index, _ in sorted(steps.updates.jobs, key=lambda pair: pair[1])]
     # The last pack's gradients come first and find nobody waiting; of the rest the first pack is wanted first, and the
     # third may wait.
     first, last, second, third = ends
