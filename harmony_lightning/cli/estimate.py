@@ -11,8 +11,9 @@ With --json one object is printed:
     mixed_step_seconds   with --mode auto: the same if microbatches of the last pack go round the GPUs, where that is faster
     host_bytes           weights, optimizer states, gradients and stashes on the host
     parameters           of the module
-    mode, num_packs, packs, microbatch_size, prefetch, stash
-                         the plan; packs as [first layer, last layer], both included, in the order of calls
+    mode, num_packs, packs, microbatch_size, prefetch, stash, dealt
+                         the plan; packs as [first layer, last layer], both included, in the order of calls; `dealt` are
+                         those whose microbatches go round the GPUs, which makes pp mixed
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
     search_seconds       what the search took
@@ -76,7 +77,8 @@ def run(arguments: argparse.Namespace) -> int:
         stays=True,
     )
     planned = find_plan(measured, machine, decomposition, question)
-    mixed = _mixed(measured, machine, decomposition, question, planned)
+    is_told = arguments.json or arguments.is_explained
+    mixed = _mixed(measured, machine, decomposition, question, planned) if is_told else None
     best, schedule = planned.found.best, planned.found.best.schedule
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
@@ -103,6 +105,7 @@ def run(arguments: argparse.Namespace) -> int:
         "microbatch_size": schedule.microbatch_backward,
         "prefetch": schedule.prefetch,
         "stash": schedule.stash,
+        "dealt": schedule.dealt,
         "resident": schedule.resident,
         "stash_stays": schedule.stash_stays,
         "kept_layers": len({*schedule.keep, schedule.num_layers - 1}),

@@ -53,6 +53,12 @@ def test_estimate_tells_whether_it_fits_and_how_fast(capsys, init):
     assert "reasons" not in answer
 
 
+def test_mixed_is_told_by_what_is_dealt(capsys):
+    answer = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "mixed", "--json"))
+    assert answer["mode"] == "pp" and answer["dealt"] == [answer["num_packs"] - 1]
+    assert json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))["dealt"] == []
+
+
 def test_explain_tells_what_binds_and_what_would_help(capsys):
     answer = json.loads(told(capsys, "explain", *CHAIN, "--json"))
     assert any("binds" in reason for reason in answer["reasons"])
