@@ -14,6 +14,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
@@ -28,7 +29,7 @@ from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
-from harmony_lightning.scheduler.packing import pack_of_layers
+from harmony_lightning.scheduler.packing import pack_of_layers, with_first_on_devices
 from harmony_lightning.scheduler.runtime_search import search_runtime
 from harmony_lightning.scheduler.search import Found
 from harmony_lightning.scheduler.staying import with_what_stays
@@ -51,12 +52,18 @@ class Question:
     """Samples per step, all GPUs together."""
     memory_bytes: int
     """Of each GPU."""
-    mode: Literal["pp", "dp", "auto"] = "auto"
+    mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
+    """`mixed` is pp with a last pack that is dealt; auto does not try it, as gradients are added in another order then."""
     microbatch_size: int | None = None
     """None: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
     moves_stash: bool = False
     """Stashes go to the host whatever is left."""
+    stays: bool = False
+    """What fits stays on the devices, as in steps behind the first; seconds are those of such steps."""
+    update: Literal["host", "first", "device"] = "host"
+    """Where weights are updated, as in `HarmonyConfig`. The layers must tell what the optimizer remembers of them."""
+    microbatches_per_forward: int = 1
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,12 +92,18 @@ def machine_of(cluster: Cluster) -> Machine | None:
     return None
 
 
-def cluster_to_profile(cluster: Cluster) -> Cluster:
-    """Where layers are costed: on shapes, where GPUs are emulated; else on the GPUs themselves."""
-    if isinstance(cluster, EmulatedCluster) and cluster.machine.clock is not None:
-        memory_bytes, clock = cluster.devices[0].memory_bytes, cluster.machine.clock
-        return EmulatedCluster(1, memory_bytes, preset=clock.gpu, host=clock.host, check_races=False, fake=True)
-    return cluster
+def clusters_to_profile(root: nn.Module, cluster: Cluster) -> list[Cluster]:
+    """Where layers are costed: on the GPUs themselves; on shapes, where they are emulated, and, as torch does not know the
+    shapes of every operation, with numbers where the run has numbers, too."""
+    if not isinstance(cluster, EmulatedCluster) or cluster.machine.clock is None:
+        return [cluster]
+    memory_bytes, clock = cluster.devices[0].memory_bytes, cluster.machine.clock
+    has_numbers = not cluster.fake and not any(parameter.is_meta for parameter in root.parameters())
+    return [
+        EmulatedCluster(1, memory_bytes, preset=clock.gpu, host=clock.host, check_races=False, fake=is_fake)
+        for is_fake in (True, False)
+        if is_fake or has_numbers
+    ]
 
 
 def step_of(
@@ -143,12 +156,23 @@ def profile(
     """
 
     def make() -> Measured:
+        first, *others = clusters_to_profile(root, cluster)
+        try:
+            return measure_on(first)
+        except UnsupportedError as error:
+            if not others:
+                raise
+            measured = measure_on(others[0])
+            log.info("harmony profile: made with numbers, as shapes alone do not do: %s", error)
+            return measured
+
+    def measure_on(where: Cluster) -> Measured:
         return measure_profile(
             root,
             decomposition,
             batch_of,
             step,
-            cluster_to_profile(cluster),
+            where,
             largest=largest,
             smallest=smallest,
             update_seconds=update_seconds(machine),
@@ -168,8 +192,7 @@ def find_plan(
 ) -> Planned:
     """The best plan that the search finds.
 
-    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster; whatever is found,
-    steps let stay on the devices what fits. None: nothing stays.
+    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster.
 
     Raises:
         CapacityError: nothing fits.
@@ -184,15 +207,31 @@ def find_plan(
         plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
         return with_what_stays(schedule, plan, costs, moves_stash=question.moves_stash)
 
+    def abilities(schedule: Schedule) -> Schedule:
+        last = len(schedule.packs_backward) - 1
+        is_dealt = question.mode == "mixed" and schedule.num_devices > 1
+        schedule = replace(
+            schedule,
+            microbatches_per_forward=question.microbatches_per_forward,
+            dealt=(last,) if is_dealt else (),
+            updated_there=tuple(range(last + 1)) if question.update == "device" else (),
+        )
+        if question.update == "first":
+            plan = with_first_on_devices(plan_of(schedule, ordered, question.memory_bytes, in_use), ordered)
+            there = tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device")
+            schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
+        return schedule
+
     found = search_runtime(
         costs,
         minibatch=question.minibatch,
-        mode=question.mode,
+        mode="pp" if question.mode == "mixed" else question.mode,
         memory_bytes=MEMORY_SHARE * question.memory_bytes,
         stashes=question.stashes,
         microbatch_size=question.microbatch_size,
         together=tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
-        stay=stay if in_use is not None else None,
+        abilities=abilities,
+        stay=stay if question.stays else None,
         in_use=present,
     )
     plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)

@@ -29,6 +29,14 @@ def test_two_runs_have_equal_timelines_to_the_bit():
     assert one == other and one.seconds > 0
 
 
+def test_steps_follow_each_other_on_a_timeline():
+    torch.manual_seed(0)
+    strategy = HarmonyStrategy(microbatch_size=2, cluster=EmulatedCluster(2, "200KiB", preset="3090"))
+    trainer(strategy, max_steps=3).fit(Chain(depth=6), loader(8, 32))
+    found = strategy.timeline()
+    assert len(found.step_seconds) == 2 and 0.5 * found.seconds < sum(found.step_seconds) < found.seconds
+
+
 def test_a_timeline_holds_every_byte_and_keeps_the_order_of_lanes():
     found, statistics = timeline()
 

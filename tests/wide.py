@@ -71,22 +71,11 @@ def costs_of(make, num_gpus, gpu="3090", host="server", largest=4, memory_bytes=
 def train(make, schedule, layers, gpu="3090", host="server", num_steps=5, memory=None):
     """Seconds of a settled step and peak bytes when the runtime carries a schedule out."""
     cluster = cluster_of(schedule.num_devices, gpu, host, memory)
+    if schedule.updated_there:
+        layers = layers.with_states({weight.name: (weight.nbytes, weight.nbytes, 4) for weight in layers.weights})
     plan = plan_of(schedule, layers, cluster.devices[0].memory_bytes)
     module = on_meta(make).to_empty(device="cpu")
     strategy = HarmonyStrategy(microbatch_size=plan.microbatch_size, cluster=cluster, plan=plan)
     data = TensorDataset(*batch_of(schedule.minibatch * num_steps))
     trainer(strategy, max_steps=num_steps).fit(module, DataLoader(data, batch_size=schedule.minibatch))
-    return last_step_seconds(strategy.timeline()), max(strategy.statistics().peak_device_bytes)
-
-
-def last_step_seconds(timeline):
-    """Between the ends of the first forwards of the last two steps: they begin with kernels that wait for no weights."""
-    ends, former = [], "backward"
-    for span in timeline.lane(0, "compute"):
-        if span.name == "forward of pack 0, microbatch 0":
-            if former.startswith("backward"):
-                ends.append(span.end)
-            ends[-1] = span.end
-        if span.name.startswith(("forward", "backward")):
-            former = span.name
-    return ends[-1] - ends[-2]
+    return strategy.timeline().step_seconds[-1], max(strategy.statistics().peak_device_bytes)

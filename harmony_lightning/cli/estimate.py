@@ -3,9 +3,12 @@
 With --json one object is printed:
 
     step_seconds, samples_per_second
-                         predicted for the best plan by which nothing stays on the GPUs from step to step
+                         predicted for the best plan, when its steps have settled and what fits stays on the GPUs
     peak_bytes, memory_bytes
-                         the most that any GPU holds, and what each offers
+                         the most that any GPU needs, and what each offers; the rest is filled with what stays
+    resident, stash_stays, kept_layers
+                         what stays: packs whose weights do, packs whose stashes do, layers that keep their activations
+    mixed_step_seconds   with --mode auto: the same if microbatches of the last pack go round the GPUs, where that is faster
     host_bytes           weights, optimizer states, gradients and stashes on the host
     parameters           of the module
     mode, num_packs, packs, microbatch_size, prefetch, stash
@@ -18,7 +21,8 @@ With --json one object is printed:
 
 import argparse
 import json
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
@@ -28,6 +32,14 @@ from harmony_lightning.cli.profile import profile_for
 from harmony_lightning.scheduler.explain import break_down, describe, explain
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
+
+if TYPE_CHECKING:
+    from harmony_lightning.decomposer.decomposition import Decomposition
+    from harmony_lightning.profiled import Planned, Question
+    from harmony_lightning.profiler.machine import Machine
+    from harmony_lightning.profiler.measure import Measured
+    from harmony_lightning.scheduler.costs import Costs
+    from harmony_lightning.scheduler.search import Found
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -44,7 +56,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         add_model_arguments(parser)
-        parser.add_argument("--mode", choices=("auto", "pp", "dp"), default="auto", help="default: the faster of both")
+        parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.set_defaults(run=run, is_explained=name == "explain")
@@ -61,15 +73,24 @@ def run(arguments: argparse.Namespace) -> int:
         memory_bytes=machine.memory_bytes,
         mode=arguments.mode,
         microbatch_size=arguments.microbatch,
+        stays=True,
     )
     planned = find_plan(measured, machine, decomposition, question)
+    mixed = _mixed(measured, machine, decomposition, question, planned)
     best, schedule = planned.found.best, planned.found.best.schedule
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
     if arguments.is_explained:
         memory = MEMORY_SHARE * machine.memory_bytes
+
+        def again(costs: "Costs", samples: int, memory_bytes: float) -> "Found":
+            asked = replace(question, minibatch=samples, memory_bytes=round(memory_bytes / MEMORY_SHARE))
+            return find_plan(measured, costs.machine, decomposition, asked).found
+
         asked: dict[str, Any] = {"minibatch": minibatch, "mode": arguments.mode, "memory_bytes": memory}
-        reasons = list(explain(planned.found, planned.costs, **asked))
+        reasons = list(explain(planned.found, planned.costs, **asked, search_again=again))
+        if mixed is not None:
+            reasons.append(_advise_mixed(mixed, best.seconds))
     fields = {
         "step_seconds": best.seconds,
         "samples_per_second": minibatch / best.seconds,
@@ -83,6 +104,10 @@ def run(arguments: argparse.Namespace) -> int:
         "microbatch_size": schedule.microbatch_backward,
         "prefetch": schedule.prefetch,
         "stash": schedule.stash,
+        "resident": schedule.resident,
+        "stash_stays": schedule.stash_stays,
+        "kept_layers": len({*schedule.keep, schedule.num_layers - 1}),
+        **({"mixed_step_seconds": mixed} if mixed is not None else {}),
         "binds": [name for name, seconds in parts if seconds > 0],
         "is_proved": planned.found.is_proved,
         "search_seconds": planned.found.search_seconds,
@@ -94,6 +119,11 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table(title=f"{measured.profile.model} on {machine.name}", show_header=False)
     table.add_row("weights", f"{measured.num_parameters / 1e9:.4g} billion")
     table.add_row("plan", describe(schedule) + f", stashes on the {schedule.stash}")
+    table.add_row(
+        "stays",
+        f"weights of {len(schedule.resident)} packs, stashes of {len(schedule.stash_stays)}, activations of "
+        f"{fields['kept_layers']} layers",
+    )
     table.add_row("step", f"{best.seconds:.4g} s for {minibatch} samples")
     table.add_row("samples/s", f"{minibatch / best.seconds:.4g}")
     table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
@@ -104,3 +134,27 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in reasons:
         console.print(f"- {sentence}", highlight=False)
     return 0
+
+
+def _mixed(
+    measured: "Measured", machine: "Machine", decomposition: "Decomposition", question: "Question", planned: "Planned"
+) -> float | None:
+    """Seconds of the best plan whose last pack is dealt; None where that was not left open, or brings nothing."""
+    from harmony_lightning.errors import CapacityError
+    from harmony_lightning.profiled import find_plan
+    from harmony_lightning.scheduler.runtime_search import MARGIN
+
+    if question.mode != "auto" or machine.gpus < 2:
+        return None
+    try:
+        found = find_plan(measured, machine, decomposition, replace(question, mode="mixed")).found
+    except CapacityError:
+        return None
+    return found.best.seconds if found.best.seconds < (1 - MARGIN) * planned.found.best.seconds else None
+
+
+def _advise_mixed(seconds: float, present: float) -> str:
+    return (
+        f"With --mode mixed, by which microbatches of the last pack go round the GPUs and its gradients are added up in "
+        f"another order, a step would take {1 - seconds / present:.1%} less time."
+    )

@@ -45,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
 def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """The profile of the module that the arguments name, its decomposition, and the machine."""
     from harmony_lightning.decomposer.discover import decompose
+    from harmony_lightning.errors import UnsupportedError
     from harmony_lightning.profiled import profile, step_of
     from harmony_lightning.scheduler import unit_nbytes
 
@@ -54,20 +55,28 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     nbytes = sum(parameter.nbytes for parameter in module.parameters())
     decomposition = decompose(module, unit_nbytes(nbytes, machine.memory_bytes))
     smallest = 2 if decomposition.has_batch_statistics else 1
-    with telling(f"profiling {type(module).__name__}") as tell:
-        measured, _ = profile(
-            module,
-            decomposition,
-            batch.of,
-            step_of(context_of(arguments.precision)),
-            cluster_for(arguments, machine),
-            machine,
-            largest=batch.samples,
-            smallest=min(smallest, batch.samples),
-            precision=arguments.precision,
-            is_fresh=arguments.fresh,
-            progress=lambda size: tell(f"microbatches of {size}"),
-        )
+    try:
+        with telling(f"profiling {type(module).__name__}") as tell:
+            measured, _ = profile(
+                module,
+                decomposition,
+                batch.of,
+                step_of(context_of(arguments.precision)),
+                cluster_for(arguments, machine),
+                machine,
+                largest=batch.samples,
+                smallest=min(smallest, batch.samples),
+                precision=arguments.precision,
+                is_fresh=arguments.fresh,
+                progress=lambda size: tell(f"microbatches of {size}"),
+            )
+    except UnsupportedError as error:
+        if arguments.gpus is None:
+            raise
+        raise UnsupportedError(
+            f"{error}. With --gpus a step is followed by shapes alone, which torch does not know for every operation and "
+            f"dtype: try another --precision, or measure on real GPUs without --gpus"
+        ) from error
     return measured, decomposition, machine
 
 

@@ -25,7 +25,7 @@ class Lane(enum.IntEnum):
     STASH_IN = 6
     """Stashes have a lane of their own where the runtime carries a schedule out."""
     CONTROLLER = 7
-    """The thread that enqueues everything, where it has to wait; of device 0."""
+    """The thread that enqueues everything, where it does more than that; of device 0."""
 
 
 NUM_LANES = len(Lane)
@@ -59,7 +59,7 @@ class Kind(enum.IntEnum):
     """From one device's host memory to another's."""
     UPDATE = 16
     WAIT = 17
-    """The controller lets what it has enqueued so far come to a point."""
+    """The controller lets what it has enqueued so far come to a point, or prepares inputs."""
 
 
 COMPUTATIONS = frozenset({Kind.FORWARD, Kind.RECOMPUTE, Kind.BACKWARD})

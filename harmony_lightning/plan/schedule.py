@@ -43,11 +43,25 @@ class Schedule(Record):
     """Backward packs whose stash waits on the device."""
     keep: tuple[int, ...] = ()
     """Layers that keep their activations from forward to backward; the last one does in any case."""
+    dealt: tuple[int, ...] = ()
+    """Backward packs of a schedule in pp whose microbatches go round the devices, as in `Plan.dealt`."""
+    updated_there: tuple[int, ...] = ()
+    """Backward packs that are updated on the device which has their gradients, not on the host."""
+    updates_stay: tuple[int, ...] = ()
+    """Those of them whose states, and weights, stay there, as in `Plan.updates_stay`."""
+    microbatches_per_forward: int = 1
+    """As in `Plan`."""
 
     def __post_init__(self) -> None:
         if self.mode not in ("pp", "dp"):
             raise ConfigurationError(f"mode must be 'pp' or 'dp', got {self.mode!r}")
-        for name in ("num_devices", "minibatch", "microbatch_forward", "microbatch_backward"):
+        for name in (
+            "num_devices",
+            "minibatch",
+            "microbatch_forward",
+            "microbatch_backward",
+            "microbatches_per_forward",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.boundary not in ("device", "host"):

@@ -1,6 +1,7 @@
 """Timelines: what every lane of every device did, and when. Predicted and measured ones look the same."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 from harmony_lightning.record import Record
 
@@ -40,3 +41,17 @@ class Timeline(Record):
     def busy_seconds(self, device: int, lane: str) -> float:
         """How long a lane worked."""
         return sum(span.end - span.start for span in self.lane(device, lane))
+
+    @property
+    def step_seconds(self) -> tuple[float, ...]:
+        """Of each training step but the last, from the end of its first forward to that of the next step's: what comes
+        before that waits for no weights, and so may be early."""
+        ends: list[float] = []
+        is_behind = True
+        for span in self.lane(0, "compute"):
+            if span.name == "forward of pack 0, microbatch 0":
+                if is_behind:
+                    ends.append(span.end)
+                ends[-1], is_behind = span.end, False
+            is_behind |= span.name.startswith("backward")
+        return tuple(end - start for start, end in pairwise(ends))

@@ -27,6 +27,7 @@ class Costs:
         self.gradient_prefix = _prefix(
             [kind.weight_bytes if kind.gradient_bytes is None else kind.gradient_bytes for kind in kinds]
         )
+        self.optimizer_prefix = _prefix([kind.optimizer_state_bytes for kind in kinds])
         # Lookups by size are many, sizes are few.
         self.forward_prefix = cache(self._forward_prefix)
         self.backward_prefix = cache(self._backward_prefix)
@@ -96,6 +97,10 @@ class Costs:
     def gradient_bytes(self, span: Span) -> float:
         """Of the weights that train."""
         return self.gradient_prefix[span[1] + 1] - self.gradient_prefix[span[0]]
+
+    def optimizer_bytes(self, span: Span) -> float:
+        """What the optimizer remembers of the weights that train."""
+        return self.optimizer_prefix[span[1] + 1] - self.optimizer_prefix[span[0]]
 
     def working_bytes(self, direction: str, size: int, span: Span) -> float:
         """What the layer of a pack that needs most needs beside its weights and its input; in backward the gradients of its

@@ -5,7 +5,7 @@ they say where the seconds go; what binds is the largest part.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -115,8 +115,10 @@ def explain(
     mode: Literal["pp", "dp", "auto"],
     memory_bytes: float,
     num_others: int = 3,
+    search_again: Callable[[Costs, int, float], Found] | None = None,
 ) -> Iterator[str]:
-    """Sentences on what binds, why the others lost, and what would help. Searches again for the last."""
+    """Sentences on what binds, why the others lost, and what would help. Searches again for the last: as `find`, unless
+    another way is given to find the best for costs, samples and bytes."""
     rules = Rules(found.rules)
     best = break_down(found.best.schedule, costs, rules)
     total = found.best.seconds
@@ -142,7 +144,11 @@ def explain(
         ("a host link twice as fast", faster, minibatch, memory_bytes),
         (f"twice the minibatch ({2 * minibatch} samples)", machine, 2 * minibatch, memory_bytes),
     ):
-        again = find(Costs(costs.profile, changed), minibatch=samples, mode=mode, memory_bytes=memory, rules=rules)
+        other_costs = Costs(costs.profile, changed)
+        if search_again is not None:
+            again = search_again(other_costs, samples, memory)
+        else:
+            again = find(other_costs, minibatch=samples, mode=mode, memory_bytes=memory, rules=rules)
         gain = 1 - again.best.seconds / samples / (total / minibatch)
         yield f"With {what} a sample would take {gain:.1%} less time." if gain >= 5e-4 else f"With {what}: no gain."
 

@@ -126,14 +126,16 @@ class _Shares:
         return 0.0 if self.resources(task) else task.seconds
 
     def resources(self, task: Task) -> tuple[_Resource, ...]:
+        if not task.nbytes:  # what stays on a device takes its own time
+            return ()
         device = task.lanes[0] // NUM_LANES
         if task.kind in _IN:
             return ("memory", -1), ("in", device), ("uplink in", -1)
         if task.kind in _OUT:
             return ("memory", -1), ("out", device), ("uplink out", -1)
-        if task.kind == Kind.UPDATE:
+        if task.kind in (Kind.UPDATE, Kind.WAIT):
             return (("memory", -1),)
-        if task.kind in _PEER and len(task.lanes) > 1:
+        if task.kind in _PEER:
             other = task.lanes[-1] // NUM_LANES
             if not self._machine.peers_by_host:
                 return ("peer out", device), ("peer in", other)

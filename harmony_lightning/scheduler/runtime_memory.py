@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.sized_plan import sized_plan
 
 _TRAVELLING = 16
 """Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""
@@ -36,16 +37,16 @@ class VisitBytes:
 
 def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
     """The most that any device holds if nothing stays that need not."""
-    packs, is_pp = schedule.packs_backward, schedule.mode == "pp"
+    packs = schedule.packs_backward
     beside: dict[int, float] = {}
     for visit in visit_bytes(schedule, costs):
         beside[visit.device] = max(visit.nbytes, beside.get(visit.device, 0.0))
 
     def slots(device: int) -> float:
-        here = packs[device :: schedule.num_devices] if is_pp else packs
+        here = [packs[p] for p in _packs_on(schedule, device)]
         return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
 
-    return max(slots(device) + nbytes for device, nbytes in beside.items())
+    return max(slots(device) + nbytes for device, nbytes in beside.items()) + _update_bytes(schedule, costs)
 
 
 def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
@@ -53,7 +54,10 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
     num_devices, num_packs = schedule.num_devices, len(schedule.packs_backward)
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
     if schedule.mode == "pp":
-        devices = [_Device(schedule, costs, d, tuple(sizes)) for d in range(min(num_devices, num_packs))]
+        devices = [
+            _Device(schedule, costs, d, tuple(sizes))
+            for d in range(num_devices if schedule.dealt else min(num_devices, num_packs))
+        ]
     else:
         shares = [tuple(sizes[d::num_devices]) for d in range(min(num_devices, len(sizes)))]
         devices = [_Device(schedule, costs, d, share) for d, share in enumerate(shares) if share not in shares[:d]]
@@ -74,11 +78,13 @@ class _Device:
         self._all = sum(sizes) / sizes[0]
         """Microbatches, the last one by its share where it is smaller."""
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
-        self._here = range(index, self._last + 1, self._stride) if schedule.mode == "pp" else range(self._last + 1)
+        self._here = _packs_on(schedule, index)
         self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
         self._moments = sorted({0, max(0, self._count - 2), self._count - 1})
         gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in self._here])
-        self._fixed = gradients + 2 * costs.profile.glue_bytes
+        self._fixed: float = gradients + 2 * costs.profile.glue_bytes
+        joined = min(schedule.microbatches_per_forward, self._count) - 1
+        self._fixed += joined * max(costs.working_bytes("forward", self._size, span) for span in self._packs)
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
 
     def visits(self) -> Iterator[VisitBytes]:
@@ -230,6 +236,20 @@ class _Device:
             return 0.0
         is_held = m < self._count - 1 or not pack
         return self._left(m) * gradients + is_held * outputs
+
+
+def _packs_on(schedule: Schedule, device: int) -> list[int]:
+    """All microbatches of a dealt one are counted on each of its devices."""
+    is_pp, count = schedule.mode == "pp", schedule.num_devices
+    return [p for p in range(len(schedule.packs_backward)) if not is_pp or p % count == device or p in schedule.dealt]
+
+
+def _update_bytes(schedule: Schedule, costs: Costs) -> float:
+    """Slots for updates on the device that has most, and tensors that steps make for a moment."""
+    if not schedule.updated_there:
+        return 0.0
+    plan = sized_plan(schedule, costs)
+    return plan.updates_nbytes + 2 * max(costs.gradient_bytes((q, q)) for q in range(costs.num_layers))
 
 
 def _in_turn(schedule: Schedule, sizes: list[float]) -> int:

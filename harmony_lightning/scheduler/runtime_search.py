@@ -32,8 +32,8 @@ MARGIN = 0.03
 """By so much of its seconds another schedule must be faster than the one in use: predictions are about as much off."""
 
 Mode = Literal["pp", "dp"]
-Stay = Callable[[Schedule], Schedule]
-"""Adds what stays on the devices."""
+Change = Callable[[Schedule], Schedule]
+"""Adds something to a schedule, such as what stays on the devices."""
 
 
 def search_runtime(
@@ -45,7 +45,8 @@ def search_runtime(
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host"),
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
-    stay: Stay | None = None,
+    abilities: Change = lambda schedule: schedule,
+    stay: Change | None = None,
     in_use: Schedule | None = None,
 ) -> Found:
     """The fastest plan found whose peak is at most `memory_bytes` on each GPU.
@@ -54,6 +55,7 @@ def search_runtime(
         stashes: where inputs of layers may wait.
         microbatch_size: the only one to try; None tries many.
         together: layers that must share a pack.
+        abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
         stay: what a step that was measured will let stay; None if nothing will.
         in_use: a schedule that fits; it is found unless another one is faster by `MARGIN`.
 
@@ -69,7 +71,7 @@ def search_runtime(
         modes = (mode,)
     bounded = sorted(
         ((_bound(schedule, costs, stays=stay is not None), order, schedule)
-        for order, schedule in enumerate(_family(costs, minibatch, modes, microbatch_size, together))),
+        for order, schedule in enumerate(map(abilities, _family(costs, minibatch, modes, microbatch_size, together)))),
         key=lambda entry: entry[:2],
     )  # fmt: skip
     found: list[Candidate] = []
@@ -104,7 +106,10 @@ def search_runtime(
         others=tuple(_best_of_kinds(found))[1:],
         num_schedules=len(bounded),
         num_simulated=num_simulated,
-        is_proved=is_complete and in_use is None and costs.machine.host_link_shared_by == 1,
+        is_proved=is_complete
+        and in_use is None
+        and costs.machine.host_link_shared_by == 1
+        and found[0].schedule.microbatches_per_forward == 1,
         search_seconds=time.perf_counter() - started,
     )
 
@@ -195,14 +200,17 @@ def _bound(schedule: Schedule, costs: Costs, *, stays: bool) -> float:
     if schedule.mode == "dp":
         compute, visitors = sum(map(seconds, packs)), min(gpus, len(sizes))
     else:
-        compute, visitors = max(sum(map(seconds, packs[d::gpus])) for d in range(min(gpus, len(packs)))), 1
-    nbytes = costs.weight_bytes((0, packs[-1][1])) * visitors
-    active = min(gpus, len(packs)) if schedule.mode == "pp" else visitors
+        dealt = sum(seconds(packs[p]) for p in schedule.dealt) / gpus
+        own = [[packs[p] for p in range(d, len(packs), gpus) if p not in schedule.dealt] for d in range(gpus)]
+        compute, visitors = dealt + max(sum(map(seconds, mine)) for mine in own), 1
+    travelling = [span for p, span in enumerate(packs) if p not in schedule.updates_stay]
+    nbytes = sum(map(costs.weight_bytes, travelling)) * visitors
+    active = gpus if schedule.dealt else min(gpus, len(packs)) if schedule.mode == "pp" else visitors
     kept = sum(costs.weight_bytes(span) for span in packs[-active:]) if schedule.mode == "pp" else nbytes / len(packs)
     if stays:
         kept = nbytes
     links = (2 * nbytes - kept) / (active * machine.host_share(active))
-    updates = costs.update_seconds((0, packs[-1][1]))
+    updates = sum(costs.update_seconds(span) for p, span in enumerate(packs) if p not in schedule.updated_there)
     return 0.98 * max(compute, links, updates)
 
 

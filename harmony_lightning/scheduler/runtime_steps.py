@@ -4,61 +4,30 @@ What differs from what a schedule could ask for (`own.py`): packs and microbatch
 on the same device both ways; every layer recomputes by itself, but for the very last one, which keeps its activations; each
 copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
-The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits in two places: when
-the gradients of too many packs are on the host, and for the update of a pack that it is about to use.
+The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits when the gradients
+of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for all copies
+between devices and host.
 """
 
 import functools
-from collections import deque
+import itertools
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import cache
 
-from harmony_lightning.plan import Urgency
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
+from harmony_lightning.scheduler.runtime_lanes import RuntimeLanes
 from harmony_lightning.scheduler.runtime_slots import GradientSlots, Point, WeightSlots
+from harmony_lightning.scheduler.runtime_updates import RuntimeUpdates
 from harmony_lightning.scheduler.sized_plan import sized_plan
 
-_TURNS_HELD = 2
-"""Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
-_UPDATE_ACCESSES = 7
-"""Of host memory in a step of Adam: four values are read, three written."""
+_INPUT_ACCESSES = 3
+"""Of host memory, when a part of the minibatch is put where devices copy from."""
 _NUM_STEPS = 4
 """The first steps are not in full flow."""
-
-
-@dataclass(slots=True, eq=False)
-class _Departing:
-    """Copies that read a device's memory, enqueued since another microbatch came to the device."""
-
-    number: int
-    nbytes: float = 0.0
-    ends: list[Event] = field(default_factory=list)
-
-
-@dataclass(slots=True, eq=False)
-class _Device:
-    weights: WeightSlots
-    gradients: GradientSlots
-    computed: Event = None
-    """Behind all computations that were enqueued."""
-    awaited: list[Event] = field(default_factory=list)
-    """What the next computation waits for."""
-    turn: int = 0
-    to_host: "deque[_Departing]" = field(default_factory=deque)
-    to_peers: "deque[_Departing]" = field(default_factory=deque)
-    landing: tuple[float, Point] | None = None
-    """Memory that is set aside for what comes next from another device: bytes, and when it is free."""
-    landed_nbytes: float | None = None
-    """What came last from another device."""
-
-    def now(self) -> Point:
-        """Behind all that compute was given so far."""
-        return (self.computed, *self.awaited)
 
 
 class RuntimeSteps:
@@ -66,12 +35,14 @@ class RuntimeSteps:
 
     def __init__(self, schedule: Schedule, costs: Costs, listener: Listener) -> None:
         self.schedule, self.costs = schedule, costs
-        self.run, self.run_on_both = listener.run, listener.run_on_both
         plan = self.plan = sized_plan(schedule, costs)
         self.packs = schedule.packs_backward
         self.sizes = split(schedule.minibatch, schedule.microbatch_backward)
         count, num_devices = len(self.sizes), schedule.num_devices
-        self.places = [tuple(plan.device(p, m) for m in range(count)) for p in range(len(self.packs))]
+        self.places = [
+            tuple(plan.device(p, m) for m in range(count)) if plan.is_dealt(p) else (plan.device(p, 0),) * count
+            for p in range(len(self.packs))
+        ]
         """By pack and microbatch, the device."""
         self.visitors = [list(dict.fromkeys(places)) for places in self.places]
         self.goes_back = [costs.profile.glue_bytes > 0] * len(self.packs)
@@ -80,36 +51,30 @@ class RuntimeSteps:
             self.goes_back[p] |= pack.trainable_nbytes > 0 or (p > 0 and self.goes_back[p - 1])
         self._following = _following(self.visitors)
         self._followed = _following(self.visitors[::-1])
-        active = len({d for visitors in self.visitors for d in visitors})
-        self.host_share = costs.machine.host_share(active)
-        self._num_buffers = plan.gradient_buffers
-        self.devices: list[_Device] = []
-        for d in range(num_devices):
-            now = functools.partial(self._now, d)
-            weights = WeightSlots(plan, d, functools.partial(self._swap_in, d), self._finish, now)
-            self.devices.append(_Device(weights, GradientSlots(plan, d)))
+        active = {d for visitors in self.visitors for d in visitors}
+        self.lanes = RuntimeLanes(schedule, costs, listener, len(active))
+        self.weights = [
+            WeightSlots(
+                plan, d, functools.partial(self._swap_in, d), self._finish, functools.partial(self.lanes.now, d)
+            )
+            for d in range(num_devices)
+        ]
+        self.gradient_slots = [GradientSlots(plan, d) for d in range(num_devices)]
+        self.updates = RuntimeUpdates(
+            plan, self.packs, costs, self.lanes, self.visitors, self.weights, self.gradient_slots
+        )
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
-        self.updated: list[Event] = [None] * len(self.packs)
-        self.on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self._num_buffers}
-        """Host buffers that gradients have taken last, by urgency: their bytes, and the updates that free them."""
-        self.dealt_with: list[tuple[float, Event]] = []
-        """Those before."""
-        self.controller: Event = None
-        self.updates: list[tuple[Event, int]] = []
-        """With their priorities: of those whose gradients have come, the host does the lowest first."""
         self.starts: list[Event] = []
         """First computation of each step."""
-        self._turn = 0
-        self.travelling_nbytes = costs.machine.memory_bytes // 16 if schedule.prefetch else 0
 
     def step(self) -> None:
         """Tell the next step."""
         last, count = len(self.packs) - 1, len(self.sizes)
-        for d, device in enumerate(self.devices):
+        for d, weights in enumerate(self.weights):
             first = next((p for p, visitors in enumerate(self.visitors) if d in visitors), None)
             if first is not None:
-                device.weights.prefetch(first)
+                weights.prefetch(first)
         self.outputs: list[Point] = [()] * count
         """By microbatch: its output is computed."""
         self.gradients: list[Event] = [None] * count
@@ -119,72 +84,104 @@ class RuntimeSteps:
         """By pack and microbatch: the stash of the last layer is back, and those of the others."""
         for pack in range(last + 1):
             self._forward(pack)
-        self._send(last)
+        self.updates.send(last, self.costs.gradient_bytes(self.packs[last]))
         for d in self.visitors[last]:
-            self.devices[d].weights.release(last)
+            self.weights[d].release(last)
         self._look_ahead([(p, m) for p in range(last - 1, -1, -1) if self.goes_back[p] for m in range(count)])
         for pack in range(last - 1, -1, -1):
             if self.goes_back[pack]:
                 self._backward(pack)
-        for device in self.devices:
-            device.weights.end_step(lambda pack: self.plan.packs[pack].trainable_nbytes > 0)
-            for departing in (*device.to_host, *device.to_peers):
-                device.awaited += departing.ends
-            device.to_host.clear()
-            device.to_peers.clear()
-            device.landing = device.landed_nbytes = None
+        for weights in self.weights:
+            weights.end_step(lambda pack: self.plan.packs[pack].trainable_nbytes > 0)
+        self.lanes.end_step()
 
     # Visits -----------------------------------------------------------------------------------------------------------
 
     def _forward(self, pack: int) -> None:
-        is_fused, turn = pack == len(self.packs) - 1, self._next_turn()
+        is_fused = pack == len(self.packs) - 1
+        self.lanes.turn += 1
         upcoming = dict(self._following[pack])
-        for m, arrived in self._sending_ahead(pack, turn):
-            d, size = self.places[pack][m], self.sizes[m]
-            self._begin_turn(d)
+        leaves = self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays
+        for group, arrived in self._sending_ahead(pack):
+            d = self.places[pack][group[0]]
+            for m in group:
+                self.lanes.begin_turn(d)
+                if pack == 0:
+                    self._bring_input(d, m)
             weights = self._acquire(d, pack, upcoming)
-            done = self._compute(
-                d, self.costs.forward_seconds(size, self.packs[pack]), Kind.FORWARD, turn, m, arrived, weights
-            )
-            if pack == m == 0:
+            seconds = self._forward_seconds(group, self.packs[pack])
+            done = self.lanes.compute(d, seconds, Kind.FORWARD, group[0], *arrived, weights)
+            if pack == group[0] == 0:
                 self.starts.append(done)
-            self.outputs[m] = self.devices[d].now()
-            if is_fused:
-                self._begin_turn(d)
-                self._compute_backward(pack, turn, m)
-            elif self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays:
-                nbytes = self.costs.stash_bytes(size, self.packs[pack])
-                left = self._host_copy(d, Lane.SWAP_OUT, Kind.STASH_OUT, turn, m, nbytes, done)
-                self.stashed[pack, m] = left
-                self._hold(self.devices[d].to_host, d, nbytes, left)
+            for m in group:
+                self.outputs[m] = self.lanes.now(d)
+                if is_fused:
+                    self.lanes.begin_turn(d)
+                    self._compute_backward(pack, m)
+                elif leaves:
+                    nbytes = self.costs.stash_bytes(self.sizes[m], self.packs[pack])
+                    self.stashed[pack, m] = self.lanes.send_stash(d, m, nbytes, done)
         self._leave(pack, self._following[pack])
 
-    def _sending_ahead(self, pack: int, turn: int) -> Iterator[tuple[int, Event]]:
-        """Microbatches, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
-        count, entering = len(self.sizes), [self.costs.input_bytes(size, self.packs[pack][0]) for size in self.sizes]
-        arrived: list[Event] = []
+    def _bring_input(self, d: int, m: int) -> None:
+        """Of the minibatch: the controller puts it where a device can copy it from, and user code waits for that copy."""
+        nbytes = self.costs.input_bytes(self.sizes[m], 0)
+        self.lanes.wait(nbytes=_INPUT_ACCESSES * nbytes)
+        self.lanes.compute(d, nbytes / self.lanes.host_share, Kind.INPUT_IN, m, nbytes=nbytes)
+
+    def _forward_seconds(self, group: Sequence[int], span: tuple[int, int]) -> float:
+        """A joint call may be larger than any that was profiled: as of several of those then. What it takes is put
+        together, and what it returns is taken apart."""
+        samples = sum(self.sizes[m] for m in group)
+        if len(group) == 1:
+            return self.costs.forward_seconds(samples, span)
+        full, rest = divmod(samples, self.costs.profile.microbatch_sizes.forward[-1])
+        sizes = [self.costs.profile.microbatch_sizes.forward[-1]] * full + [rest] * (rest > 0)
+        copied = sum(2 * self.costs.input_bytes(samples, q) for q in range(span[0], span[1] + 1))
+        copied += sum(2 * self.costs.input_bytes(samples, q + 1) for q in range(span[0], span[1] + 1))
+        return sum(self.costs.forward_seconds(size, span) for size in sizes) + self.costs.device_seconds(copied)
+
+    def _groups(self, pack: int) -> list[Sequence[int]]:
+        """Microbatches that go through a pack together, as `runtime.step` forms them."""
+        size = self.schedule.microbatches_per_forward if pack + 1 < len(self.packs) else 1
+        if size == 1:
+            return [(m,) for m in range(len(self.sizes))]
+        places = self.places[pack]
+        here = [[m for m, place in enumerate(places) if place == d] for d in self.visitors[pack]]
+        columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in here]
+        return [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
+
+    def _sending_ahead(self, pack: int) -> Iterator[tuple[Sequence[int], list[Event]]]:
+        """Groups, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
+        groups, layer = self._groups(pack), self.packs[pack][0]
+        entering = [sum(self.costs.input_bytes(self.sizes[m], layer) for m in group) for group in groups]
+        arrived: list[list[Event]] = []
         travelling = 0.0
-        for m in range(count):
-            while pack and len(arrived) < count:
+        for index, group in enumerate(groups):
+            while pack and len(arrived) < len(groups):
                 n = len(arrived)
-                if n > m + self.schedule.prefetch and travelling + entering[n] > self.travelling_nbytes:
+                if n > index + self.schedule.prefetch and travelling + entering[n] > self.lanes.travelling_nbytes:
                     break
-                source, target = self.places[pack - 1][n], self.places[pack][n]
-                ready = self.outputs[n]
-                is_sent = source != target
-                arrived.append(
-                    self._peer(turn, Kind.OUTPUT_PEER, source, target, n, entering[n], ready) if is_sent else None
-                )
+                arrived.append([self._send_output(pack, m) for m in groups[n]])
                 travelling += entering[n]
-            travelling -= entering[m]
-            yield m, arrived[m] if pack else None
+            travelling -= entering[index]
+            yield group, arrived[index] if pack else []
+
+    def _send_output(self, pack: int, m: int) -> Event:
+        """Of the pack before, for this one; None if it is where it is needed."""
+        source, target = self.places[pack - 1][m], self.places[pack][m]
+        if source == target:
+            return None
+        nbytes = self.costs.input_bytes(self.sizes[m], self.packs[pack][0])
+        return self.lanes.send(source, target, Kind.OUTPUT_PEER, m, nbytes, self.outputs[m])
 
     def _backward(self, pack: int) -> None:
-        turn = self._next_turn()
+        self.lanes.turn += 1
         back = len(self.packs) - 1 - pack
         following = {d: len(self.packs) - 1 - p for d, p in self._followed[back].items()}
         following = {d: p for d, p in following.items() if self.goes_back[p]}
         upcoming = dict(following)
+        self.updates.bring_states(pack)
         for m in range(len(self.sizes)):
             d = self.places[pack][m]
             ahead = self._ahead.pop((pack, m), None)
@@ -192,38 +189,44 @@ class RuntimeSteps:
                 self._bring_back(ahead)
             elif not self.schedule.prefetch:
                 self._bring_stash(pack, m, is_first=True)
-            self._begin_turn(d)
+            self.lanes.begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
-            self._compute_backward(pack, turn, m, self.gradients[m], weights)
-        self._send(pack)
+            self._compute_backward(pack, m, self.gradients[m], weights)
+        self.updates.send(pack, self.costs.gradient_bytes(self.packs[pack]))
         self._leave(pack, following)
 
-    def _compute_backward(self, pack: int, turn: int, m: int, *after: Event) -> None:
+    def _compute_backward(self, pack: int, m: int, *after: Event) -> None:
         """And the gradient of its input goes to where that was computed."""
         d, (first, last), size = self.places[pack][m], self.packs[pack], self.sizes[m]
-        device = self.devices[d]
         seconds = self._backward_seconds(size, (first, last))
-        left = device.gradients.enter(pack) if m < len(self.visitors[pack]) else ()
+        left: Point = ()
+        is_first_here = m < len(self.visitors[pack])
+        if is_first_here:  # its gradients are put where those of others will be added
+            left = self.gradient_slots[d].enter(pack)
+            seconds = max(0.0, seconds - self.costs.device_seconds(self.costs.gradient_bytes((first, last))))
         if left or (first < last and (pack, m) in self.stashed):
             # The last layer waits for its own stash alone, and has made its gradients before they need others' place.
             begin = min(seconds, self._backward_seconds(size, (last, last)))
-            self._compute(d, begin, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, True), None))
+            self.lanes.compute(d, begin, Kind.BACKWARD, m, *after, self._brought.pop((pack, m, True), None))
             self._bring_stash(pack, m, is_first=False)
             seconds, after = seconds - begin, left
         else:
             after = (*after, self._brought.pop((pack, m, True), None))
-        self._compute(d, seconds, Kind.BACKWARD, turn, m, *after, self._brought.pop((pack, m, False), None))
+        done = self.lanes.compute(d, seconds, Kind.BACKWARD, m, *after, self._brought.pop((pack, m, False), None))
         if pack == 0 or not self.goes_back[pack - 1]:
             return
         source, target = d, self.places[pack - 1][m]
-        self.gradients[m] = device.computed
+        self.gradients[m] = done
         if source != target:
-            nbytes = self.costs.input_bytes(size, first)
-            self.gradients[m] = self._peer(turn, Kind.GRADIENT_PEER, source, target, m, nbytes, device.now())
+            nbytes, ready = self.costs.input_bytes(size, first), self.lanes.now(d)
+            self.gradients[m] = self.lanes.send(source, target, Kind.GRADIENT_PEER, m, nbytes, ready)
 
     def _sum_backward_seconds(self, size: int, span: tuple[int, int]) -> float:
         """Recompute included, but for layers that keep their activations."""
         seconds = self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
+        if self.schedule.microbatches_per_forward > 1 and span[1] < self.packs[-1][0]:
+            # A joint call leaves no graph, so that layers are run again as a whole.
+            seconds += self.costs.forward_seconds(size, span) - self.costs.recompute_seconds(size, span)
         kept = (layer for layer in range(span[0], span[1] + 1) if layer in self._kept)
         return max(0.0, seconds - sum(self.costs.recompute_seconds(size, (layer, layer)) for layer in kept))
 
@@ -239,14 +242,10 @@ class RuntimeSteps:
                 self._bring_back(visit)
             latest[d] = visit
 
-    def _next_turn(self) -> int:
-        self._turn += 1
-        return self._turn - 1
-
-    # Weights and gradients --------------------------------------------------------------------------------------------
+    # Weights and stashes ----------------------------------------------------------------------------------------------
 
     def _acquire(self, d: int, pack: int, upcoming: dict[int, int]) -> Event:
-        weights = self.devices[d].weights
+        weights = self.weights[d]
         arrived = weights.acquire(pack)
         following = upcoming.pop(d, None)
         if following is not None:
@@ -255,76 +254,20 @@ class RuntimeSteps:
 
     def _leave(self, pack: int, following: dict[int, int]) -> None:
         for d in following:
-            self.devices[d].weights.release(pack)
+            self.weights[d].release(pack)
 
     def _swap_in(self, d: int, pack: int, released: Point) -> Event:
-        nbytes = self.costs.weight_bytes(self.packs[pack])
-        waits = (*released, self.updated[pack], self.controller)
-        return self._host_copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, self._turn, 0, nbytes, *waits)
+        lanes, updates = self.lanes, self.updates
+        waits = (*released, updates.updated[pack], lanes.controller)
+        if (newer := updates.weights_there.get(pack)) is not None:
+            seconds, lane = updates.device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
+            return lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *waits, newer)
+        return lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, self.plan.packs[pack].nbytes, *waits)
 
     def _finish(self, pack: int) -> None:
         """A swap-in must have been enqueued, which is done behind the last update of the weights."""
-        if self.updated[pack] is not None:
-            self._wait(self.updated[pack])
-
-    def _wait(self, event: Event) -> None:
-        """The controller does."""
-        self.controller = self.run(int(Lane.CONTROLLER), 0.0, Kind.WAIT, self._turn, 0, 0, event)
-
-    def _send(self, pack: int) -> None:
-        """Gradients go to the host, and the weights are stepped there."""
-        turn, span = self._turn - 1, self.packs[pack]
-        home, *others = self.visitors[pack]
-        nbytes = self.costs.gradient_bytes(span)
-        if not nbytes:
-            return
-        for d in others:  # added up on the first device
-            seconds = nbytes / self.costs.machine.peer_bytes_per_second
-            lanes = (NUM_LANES * d + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
-            waits = (*self.devices[d].now(), *self.devices[home].now(), self.controller)
-            done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *waits)
-            for end in (d, home):
-                self.devices[end].computed, self.devices[end].awaited = done, []
-            self._compute(home, self.costs.device_seconds(3 * nbytes), Kind.ALL_REDUCE, turn, 0)
-        left = self._swap_out(home, turn, pack, nbytes)
-        touched = _UPDATE_ACCESSES * nbytes
-        seconds = self.costs.update_seconds(span)
-        updated = self.run(int(Lane.HOST), seconds, Kind.UPDATE, turn, 0, touched, left)
-        self.updates.append((updated, self.plan.update_priority(pack)))
-        self.updated[pack] = updated
-        self.on_host[self.plan.urgency(pack)].append((self._buffer_nbytes, updated))
-
-    def _swap_out(self, d: int, turn: int, pack: int, nbytes: float) -> Event:
-        """Gradients leave for a buffer of the host."""
-        self._buffer_nbytes = self._take_buffer(nbytes, self.plan.urgency(pack))
-        waits = (*self.devices[d].now(), self.controller)
-        left = self._host_copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *waits)
-        self.devices[d].gradients.leave(pack, left)
-        return left
-
-    def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
-        """As `runtime.updates.host_buffers`: the controller waits for one that is used again. Returns its bytes."""
-        on_host = self.on_host[urgency]
-        if on_host and len(on_host) >= self._num_buffers[urgency]:
-            self.dealt_with.append(on_host.popleft())
-        for index, (size, free) in enumerate(self.dealt_with):
-            if nbytes <= size <= 2 * nbytes:
-                del self.dealt_with[index]
-                self._wait(free)
-                return size
-        return nbytes
-
-    # Computations and copies ------------------------------------------------------------------------------------------
-
-    def _now(self, d: int) -> Point:
-        return self.devices[d].now()
-
-    def _compute(self, d: int, seconds: float, kind: Kind, turn: int, m: int, *after: Event) -> Event:
-        device = self.devices[d]
-        awaited, device.awaited = device.awaited, []
-        lane = NUM_LANES * d + Lane.COMPUTE
-        device.computed = self.run(lane, seconds, kind, turn, m, 0, *after, *awaited, self.controller)
-        return device.computed
+        if self.updates.updated[pack] is not None:
+            self.lanes.wait(self.updates.updated[pack])
 
     def _bring_back(self, visit: tuple[int, int]) -> None:
         """All that a microbatch has stashed in a pack."""
@@ -340,52 +283,8 @@ class RuntimeSteps:
             return
         d = self.places[pack][m]
         nbytes = self.costs.stash_bytes(self.sizes[m], span)
-        waits = (stashed, *self.devices[d].now(), self.controller)
-        brought = self._host_copy(d, Lane.STASH_IN, Kind.STASH_IN, self._turn, m, nbytes, *waits)
-        self._brought[pack, m, is_first] = brought
-
-    def _peer(self, turn: int, kind: Kind, source: int, target: int, m: int, nbytes: float, ready: Point) -> Event:
-        """From device to device."""
-        seconds = nbytes / self.costs.machine.peer_bytes_per_second
-        lanes = (NUM_LANES * source + Lane.PEER_OUT, NUM_LANES * target + Lane.PEER_IN)
-        waits = (*ready, *self._land(self.devices[target], nbytes), self.controller)
-        left = self.run_on_both(*lanes, seconds, kind, turn, m, nbytes, *waits)
-        self._hold(self.devices[source].to_peers, source, nbytes, left)
-        return left
-
-    def _land(self, device: _Device, nbytes: float) -> Point:
-        """When memory for what comes is free, as `runtime.transfer.Landings`."""
-        (size, free), device.landing = device.landing or (None, ()), None
-        if nbytes <= self.travelling_nbytes:
-            device.landed_nbytes = nbytes
-        return free if size == nbytes else device.now()
-
-    def _hold(self, departures: "deque[_Departing]", d: int, nbytes: float, end: Event) -> None:
-        turn = self.devices[d].turn
-        if not departures or departures[-1].number != turn:
-            departures.append(_Departing(turn))
-        departures[-1].nbytes += nbytes
-        departures[-1].ends = [end]  # a lane's copies end in order
-
-    def _begin_turn(self, d: int) -> None:
-        """Another microbatch comes: compute waits for copies that were there before the last ones. Those to other devices
-        are held for as many as go through a pack while they take little."""
-        device = self.devices[d]
-        if any(departures and departures[-1].number == device.turn for departures in (device.to_host, device.to_peers)):
-            device.turn += 1
-        for departures, most in ((device.to_host, _TURNS_HELD), (device.to_peers, max(_TURNS_HELD, len(self.sizes)))):
-            total = sum(departing.nbytes for departing in departures)
-            while departures:
-                age = device.turn - departures[0].number
-                if age < _TURNS_HELD or (age < most and total <= self.travelling_nbytes):
-                    break
-                total -= departures[0].nbytes
-                device.awaited += departures.popleft().ends
-        if device.landing is None and device.landed_nbytes is not None:
-            device.landing = device.landed_nbytes, device.now()
-
-    def _host_copy(self, d: int, lane: Lane, kind: Kind, turn: int, m: int, nbytes: float, *after: Event) -> Event:
-        return self.run(NUM_LANES * d + lane, nbytes / self.host_share, kind, turn, m, nbytes, *after)
+        waits = (stashed, *self.lanes.now(d), self.lanes.controller)
+        self._brought[pack, m, is_first] = self.lanes.copy(d, Lane.STASH_IN, Kind.STASH_IN, m, nbytes, *waits)
 
 
 def _following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
@@ -414,5 +313,5 @@ def fair_seconds(schedule: Schedule, costs: Costs) -> float:
     steps = RuntimeSteps(schedule, costs, recorder)
     for _ in range(_NUM_STEPS):
         steps.step()
-    ends = fair_times(recorder.graph, costs.machine, dict(steps.updates)).ends
+    ends = fair_times(recorder.graph, costs.machine, dict(steps.updates.jobs)).ends
     return ends[steps.starts[-1]] - ends[steps.starts[-2]]

@@ -23,23 +23,29 @@ def sized_plan(schedule: Schedule, costs: Costs) -> Plan:
         ConfigurationError: the runtime cannot carry the schedule out.
     """
     check_for_runtime(schedule)
+    packs = tuple(_pack(schedule, costs, index) for index in range(len(schedule.packs_backward)))
     return Plan(
         mode=schedule.mode,
         num_devices=schedule.num_devices,
         memory_bytes=costs.machine.memory_bytes,
         microbatch_size=schedule.microbatch_backward,
         num_microbatches=-(-schedule.minibatch // schedule.microbatch_backward),
-        packs=tuple(_pack(schedule, costs, index) for index in range(len(schedule.packs_backward))),
+        packs=packs,
         stash=schedule.stash,
         prefetch=schedule.prefetch,
         resident=schedule.resident,
         stash_stays=schedule.stash_stays,
+        dealt=schedule.dealt,
+        updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),
+        microbatches_per_forward=schedule.microbatches_per_forward,
     )
 
 
 def _pack(schedule: Schedule, costs: Costs, index: int) -> Pack:
     span = schedule.packs_backward[index]
     weights, gradients = round(costs.weight_bytes(span)), round(costs.gradient_bytes(span))
+    is_updated_there = index in schedule.updated_there and gradients > 0
+    states = round(costs.optimizer_bytes(span)) if is_updated_there else 0
     return Pack(
         layers=(),
         parameters=(),
@@ -47,4 +53,7 @@ def _pack(schedule: Schedule, costs: Costs, index: int) -> Pack:
         trainable_nbytes=gradients,
         slot_nbytes=weights,
         gradient_slot_nbytes=gradients,
+        update="device" if is_updated_there else "host",
+        state_nbytes=states,
+        state_slot_nbytes=states,
     )

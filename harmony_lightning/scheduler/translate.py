@@ -21,17 +21,28 @@ def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int,
     if schedule.num_layers != len(layers):
         raise ConfigurationError(f"the schedule is for {schedule.num_layers} layers, the module has {len(layers)}")
     spans = schedule.packs_backward
+    packs = tuple(
+        pack_of_layers(
+            decomposition,
+            layers[first : last + 1],
+            is_updated_there=index in schedule.updated_there,
+            stays=index in schedule.updates_stay and schedule.mode == "pp" and index not in schedule.dealt,
+        )
+        for index, (first, last) in enumerate(spans)
+    )
     return Plan(
         mode=schedule.mode,
         num_devices=schedule.num_devices,
         memory_bytes=memory_bytes,
         microbatch_size=schedule.microbatch_backward,
         num_microbatches=-(-schedule.minibatch // schedule.microbatch_backward),
-        packs=tuple(pack_of_layers(decomposition, layers[first : last + 1]) for first, last in spans),
+        packs=packs,
         stash=schedule.stash,
         prefetch=schedule.prefetch,
         keep=(layers[-1].name,),
-        microbatches_per_forward=like.microbatches_per_forward if like is not None else 1,
+        microbatches_per_forward=schedule.microbatches_per_forward,
+        dealt=schedule.dealt,
+        updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),
         narrow_dtype=like.narrow_dtype if like is not None else None,
         gradient_wire=like.gradient_wire if like is not None else "exact",
     )
@@ -53,4 +64,8 @@ def schedule_of(plan: Plan, decomposition: Decomposition, minibatch: int) -> Sch
         packs_backward=spans,
         prefetch=plan.prefetch,
         stash=plan.stash,
+        dealt=plan.dealt,
+        updated_there=tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device"),
+        updates_stay=plan.updates_stay,
+        microbatches_per_forward=plan.microbatches_per_forward,
     )

@@ -123,10 +123,6 @@ class AutomaticPlan:
             return "training_step is a function that was put into the module, of which a copy knows nothing"
         if self._config.one_layer_per_pack or len(decomposition.layers) < 2:
             return "there is one layer in each pack"
-        if any(pack.update == "device" for pack in in_use.packs):
-            return "weights are updated on devices, of which the simulator knows nothing"
-        if in_use.dealt:
-            return "microbatches of single packs are dealt, of which the simulator knows nothing"
         return None
 
     @contextmanager
@@ -198,10 +194,13 @@ class AutomaticPlan:
         question = Question(
             minibatch=samples,
             memory_bytes=int(self._share * in_use.memory_bytes),
-            mode=in_use.mode if keeps_microbatches or config.mode == "mixed" else config.mode,
+            mode=config.mode if config.mode == "mixed" or not keeps_microbatches else in_use.mode,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",
+            stays=True,
+            update=_update(config, in_use),
+            microbatches_per_forward=in_use.microbatches_per_forward,
         )
         if self._share < 1:
             log.warning("harmony: planning again with %s per GPU", format_nbytes(question.memory_bytes))
@@ -211,3 +210,10 @@ class AutomaticPlan:
         if self.chooses_all and self._config.stash == "auto":
             return ("device", "host")
         return (in_use.stash,)
+
+
+def _update(config: HarmonyConfig, in_use: Plan) -> Literal["host", "first", "device"]:
+    """As the user asked for it, where there was room and the optimizer may be moved."""
+    if config.update == "auto" or all(pack.update == "host" for pack in in_use.packs):
+        return "host"
+    return config.update

@@ -1,0 +1,143 @@
+"""What becomes of a pack's gradients in a simulation of the runtime: they leave and the host steps the weights, or a device
+does."""
+
+from collections import deque
+from collections.abc import Sequence
+
+from harmony_lightning.plan import Plan, Urgency
+from harmony_lightning.plan.graph import Kind, Lane
+from harmony_lightning.plan.schedule import Span
+from harmony_lightning.scheduler.clock import Event
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.runtime_lanes import RuntimeLanes
+from harmony_lightning.scheduler.runtime_slots import GradientSlots, Point, WeightSlots
+
+_UPDATE_ACCESSES = 8
+"""Of memory in a step of Adam: four values are read, and written as far as torch tells, though the gradient is not."""
+_IN_TURN: Urgency = "next"
+"""Of gradients that come in parts."""
+
+
+class RuntimeUpdates:
+    """The updates of all packs.
+
+    Attributes:
+        updated: by pack, when the host has its newest weights; None if it has had them from the beginning.
+        weights_there: by pack that stays where it is updated, when its newest weights are there.
+        jobs: of the host, with their priorities: of those that could go on, the lowest is first.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        spans: Sequence[Span],
+        costs: Costs,
+        lanes: RuntimeLanes,
+        visitors: Sequence[Sequence[int]],
+        weights: Sequence[WeightSlots],
+        gradients: Sequence[GradientSlots],
+    ) -> None:
+        """`spans` of layers and `visitors`, by pack; slots for `weights` and `gradients`, by device."""
+        self.updated: list[Event] = [None] * len(plan.packs)
+        self.weights_there: dict[int, Event] = {}
+        self.jobs: list[tuple[Event, int]] = []
+        self._plan, self._spans, self._costs, self._lanes, self._visitors = plan, spans, costs, lanes, visitors
+        self._weights, self._gradients = weights, gradients
+        self._states: dict[int, Event] = {}
+        """By pack: what the optimizer remembers of it has come to the device that updates it."""
+        self._slots = [deque[Point]([()] * (1 + plan.prefetch)) for _ in range(plan.num_devices)]
+        """By device: when what was in each slot for updates that packs share has left; used least recently first."""
+        self._num_buffers = plan.gradient_buffers
+        self._on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self._num_buffers}
+        """Host buffers that gradients have taken last, by urgency: their bytes, and the updates that free them."""
+        self._dealt_with: list[tuple[float, Event]] = []
+        """Those before."""
+
+    def bring_states(self, pack: int) -> None:
+        """An update on a device will come: what the optimizer remembers does, unless it is there."""
+        if self._plan.packs[pack].update == "host" or pack in self._states:
+            return
+        d = self._visitors[pack][0]
+        slot = () if pack in self._plan.updates_stay else self._slots[d].popleft()
+        waits = (*slot, self.updated[pack], self._lanes.controller)
+        nbytes = self._plan.packs[pack].state_nbytes
+        self._states[pack] = self._lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, nbytes, *waits)
+
+    def send(self, pack: int, nbytes: float) -> None:
+        """Gradients of all microbatches are there."""
+        if not nbytes:
+            return
+        lanes, visitors = self._lanes, self._visitors[pack]
+        if len(visitors) > 1 and pack in self._plan.dealt and self._plan.packs[pack].update == "host":
+            self._send_in_parts(pack, nbytes)
+            return
+        home, *others = visitors
+        for d in others:
+            lanes.add_up(d, home, nbytes)
+        if self._plan.packs[pack].update == "device":
+            self._update_there(pack, home)
+            return
+        urgency = self._plan.urgency(pack)
+        size, left = self._swap_out(home, pack, nbytes, urgency)
+        self._update_on_host(pack, nbytes, left, self._plan.update_priority(pack))
+        self._on_host[urgency].append((size, self.updated[pack]))
+
+    def _send_in_parts(self, pack: int, nbytes: float) -> None:
+        """The host adds them up, so that no device waits for another."""
+        lanes, visitors = self._lanes, self._visitors[pack]
+        for d in visitors:
+            size, left = self._swap_out(d, pack, nbytes, _IN_TURN)
+            freed = lanes.add_on_host(0.0 if d == visitors[0] else nbytes, left)
+            self.jobs.append((freed, 0))
+            if d == visitors[-1]:
+                self._update_on_host(pack, nbytes, freed, 0)
+                freed = self.updated[pack]
+            self._on_host[_IN_TURN].append((size, freed))
+
+    def _update_on_host(self, pack: int, nbytes: float, ready: Event, priority: int) -> None:
+        lanes, seconds = self._lanes, self._costs.update_seconds(self._spans[pack])
+        touched = _UPDATE_ACCESSES * nbytes
+        self.updated[pack] = lanes.run(int(Lane.HOST), seconds, Kind.UPDATE, lanes.turn, 0, touched, ready)
+        self.jobs.append((self.updated[pack], priority))
+
+    def _update_there(self, pack: int, d: int) -> None:
+        """On a copy of the weights, so that their slot is free; new weights and states leave, or stay."""
+        self.bring_states(pack)
+        lanes, sizes = self._lanes, self._plan.packs[pack]
+        lanes.compute(d, self.device_seconds(pack, 2), Kind.UPDATE, 0, self._states[pack])
+        self._weights[d].release(pack)
+        done = lanes.compute(d, self.device_seconds(pack, _UPDATE_ACCESSES), Kind.UPDATE, 0)
+        if self._plan.weights_stay(pack):
+            self.weights_there[pack], self.updated[pack] = done, None
+            return
+        stays = pack in self._plan.updates_stay
+        nbytes = sizes.trainable_nbytes + (0 if stays else sizes.state_nbytes)
+        left = lanes.copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, done, lanes.controller)
+        self.updated[pack] = left
+        if not stays:
+            del self._states[pack]
+            self._slots[d].append((left,))
+
+    def device_seconds(self, pack: int, accesses: int) -> float:
+        """In which a device reads or writes the weights that train so many times."""
+        return self._costs.device_seconds(accesses * self._plan.packs[pack].trainable_nbytes)
+
+    def _swap_out(self, d: int, pack: int, nbytes: float, urgency: Urgency) -> tuple[float, Event]:
+        """Gradients leave for a buffer of the host: its bytes, and when they are there."""
+        size = self._take_buffer(nbytes, urgency)
+        waits = (*self._lanes.now(d), self._lanes.controller)
+        left = self._lanes.copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, *waits)
+        self._gradients[d].leave(pack, left)
+        return size, left
+
+    def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
+        """As `runtime.updates.host_buffers`: the controller waits for one that is used again."""
+        on_host = self._on_host[urgency]
+        if on_host and len(on_host) >= self._num_buffers[urgency]:
+            self._dealt_with.append(on_host.popleft())
+        for index, (size, free) in enumerate(self._dealt_with):
+            if nbytes <= size <= 2 * nbytes:
+                del self._dealt_with[index]
+                self._lanes.wait(free)
+                return size
+        return nbytes
