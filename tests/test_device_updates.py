@@ -39,17 +39,17 @@ def on_devices(which=lambda index: True, stay=(), **options):
     )
 
 
-def fit(strategy=None, make=Chain, accumulate=1, num_steps=NUM_STEPS, ckpt_path=None, max_steps=-1, **options):
+def fit(strategy=None, make=Chain, accumulate=1, num_steps=NUM_STEPS, ckpt_path=None, num_parts=4, **options):
     torch.manual_seed(0)
     module = make(depth=6)
-    parts = (1 if strategy else 4) * accumulate
+    parts = (1 if strategy else num_parts) * accumulate
     fitted = trainer(
         strategy or "auto",
         limit_train_batches=num_steps * parts,
         **({"accumulate_grad_batches": parts} if parts > 1 else {}),
         **options,
     )
-    fitted.fit(module, loader(8 if strategy else 2, 80), ckpt_path=ckpt_path)
+    fitted.fit(module, loader(8 if strategy else 8 // num_parts, 80), ckpt_path=ckpt_path)
     return module, fitted
 
 
@@ -484,3 +484,39 @@ def test_time_is_the_same_each_time_and_less_where_packs_stay():
     ends = [max(span.end for span in one.spans if span.lane == "compute") for one in (swapped, stays)]
     assert ends[1] < ends[0]
     assert any(span.name.startswith("states of pack") for span in swapped.spans)
+
+
+class Detour(Chain):
+    """Now and then through a pack behind all others, and then from the first one on: gradients of the first one come in
+    two visits, with others between."""
+
+    def __init__(self, depth):
+        super().__init__(depth)
+        self.detour = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.ReLU(), torch.nn.Linear(64, 64))
+
+    def step(self, batch):
+        hidden = self.detour(batch[0]) if self.trainer.global_step % 3 == 1 else batch[0]
+        for block in self.net:
+            hidden = block(hidden)
+        return torch.nn.functional.mse_loss(self.head(hidden).squeeze(1), batch[1])
+
+
+def test_states_that_were_brought_in_for_nothing_have_been_read_before_the_host_writes_them():
+    strategy = HarmonyStrategy(microbatch_size=4, cluster=EmulatedCluster(1, "200KiB"), update="device")
+    ours = fit(strategy, Detour, num_steps=5, num_parts=2)
+    assert updates(strategy)
+    assert_same(ours, fit(make=Detour, num_steps=5, num_parts=2))
+
+
+class Penalised(Chain):
+    def step(self, batch):
+        return super().step(batch) + self.net[0][0].weight.square().sum() * 1e-3
+
+
+def test_narrow_gradients_of_which_some_have_been_used_on_the_device():
+    strategy = HarmonyStrategy(
+        microbatch_size=8, cluster=EmulatedCluster(2, "300KiB"), update="first", one_layer_per_pack=True
+    )
+    ours = fit(strategy, Penalised, precision="bf16-mixed", num_parts=1)
+    assert updates(strategy)
+    assert_same(ours, fit(make=Penalised, precision="bf16-mixed", num_parts=1))

@@ -45,3 +45,54 @@ def test_what_a_layer_writes_into_its_weights_reaches_the_masters(microbatch_siz
 def test_copies_on_several_devices_are_refused():
     with pytest.raises(UnsupportedError, match=r"writes its weight table.weight .* use mode=\"pp\""):
         fit(harmony(2, microbatch_size=2, mode="dp"), 8)
+
+
+class BoundedLate(nn.Linear):
+    """Writes, or looks at, its weight from the third step on; until then the weight is only multiplied with."""
+
+    does: str | None = None
+
+    def forward(self, inputs):
+        with torch.no_grad():
+            if self.does == "write":
+                self.weight.clamp_(-0.05, 0.05)
+            scale = self.weight.norm() if self.does == "look" else 1
+        return super().forward(inputs) * scale
+
+
+class FirstPacks(Chain):
+    does = "write"
+    late = 0
+
+    def __init__(self, **options):
+        super().__init__(depth=2, **options)
+        self.front = nn.Sequential(*(BoundedLate(64, 64) for _ in range(3)))
+
+    def step(self, batch):
+        for layer in self.front:
+            layer.does = self.does if self.trainer.global_step >= self.late else None
+        return super().step((self.front(batch[0]), batch[1]))
+
+
+class LateWrites(FirstPacks):
+    late = 2
+
+
+class LateLooks(LateWrites):
+    does = "look"
+
+
+@pytest.mark.parametrize("update", ["host", "first"])
+@pytest.mark.parametrize(
+    ("make", "precision"), [(FirstPacks, "32-true"), (LateWrites, "bf16-mixed"), (LateLooks, "bf16-mixed")]
+)
+def test_weights_that_stay_or_are_narrow(make, precision, update):
+    fits = []
+    for strategy, batch_size in (("auto", 4), (harmony(2, "400KiB", 4, update=update, one_layer_per_pack=True), 8)):
+        torch.manual_seed(0)
+        module = make()
+        options = {"accumulate_grad_batches": 8 // batch_size, "limit_train_batches": 40 // batch_size}
+        trainer(strategy, precision=precision, **options).fit(module, loader(batch_size))
+        fits.append(module)
+    assert same_weights(*fits)
+    assert (strategy.statistics().updates_on_devices > 0) == (update == "first")

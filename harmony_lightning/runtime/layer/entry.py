@@ -101,8 +101,8 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
         with call.objects.opened(_as_it_is):
             weights = state.weights.of_site(site, device, call.trained)
             weight_versions = versions_of_weights(site, weights)
-            result, _ = call.run(weights, buffers.tensors, args, kwargs, _without_graph)
-            hand_on_written(site, call.segment, weights, weight_versions)
+            result, wide = call.run(weights, buffers.tensors, args, kwargs, _without_graph)
+            hand_on_written(site, call.segment, weights, weight_versions, wide)
         buffers.report_written()
     call.objects.let_go()
     arguments.keep_written()

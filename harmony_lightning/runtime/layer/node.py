@@ -60,7 +60,9 @@ class LayerFunction(torch.autograd.Function):
                 return _begin(value.detach().requires_grad_(), state.anchor, site.writes_objects is not False)
 
         def begin_weight(weight: torch.Tensor, trains: bool) -> torch.Tensor:
-            return _begin(weight.requires_grad_(trains), state.anchor, False)
+            may_be_written = not torch.is_grad_enabled()  # its gradient may be asked for all the same
+            with torch.enable_grad():
+                return _begin(weight.requires_grad_(trains), state.anchor, may_be_written)
 
         start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         while True:
@@ -92,7 +94,7 @@ class LayerFunction(torch.autograd.Function):
                 replay.begin(device)
                 arguments = call.arguments.snapshot(objects.original)
                 objects.forget_uses()
-        hand_on_written(site, call.segment, weights, weight_versions)
+        hand_on_written(site, call.segment, weights, weight_versions, wide)
         replay.keep_what_was_drawn(device)
         call.replay = replay
         site.draws |= not replay.is_empty

@@ -1,7 +1,7 @@
 """Weights that a layer writes in its own forward, such as an `Embedding(max_norm=...)`, which shrinks the rows it looks up.
 
 On a device it has written a copy, so the value goes on to the master. Other copies of it are then out of date, and are
-loaded anew.
+loaded anew. Of a narrow weight it has written a float32 version.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,7 @@ import torch
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
+from harmony_lightning.runtime.weights.narrow import was_written
 
 
 def versions_of_weights(site: Site, weights: Mapping[str, torch.Tensor]) -> list[int]:
@@ -20,18 +21,27 @@ def versions_of_weights(site: Site, weights: Mapping[str, torch.Tensor]) -> list
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def hand_on_written(site: Site, segment: Segment, weights: Mapping[str, torch.Tensor], before: list[int]) -> None:
-    """Behind the call.
+def hand_on_written(
+    site: Site,
+    segment: Segment,
+    weights: Mapping[str, torch.Tensor],
+    before: list[int],
+    wide: Mapping[str, torch.Tensor],
+) -> None:
+    """Behind the call. `wide`: float32 versions of narrow weights that its code has asked for.
 
     Raises:
-        UnsupportedError: several devices have copies, of which each would be written differently, or the copy has fewer
-            digits than the master.
+        UnsupportedError: several devices have copies, of which each would be written differently.
     """
     state = segment.state
-    if versions_of_weights(site, weights) == before or state.cluster.host_is_device:
+    changed = {name: version for name, version in wide.items() if was_written(version)}
+    if versions_of_weights(site, weights) != before:
+        changed = {name: changed.get(name, weights[name]) for name in site.weight_names}
+    if not changed or state.cluster.host_is_device:
         return
-    for name in site.weight_names:
-        master, value = state.parameters[name], weights[name].detach().to("cpu")
+    state.weights.await_masters(changed)  # they may be newer on the device, which would come over what is written here
+    for name, copy in changed.items():
+        master, value = state.parameters[name], copy.detach().to("cpu")
         if value.dtype is not master.dtype or torch.equal(value, master):
             continue
         if site.pack is None or len(state.plan.devices_of(site.pack)) > 1:

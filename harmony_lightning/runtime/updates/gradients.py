@@ -221,6 +221,7 @@ class GradientStore:
             self._updates.update(dict.fromkeys(updated, self._worker.follow(arrival)))
         for name in updated:
             del slot.written[name]
+        slot.narrow -= updated
 
     def hold(self) -> None:
         """Bring everything to the host; nothing becomes complete."""

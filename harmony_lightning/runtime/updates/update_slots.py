@@ -75,12 +75,17 @@ class UpdateSlots:
         self._slots: list[list[UpdateSlot]] = [[] for _ in cluster.devices]
 
     def end(self) -> None:
-        """What was brought in and not updated is needed no more."""
+        """What was brought in and not updated is needed no more: from now on anybody may write it on the host."""
         for slot in self._all():
+            if slot.newer or slot.newer_states:
+                continue
+            if slot.pack is not None and slot.loading is not None:
+                slot.loading.wait()
+                if slot.ready is not None:
+                    slot.ready.synchronize()
             if slot.owner is None:
-                slot.pack = slot.states = None
-            elif not (slot.newer or slot.newer_states):  # anybody may write them on the host
-                slot.states = None
+                slot.pack = None
+            slot.states = None
 
     def close(self) -> None:
         """Free the slots."""

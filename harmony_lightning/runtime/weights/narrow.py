@@ -9,6 +9,7 @@ cast gets the weight in float32:
     F.linear(x, weight)        narrow: autocast would cast it here
     weight.shape, .device      of any version of it the same
     anything else              float32, fetched for this call; the next plan lets the weight travel so
+    F.linear, once written     that version, which the layer has written
 
 Gradients of several uses are summed in float32, as they are without autocast's cache, which Lightning switches off: the
 second use of a narrow weight in one call gets a version in float32. With the cache on, the sum is one of narrow gradients.
@@ -205,7 +206,7 @@ class Guard(Watch):
 
     @override
     def _cast(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self._autocast() is not self._dtype:
+        if self._autocast() is not self._dtype or any(map(was_written, self.wide.values())):
             args, kwargs = self._take_all((args, kwargs))
         elif not self._sums_narrow and not torch.is_autocast_cache_enabled() and torch.is_grad_enabled():
             args = [self._use(arg) if id(arg) in self._weights else arg for arg in args]
@@ -233,6 +234,11 @@ class Guard(Watch):
         # What was asked for travels in float32 from the next plan on.
         for name in self.wide:
             uses.note(layer, name, is_cast=False)
+
+
+def was_written(wide: torch.Tensor) -> bool:
+    """Whether a layer has written a float32 version that it had asked for."""
+    return wide._version > 0
 
 
 def _any_of(weights: Mapping[int, str], values: Iterable[Any]) -> bool:
