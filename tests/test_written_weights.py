@@ -47,6 +47,22 @@ def test_copies_on_several_devices_are_refused():
         fit(harmony(2, microbatch_size=2, mode="dp"), 8)
 
 
+class Shrinking(nn.Linear):
+    def forward(self, inputs):
+        with torch.no_grad():
+            self.weight.mul_(0.9)
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("microbatch_size", [2, 8])
+def test_what_is_written_anew_each_time_is_refused(microbatch_size):
+    """Backward runs the layer again."""
+    module = Chain(depth=4)
+    module.net[1][0] = Shrinking(64, 64)
+    with pytest.raises(UnsupportedError, match=r"writes its weight net.1.0.weight .* another value each time"):
+        trainer(harmony(2, microbatch_size=microbatch_size)).fit(module, loader(8))
+
+
 class BoundedLate(nn.Linear):
     """Writes, or looks at, its weight from the third step on; until then the weight is only multiplied with."""
 

@@ -66,6 +66,8 @@ class Site:
         """Whether a forward was seen to draw random numbers."""
         self.joins: bool | None = None
         """Whether it may be called for several microbatches at once; None: nobody has tried."""
+        self.writes_weights = False
+        """Whether its forward has written weights of its own."""
         self._hooks_inside = [inner._forward_hooks for inner in module.modules() if inner is not module]
         self._derived = [(one.owner, one.attribute) for one in find_derived(module)]
         self.is_compiled = any(

@@ -14,6 +14,7 @@ from harmony_lightning.runtime.activations import OUT_OF_MEMORY, hand_out, keep_
 from harmony_lightning.runtime.differentiate import gradients_of, keeps_graph
 from harmony_lightning.runtime.layer.call import LayerCall
 from harmony_lightning.runtime.layer.objects import Surroundings
+from harmony_lightning.runtime.layer.written_weights import refuse_other_writes
 from harmony_lightning.runtime.structure import clone_with_strides, flatten_result
 from harmony_lightning.runtime.thread_state import Autocast
 from harmony_lightning.runtime.weights.residency import Weights
@@ -138,6 +139,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     finally:
         present.begin(device)
         autocast.apply()
+        refuse_other_writes(site, call.segment, weights)  # here, as the run ends as soon as it has saved what is wanted
     arguments.keep_written()
     result_leaves, _ = flatten_result(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]

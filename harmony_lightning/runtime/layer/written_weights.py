@@ -49,7 +49,26 @@ def hand_on_written(
                 f"layer {site.name} writes its weight {name} in its forward, and several GPUs have copies of it, so that "
                 'they would differ; use mode="pp", or one GPU, or write the weight in on_train_batch_start'
             )
-        site.joins = False
+        site.joins, site.writes_weights = False, True
         state.before_write(master)
         master.data.copy_(value)
         state.notice_write(master)
+
+
+@torch.no_grad()
+def refuse_other_writes(site: Site, segment: Segment, weights: Mapping[str, torch.Tensor]) -> None:
+    """Behind the second run of a layer that writes its weights, which are masters' values: backward is right only if it has
+    written the same again.
+
+    Raises:
+        UnsupportedError: it has not.
+    """
+    for name in site.weight_names if site.writes_weights else ():
+        master = segment.state.parameters[name]
+        value = weights[name].detach().to("cpu")
+        if value.dtype is master.dtype and not torch.equal(value, master):
+            raise UnsupportedError(
+                f"layer {site.name} writes its weight {name} in its forward, and another value each time that it runs, so "
+                "that backward, which runs it again, would not be that of its forward; write the weight in "
+                "on_train_batch_start, or make it a buffer"
+            )
