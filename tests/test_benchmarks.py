@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_profiles import FOLDER, published
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -194,3 +195,11 @@ def test_the_model_s_own_kernels_are_those_that_run(modules):
     # The runtime adds a few: seeds of backward, inputs that are brought in.
     assert 0.9 < expected / sum(breakdown.seconds.values()) <= 1
     assert 0.98 < one.sums_per_step(own.num_sums(strategy.plan)) / sums <= 1
+
+
+@published
+def test_published_schedules_and_ours_are_told():
+    done = run("published_schedules", "--folder", str(FOLDER))
+    assert done.returncode == 0, done.stderr
+    rows = [line for line in done.stdout.splitlines() if line.startswith(("| gpt2_xl ", "| bert_96 "))]
+    assert len(rows) == 3 * 12  # agreement, the search under Harmony's rules, and under ours

@@ -24,7 +24,7 @@ step, and its number of packs matters less."""
 HEADS = (1, 2, 3, 5, 8)
 """Units of a small first pack. Its backward is the last of a step: what its gradients and its update take is exposed."""
 MAX_UNITS = 100
-"""Of a model; with so many, packs are as good as with any number."""
+"""Of a model: with so many, packs can be cut nearly as evenly as by layers."""
 
 Table = list[list[int]]
 """`[count][end]`: where the last of `count` packs of the first `end` layers begins."""
