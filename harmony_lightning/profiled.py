@@ -30,10 +30,10 @@ from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
-from harmony_lightning.scheduler.runtime_search import search_runtime
-from harmony_lightning.scheduler.search import Found
-from harmony_lightning.scheduler.staying import with_what_stays
-from harmony_lightning.scheduler.translate import plan_of, schedule_of
+from harmony_lightning.scheduler.runtime.staying import with_what_stays
+from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
+from harmony_lightning.scheduler.search.runtime import search_runtime
+from harmony_lightning.scheduler.search.schedules import Found
 from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)

@@ -19,7 +19,7 @@ from harmony_lightning.hardware.presets import gpu_model, host_model
 from harmony_lightning.profiled import Question, find_plan, profile, step_of
 from harmony_lightning.profiler.machine import preset_machine
 from harmony_lightning.scheduler.packing import dealt_order
-from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.scheduler.runtime.translate import plan_of
 from harmony_lightning.strategy import automatic
 from harmony_lightning.strategy.training import PLAN_FILE, PLAN_KEY
 from harmony_lightning.units import parse_nbytes

@@ -12,7 +12,7 @@ from harmony_lightning.hardware.presets import gpu_model, host_model
 from harmony_lightning.profiled import profile, step_of
 from harmony_lightning.profiler.machine import preset_machine
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.scheduler.runtime.translate import plan_of
 
 WIDTH = 1024
 

@@ -16,9 +16,9 @@ from harmony_lightning.hardware.presets import gpu_model, host_model
 from harmony_lightning.plan import Schedule
 from harmony_lightning.profiled import Question, find_plan, profile, step_of
 from harmony_lightning.profiler.machine import preset_machine
-from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
-from harmony_lightning.scheduler.runtime_steps import fair_seconds
-from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime.steps import fair_seconds
+from harmony_lightning.scheduler.runtime.translate import plan_of
 
 MARGIN = 1.06
 """Predictions are off by a few per cent; what is predicted to be slower by more cannot be the best."""

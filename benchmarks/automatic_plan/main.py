@@ -6,7 +6,7 @@ import time
 from cases import CASES, automatic, best_of_sweep, train
 
 from harmony_lightning.scheduler.explain import describe
-from harmony_lightning.scheduler.runtime_steps import fair_seconds
+from harmony_lightning.scheduler.runtime.steps import fair_seconds
 
 HEADER = (
     "| case | machine | automatic plan | predicted | it takes | best of a sweep | plans tried | automatic / best | took |\n"

@@ -16,7 +16,7 @@ from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.hardware.presets import gpu_model, host_model
 from harmony_lightning.profiled import Question, find_plan, profile, step_of
 from harmony_lightning.profiler.machine import preset_machine
-from harmony_lightning.scheduler.translate import plan_of
+from harmony_lightning.scheduler.runtime.translate import plan_of
 
 NUM_STEPS = 5
 FACTORS = (1, 2, 3, 4, 6, 8, 10, 12)

@@ -12,7 +12,7 @@ from harmony_lightning.plan import Schedule
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
-from harmony_lightning.scheduler.search import search
+from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 BEST = {

@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from harmony_lightning.profiler.machine import Machine
     from harmony_lightning.profiler.measure import Measured
     from harmony_lightning.scheduler.costs import Costs
-    from harmony_lightning.scheduler.search import Found
+    from harmony_lightning.scheduler.search.schedules import Found
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -144,7 +144,7 @@ def _mixed(
     """Seconds of the best plan whose last pack is dealt; None where that was not left open, or brings nothing."""
     from harmony_lightning.errors import CapacityError
     from harmony_lightning.profiled import find_plan
-    from harmony_lightning.scheduler.runtime_search import MARGIN
+    from harmony_lightning.scheduler.search.runtime import MARGIN
 
     if question.mode != "auto" or machine.gpus < 2:
         return None

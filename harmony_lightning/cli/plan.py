@@ -34,8 +34,8 @@ from rich.table import Table
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import bound_seconds, describe, explain
-from harmony_lightning.scheduler.genetic import breed
-from harmony_lightning.scheduler.search import Found, search
+from harmony_lightning.scheduler.search.genetic import breed
+from harmony_lightning.scheduler.search.schedules import Found, search
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes, parse_nbytes
 

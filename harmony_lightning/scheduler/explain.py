@@ -14,9 +14,9 @@ from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
-from harmony_lightning.scheduler.runtime_search import MAX_FAIR_COMPUTATIONS, search_runtime
-from harmony_lightning.scheduler.runtime_steps import settled_steps
-from harmony_lightning.scheduler.search import Found, num_computations, search
+from harmony_lightning.scheduler.runtime.steps import settled_steps
+from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS, search_runtime
+from harmony_lightning.scheduler.search.schedules import Found, num_computations, search
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 from harmony_lightning.units import format_nbytes
 

@@ -8,11 +8,11 @@ from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
 from harmony_lightning.scheduler.clock import Clock, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.harmony import tell_harmony
-from harmony_lightning.scheduler.memory import harmony_peak_bytes, own_peak_bytes
-from harmony_lightning.scheduler.own import OwnSteps
-from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
-from harmony_lightning.scheduler.runtime_steps import RuntimeSteps, runtime_seconds
+from harmony_lightning.scheduler.rules.harmony import tell_harmony
+from harmony_lightning.scheduler.rules.memory import harmony_peak_bytes, own_peak_bytes
+from harmony_lightning.scheduler.rules.own import OwnSteps
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime.steps import RuntimeSteps, runtime_seconds
 
 
 class Rules(enum.StrEnum):

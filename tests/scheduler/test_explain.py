@@ -6,7 +6,7 @@ from small_profiles import MACHINE, kind, machine, profile
 from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import break_down, explain, find, samples_to_hide
-from harmony_lightning.scheduler.runtime_steps import fair_seconds
+from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.simulate import Rules
 
 MINIBATCH = 8

@@ -19,8 +19,8 @@ from small_profiles import (
 
 from harmony_lightning import CapacityError
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.genetic import breed
-from harmony_lightning.scheduler.search import search
+from harmony_lightning.scheduler.search.genetic import breed
+from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 

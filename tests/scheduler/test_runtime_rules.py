@@ -16,12 +16,12 @@ from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.clock import Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
-from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
-from harmony_lightning.scheduler.runtime_search import _bound, search_runtime
-from harmony_lightning.scheduler.runtime_steps import RuntimeSteps, fair_seconds, runtime_seconds
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime.steps import RuntimeSteps, fair_seconds, runtime_seconds
+from harmony_lightning.scheduler.runtime.translate import plan_of
+from harmony_lightning.scheduler.runtime.translate import schedule_of as plan_to_schedule
+from harmony_lightning.scheduler.search.runtime import _bound, search_runtime
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
-from harmony_lightning.scheduler.translate import plan_of
-from harmony_lightning.scheduler.translate import schedule_of as plan_to_schedule
 
 GROWING = functools.partial(Wide, hidden=(1, 2, 1, 3))
 costs_of = functools.cache(wide.costs_of)

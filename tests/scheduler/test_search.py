@@ -21,9 +21,9 @@ from small_profiles import (
 
 from harmony_lightning import CapacityError, ConfigurationError
 from harmony_lightning.plan import Schedule
-from harmony_lightning.scheduler.bounds import Setting, after_backward, after_forward, measure
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.packings import (
+from harmony_lightning.scheduler.search.bounds import Setting, after_backward, after_forward, measure
+from harmony_lightning.scheduler.search.packings import (
     HEADS,
     MAX_UNITS,
     Packings,
@@ -34,7 +34,7 @@ from harmony_lightning.scheduler.packings import (
     table,
     units,
 )
-from harmony_lightning.scheduler.search import Found, search
+from harmony_lightning.scheduler.search.schedules import Found, search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 BEST = {
@@ -130,7 +130,7 @@ def test_packs_are_smaller_than_units_where_these_are_too_large():
 def test_a_search_that_must_stop_early_is_no_worse_than_what_it_knows(monkeypatch):
     costs, options = Costs(deep(40), machine(gpus=4)), {"minibatch": 8, "rules": Rules.OWN}
     thorough = found(costs, 4000, **options)
-    monkeypatch.setattr("harmony_lightning.scheduler.search.MAX_COMPUTATIONS", 0)
+    monkeypatch.setattr("harmony_lightning.scheduler.search.schedules.MAX_COMPUTATIONS", 0)
     hasty = found(costs, 4000, **options)
     told = found(costs, 4000, known=[thorough.best.schedule], **options)
     assert not hasty.is_proved

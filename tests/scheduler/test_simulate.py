@@ -24,8 +24,8 @@ from harmony_lightning.plan import Kind, Lane, Schedule
 from harmony_lightning.plan.graph import NUM_LANES
 from harmony_lightning.scheduler.clock import Clock
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.own import OwnSteps
-from harmony_lightning.scheduler.packings import Packings
+from harmony_lightning.scheduler.rules.own import OwnSteps
+from harmony_lightning.scheduler.search.packings import Packings
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, score, seconds, simulate, task_graph
 
 ROWS = published_schedules()

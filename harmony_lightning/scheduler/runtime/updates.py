@@ -9,8 +9,8 @@ from harmony_lightning.plan.graph import Kind, Lane
 from harmony_lightning.plan.schedule import Span
 from harmony_lightning.scheduler.clock import Event
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.runtime_lanes import RuntimeLanes
-from harmony_lightning.scheduler.runtime_slots import GradientSlots, Point, WeightSlots
+from harmony_lightning.scheduler.runtime.lanes import RuntimeLanes
+from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, WeightSlots
 
 _UPDATE_ACCESSES = 8
 """Of memory in a step of Adam: four values are read, and written as far as torch tells, though the gradient is not."""

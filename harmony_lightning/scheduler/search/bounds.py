@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from harmony_lightning.plan.schedule import split
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.packings import Packing
+from harmony_lightning.scheduler.search.packings import Packing
 from harmony_lightning.scheduler.simulate import Rules
 
 Floats = npt.NDArray[np.float64]

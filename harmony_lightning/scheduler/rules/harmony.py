@@ -21,7 +21,7 @@ from harmony_lightning.plan.graph import Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, sources
 from harmony_lightning.scheduler.clock import Event, Listener
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.turns import Turn, turns
+from harmony_lightning.scheduler.rules.turns import Turn, turns
 
 
 def tell_harmony(schedule: Schedule, costs: Costs, listener: Listener, *, overlap: bool) -> None:

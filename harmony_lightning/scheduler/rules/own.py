@@ -1,6 +1,6 @@
 """Our rules: the tasks of steps as our runtime can carry them out, one step after the other.
 
-What differs from Harmony's rules (`harmony.py`):
+What differs from Harmony's rules (`rules.harmony`):
 
     weights       those of the next pack come in portions between the inputs of the running one, into a second slot
     gradients     leave from a second slot while the next pack computes; in dp the devices first add them up, each a share
@@ -20,7 +20,7 @@ from harmony_lightning.plan.graph import Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, sources
 from harmony_lightning.scheduler.clock import Event, Listener
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.turns import Turn, turns
+from harmony_lightning.scheduler.rules.turns import Turn, turns
 
 
 class OwnSteps:

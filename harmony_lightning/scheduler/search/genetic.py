@@ -16,7 +16,13 @@ from typing import Literal
 from harmony_lightning.errors import CapacityError
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.search import Candidate, Found, choose_sizes, fitting_variants, num_computations
+from harmony_lightning.scheduler.search.schedules import (
+    Candidate,
+    Found,
+    choose_sizes,
+    fitting_variants,
+    num_computations,
+)
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 POPULATION = 48

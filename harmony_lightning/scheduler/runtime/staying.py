@@ -8,7 +8,7 @@ from harmony_lightning.plan import Held, Plan, Usage, VisitPeak
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.residency import let_stay
-from harmony_lightning.scheduler.runtime_memory import visit_bytes
+from harmony_lightning.scheduler.runtime.memory import visit_bytes
 
 
 def with_what_stays(schedule: Schedule, plan: Plan, costs: Costs, *, moves_stash: bool = False) -> Schedule:

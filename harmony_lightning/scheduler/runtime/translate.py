@@ -6,7 +6,7 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan import Plan, Schedule
 from harmony_lightning.scheduler.packing import pack_of_layers
-from harmony_lightning.scheduler.sized_plan import check_for_runtime
+from harmony_lightning.scheduler.runtime.sized_plan import check_for_runtime
 
 
 def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int, like: Plan | None = None) -> Plan:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.sized_plan import sized_plan
+from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 
 _TRAVELLING = 16
 """Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""

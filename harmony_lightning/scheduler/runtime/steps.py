@@ -1,8 +1,8 @@
 """The runtime's rules: the tasks of steps in the order in which the engine enqueues them.
 
-What differs from what a schedule could ask for (`own.py`): packs and microbatches are the same both ways; in pp a pack is
-on the same device both ways; every layer recomputes by itself, but for the very last one, which keeps its activations; each
-copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
+What differs from what a schedule could ask for (`rules.own`): packs and microbatches are the same both ways; in pp a pack
+is on the same device both ways; every layer recomputes by itself, but for the very last one, which keeps its activations;
+each copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
 The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits when the gradients
 of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for all copies
@@ -19,10 +19,10 @@ from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Clock, Event, Listener, Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
-from harmony_lightning.scheduler.runtime_lanes import RuntimeLanes
-from harmony_lightning.scheduler.runtime_slots import GradientSlots, Point, WeightSlots
-from harmony_lightning.scheduler.runtime_updates import RuntimeUpdates
-from harmony_lightning.scheduler.sized_plan import sized_plan
+from harmony_lightning.scheduler.runtime.lanes import RuntimeLanes
+from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
+from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, WeightSlots
+from harmony_lightning.scheduler.runtime.updates import RuntimeUpdates
 
 _INPUT_ACCESSES = 3
 """Of host memory, when a part of the minibatch is put where devices copy from."""

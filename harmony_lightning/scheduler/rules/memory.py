@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.turns import Turn, turns
+from harmony_lightning.scheduler.rules.turns import Turn, turns
 
 
 def forward_bytes(costs: Costs, size: int, span: Span, stash_layers: Sequence[int] = ()) -> float:

@@ -1,6 +1,6 @@
 """The search: the best schedule of a large family, proved best by bounds rather than hoped for.
 
-The family joins every packing of `packings.py` for backward with every one for forward, at every microbatch size. It does
+The family joins every packing of `packings` for backward with every one for forward, at every microbatch size. It does
 not depend on memory or on links: memory only rules members out, and each member's seconds only grow when a link gets
 slower. As the best of the family is always found, more memory or a faster link never gives a worse plan.
 
@@ -19,7 +19,10 @@ import numpy as np
 from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.record import Record
-from harmony_lightning.scheduler.bounds import (
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.rules.memory import turn_bytes
+from harmony_lightning.scheduler.rules.turns import turns
+from harmony_lightning.scheduler.search.bounds import (
     Choice,
     Floats,
     Ints,
@@ -30,11 +33,8 @@ from harmony_lightning.scheduler.bounds import (
     fitting,
     measure,
 )
-from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.memory import turn_bytes
-from harmony_lightning.scheduler.packings import Packing, Packings, families
+from harmony_lightning.scheduler.search.packings import Packing, Packings, families
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
-from harmony_lightning.scheduler.turns import turns
 from harmony_lightning.units import format_nbytes
 
 MAX_SIZES = 8

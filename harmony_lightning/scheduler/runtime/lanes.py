@@ -11,7 +11,7 @@ from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.clock import Event, Listener
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.runtime_slots import Point
+from harmony_lightning.scheduler.runtime.slots import Point
 
 _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""

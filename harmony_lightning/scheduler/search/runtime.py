@@ -14,10 +14,10 @@ from typing import Literal
 from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule, Span, split
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.packings import pack_counts, packs_of, table
-from harmony_lightning.scheduler.runtime_memory import runtime_peak_bytes
-from harmony_lightning.scheduler.runtime_steps import fair_seconds, runtime_seconds
-from harmony_lightning.scheduler.search import Candidate, Found, choose_sizes, num_computations
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
+from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
+from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
 

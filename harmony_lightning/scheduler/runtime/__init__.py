@@ -1,0 +1,1 @@
+"""The runtime's rules: tasks, slots and memory of a step as the engine carries a plan out."""
