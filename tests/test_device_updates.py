@@ -195,11 +195,44 @@ def test_narrow_weights_stay_as_masters(make, callbacks):
     assert updates(strategies[0]) > 8
 
 
-def test_weights_that_leave_the_gpu_that_updates_them_are_not_narrow():
-    plan = planned()
-    narrow = dataclasses.replace(plan.packs[0], narrow=plan.packs[0].parameters[:1])
-    with pytest.raises(ConfigurationError, match=r"let pack 0, with '.*', be in updates_stay"):
-        dataclasses.replace(plan, packs=(narrow, *plan.packs[1:]), narrow_dtype="bfloat16")
+def narrow_plan(count, mode):
+    """With so many first packs updated on devices, none of which stays."""
+    options = {"mode": mode, "microbatch_size": 2, "one_layer_per_pack": True, "stash": "device"}
+    strategy = HarmonyStrategy(update="device", cluster=EmulatedCluster(2, MEMORY), **options)
+    fit(strategy, num_steps=2, precision="bf16-mixed")
+    plan = dataclasses.replace(strategy.plan, updates_stay=(), prefetch=1)
+    assert all(pack.narrow and pack.state_nbytes for pack in plan.packs)
+    packs = [
+        pack if index < count else dataclasses.replace(pack, update="host", state_nbytes=0, state_slot_nbytes=0)
+        for index, pack in enumerate(plan.packs)
+    ]
+    return dataclasses.replace(plan, packs=tuple(packs))
+
+
+@pytest.mark.parametrize("callback", [None, Peeking])
+@pytest.mark.parametrize(("mode", "count"), [("pp", 1), ("pp", 2), ("pp", 7), ("dp", 2)])
+def test_narrow_weights_leave_as_masters(mode, count, callback):
+    """And the next forward finds the last ones where they were updated, before they are on the host."""
+    plan, counts = narrow_plan(count, mode), []
+    strategy = HarmonyStrategy(plan=plan, cluster=EmulatedCluster(2, plan.memory_bytes))
+
+    class Counting(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            statistics = strategy.statistics()
+            counts.append((statistics.swap_in_bytes, statistics.swap_out_bytes))
+
+    callbacks = [Counting(), *([callback()] if callback else [])]
+    ours = fit(strategy, num_steps=8, precision="bf16-mixed", callbacks=callbacks)
+    on_host = HarmonyStrategy(mode=mode, microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True)
+    theirs = fit(on_host, num_steps=8, precision="bf16-mixed", callbacks=[callback()] if callback else [])
+    assert_same(ours, theirs)
+    assert updates(strategy) >= 6 * count
+    found = [plan.is_left(index) for index in range(len(plan.packs))]
+    assert sum(found) == (0 if mode == "dp" else min(count, 4))  # in two slots on each device
+    if callback is None:
+        assert {(b - a, d - c) for (a, c), (b, d) in itertools.pairwise(counts[2:])} == {
+            (plan.swap_in_bytes_per_step, plan.swap_out_bytes_per_step)
+        }
 
 
 def tied(depth):

@@ -49,7 +49,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
             num_microbatches=num_microbatches,
             stash=arguments.stash,
         )
-        plan = first_on_devices(plan, module, arguments.stay)
+        plan = first_on_devices(plan, module, arguments.update_first)
         strategy = HarmonyStrategy(plan=plan, layers=LAYERS, cluster=cluster)
     else:
         strategy = HarmonyStrategy(
@@ -96,7 +96,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> str:
     )
     stays = f"{len(strategy.plan.resident)} of {statistics.num_packs} packs stay"
     if arguments.travelling:
-        stays = "travel" + (f", but {arguments.stay} of {statistics.num_packs} packs" if arguments.stay else "")
+        stays = "travel"
     row = (
         f"| {arguments.model} | {num_gpus}x {arguments.gpu} | {num_sequences * arguments.length} | "
         f"{num_microbatches} of {microbatch_size} | {stays} | "
@@ -126,7 +126,9 @@ def main() -> None:
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"))
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
-    parser.add_argument("--stay", type=int, default=0, help="but so many first packs, which are updated where they are")
+    parser.add_argument(
+        "--update-first", type=int, default=0, help="so many first packs are updated on GPUs if weights travel"
+    )
     parser.add_argument(
         "--stash", default="device", choices=("device", "host"), help="where inputs wait if weights travel"
     )

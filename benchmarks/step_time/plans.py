@@ -43,10 +43,10 @@ def travelling(
 
 
 def first_on_devices(plan: Plan, module: nn.Module, count: int) -> Plan:
-    """The plan with so many first packs updated where they are, and staying there."""
+    """The plan with so many first packs updated on devices, for which masters and states come and leave."""
     layers = decomposition(module).with_states(_states(module))
-    first = [pack_of_layers(layers, layers.layers[i : i + 1], is_updated_there=True, stays=True) for i in range(count)]
-    return replace(plan, packs=(*first, *plan.packs[count:]), updates_stay=tuple(range(count)))
+    first = [pack_of_layers(layers, layers.layers[i : i + 1], is_updated_there=True) for i in range(count)]
+    return replace(plan, packs=(*first, *plan.packs[count:]))
 
 
 def decomposition(module: nn.Module) -> Decomposition:
