@@ -259,20 +259,25 @@ def test_not_even_the_first_packs(make, memory, reason, caplog):
     assert updates(strategy) == 0
 
 
-def turn_seconds(update):
-    """From the last backward of a step to the second forward of the next one, at the first pack, which is a large one."""
-    strategy = HarmonyStrategy(update=update, microbatch_size=2, one_layer_per_pack=True, cluster=cluster_of(2))
+def turn_seconds(**options):
+    """From the last backward of a step to the second forward of the next one, at the first pack, which is a large one; and
+    the plan."""
+    strategy = HarmonyStrategy(microbatch_size=2, one_layer_per_pack=True, cluster=cluster_of(2), **options)
     data = TensorDataset(torch.zeros(12, 128, 1024), torch.zeros(12, 128, dtype=torch.long))
     module = on_meta(lambda: Wide(2)).to_empty(device="cpu")
     trainer(strategy).fit(module, DataLoader(data, batch_size=4))
     spans = strategy.timeline().lane(0, "compute")
     backward = max(i for i, span in enumerate(spans[:-20]) if span.name == "backward of pack 0, microbatch 1")
     forward = next(span for span in spans[backward:] if span.name == "forward of pack 0, microbatch 1")
-    return forward.start - spans[backward].end
+    return forward.start - spans[backward].end, strategy.plan
 
 
 def test_the_next_step_begins_at_once():
-    assert turn_seconds("first") < 0.3 * turn_seconds("host")
+    """Whether what was updated stays, or leaves while the step goes on."""
+    on_host, _ = turn_seconds(update="host")
+    stays, plan = turn_seconds(update="first")
+    leaves, plan = turn_seconds(plan=dataclasses.replace(plan, updates_stay=()))
+    assert plan.is_left(0) and max(stays, leaves) < 0.3 * on_host
 
 
 class Scheduled(Chain):

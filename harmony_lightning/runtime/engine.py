@@ -483,12 +483,14 @@ class Engine:
             self.state.weights.notice_look(arguments, leaks=leaks)
 
     def _come_to_rest(self) -> None:
-        """Wait for all copies: from here on anybody may write the masters, and slots may go."""
+        """Wait for all copies: from here on anybody may write the masters, and slots may go. Not for updates that go on:
+        whoever looks at what they write settles first."""
         if self._code is not None:
             self.state.weights.finish_enqueuing()
         for device in self.cluster.devices:
-            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT):
-                device.record(lane).synchronize()
+            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT, Lane.UPDATE_OUT):
+                if lane is not Lane.UPDATE_OUT or self.has_settled:
+                    device.record(lane).synchronize()
 
 
 _engines: weakref.WeakSet[Engine] = weakref.WeakSet()

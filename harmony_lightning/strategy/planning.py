@@ -69,6 +69,7 @@ class Planning:
 
     def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
         engine, config = self._engine, self._config
+        engine.settle()  # it looks at the optimizer's states
         config = replace(config, mode=mode) if mode is not None else config
         return prepare(
             engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()

@@ -269,9 +269,9 @@ class UpdateSlots:
         here, layout = self._devices[device], self._layouts[pack]
         masters, states = self._store.arenas[pack], slot.states
         for event in (here.record(Lane.COMPUTE), *self._reads(weights)):
-            here.wait(Lane.SWAP_OUT, event)
+            here.wait(Lane.UPDATE_OUT, event)
         start = layout_nbytes(layout)
-        with torch._C.DisableTorchFunction(), here.lane(Lane.SWAP_OUT, f"weights and states of pack {pack}"):
+        with torch._C.DisableTorchFunction(), here.lane(Lane.UPDATE_OUT, f"weights and states of pack {pack}"):
             if layout == masters.layout and len(weights) == len(layout):
                 masters.bytes.copy_(slot.bytes[:start], non_blocking=True)
             else:
@@ -281,7 +281,7 @@ class UpdateSlots:
                 self._swap_out_states(slot, states, start, states_of)
                 self._counters.swap_out_bytes += states.nbytes_of(states_of)
         self._counters.swap_out_bytes += sum(self._parameters[name].nbytes for name in weights)
-        return here.record(Lane.SWAP_OUT)
+        return here.record(Lane.UPDATE_OUT)
 
     @staticmethod
     def _swap_out_states(slot: UpdateSlot, states: StateArena, start: int, weights: Collection[str]) -> None:

@@ -5,7 +5,7 @@ is on the same device both ways; every layer recomputes by itself, but for the v
 each copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
 The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits when the gradients
-of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for all copies
+of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for copies
 between devices and host.
 """
 

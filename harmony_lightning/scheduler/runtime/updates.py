@@ -112,7 +112,7 @@ class RuntimeUpdates:
             return
         stays = pack in self._plan.updates_stay
         nbytes = sizes.trainable_nbytes + (0 if stays else sizes.state_nbytes)
-        left = lanes.copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, done, lanes.controller)
+        left = lanes.copy(d, Lane.UPDATE_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, done, lanes.controller)
         self.updated[pack] = left
         if not stays:
             del self._states[pack]
