@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, cluster_of, on_meta
 
-from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyStrategy
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
 
 NUM_STEPS = 4
 MEMORY = "500KiB"
