@@ -23,7 +23,9 @@ class Costs:
         kinds = [profile.kind(layer) for layer in range(self.num_layers)]
         travelling = travelling or [kind.weight_bytes for kind in kinds]
         self.weight_prefix = _prefix(travelling)
-        self.narrow_prefix = _prefix([2 * (k.weight_bytes - nbytes) for k, nbytes in zip(kinds, travelling, strict=True)])
+        self.narrow_prefix = _prefix(
+            [2 * (k.weight_bytes - nbytes) for k, nbytes in zip(kinds, travelling, strict=True)]
+        )
         self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
         self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
         self.gradient_prefix = _prefix(

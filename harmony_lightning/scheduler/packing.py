@@ -155,9 +155,7 @@ def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int) 
     return tuple(devices[i] for _, i in sorted(turns))
 
 
-def pack_of_layers(
-    decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False
-) -> Pack:
+def pack_of_layers(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
     """`is_updated_there`: a device updates it."""
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
