@@ -24,7 +24,7 @@ from harmony_lightning.plan import Plan
 NUM_STEPS = 5
 """In the first ones it shows what travels in bfloat16, and what may stay. A plan that says both needs fewer."""
 NUM_STEPS_OF_PLAN = 3
-"""In the first one, of one microbatch, the optimizer makes its states, and nothing goes on behind it."""
+"""In the first one the optimizer makes its states, and nothing goes on behind it."""
 HEADER = (
     "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | without sums | to products alone | "
     "of which | peak per GPU | this took |\n|---|---|---|---|---|---|---|---|---|---|---|---|---|"
@@ -98,7 +98,6 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
     with breakdown.counting() if arguments.breakdown else nullcontext():
         # The last step only shows when it can begin, for which one microbatch will do.
         sizes = [num_sequences] * num_steps + [microbatch_size]
-        sizes[0] = microbatch_size if arguments.travelling else num_sequences
         trainer.fit(module, batches(sizes, arguments.length, shape.vocabulary))
     timeline, statistics = strategy.timeline(), strategy.statistics()
     took = time.perf_counter() - begin

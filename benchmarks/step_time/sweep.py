@@ -4,7 +4,7 @@
     python benchmarks/step_time/sweep.py --table
 
 Weights travel, stashes wait on the host, first packs are updated on GPUs where there is room. Microbatches are as large as
-fits, but there are at least ten of them, if there are so many sequences.
+fits, but there are at least two for each GPU, if there are so many sequences.
 """
 
 import argparse
@@ -21,16 +21,17 @@ from harmony_lightning import HarmonyError
 MACHINES = ("4x3090", "8x4090", "4x1080ti")
 TOKENS = (2048, 8192, 32768, 131072, 524288)
 LENGTH = 1024
-LEAST_MICROBATCHES = 10
+LEAST_MICROBATCHES = 2
+"""For each GPU, as far as there are sequences."""
 ROWS = Path(__file__).parent / "rows.jsonl"
 
 Row = dict[str, object]
 
 
-def attempts(num_sequences: int, largest: int) -> Iterator[tuple[int, str]]:
+def attempts(num_sequences: int, num_gpus: int, largest: int) -> Iterator[tuple[int, str]]:
     """Sequences per microbatch, and where first packs are updated, best first."""
     size = 1
-    while size < largest and 2 * size * LEAST_MICROBATCHES <= num_sequences:
+    while size < largest and 2 * size * LEAST_MICROBATCHES * num_gpus <= num_sequences:
         size *= 2
     while size:
         yield size, "first"
@@ -41,7 +42,7 @@ def attempts(num_sequences: int, largest: int) -> Iterator[tuple[int, str]]:
 def measure_row(machine: str, model: str, num_tokens: int, largest: int) -> Row:
     num_gpus, gpu = machine.split("x", 1)
     reason = ""
-    for size, update in attempts(num_tokens // LENGTH, largest):
+    for size, update in attempts(num_tokens // LENGTH, int(num_gpus), largest):
         options = f"--travelling --stash host --model {model} --gpu {gpu} --num-gpus {num_gpus} --update {update}"
         count = -(-num_tokens // LENGTH // size)
         arguments = argument_parser().parse_args([*options.split(), "--microbatches", str(count)])
@@ -80,7 +81,7 @@ def sweep(machines: list[str], models: list[str], tokens: list[int], path: Path)
                 # What did not fit with fewer tokens in microbatches of that size does not fit with more.
                 largest = min((int(str(row["limit"])) for row in mine if row.get("limit")), default=1 << 30)
                 row = failed or measure_row(machine, model, num_tokens, largest)
-                wanted = next(attempts(num_tokens // LENGTH, largest))[0]
+                wanted = next(attempts(num_tokens // LENGTH, int(machine.split("x")[0]), largest))[0]
                 limit = row["size"] if int(str(row["size"])) < wanted else None
                 row = {"machine": machine, "model": model, "tokens": num_tokens, **row, "limit": limit}
                 known[machine, model, num_tokens] = row
