@@ -1,6 +1,5 @@
 """Stashes in planned places on the host: the same training, in as much memory as they have, step by step."""
 
-import contextlib
 import itertools
 
 import lightning as L
@@ -51,7 +50,9 @@ class Counting(L.Callback):
 def fit(module, num_gpus=2, memory="300KiB", batches=None, callbacks=(), options=None, **trainer_options):
     options = {"layers": LAYERS, "one_layer_per_pack": True, "stash": "host", **(options or {})}
     strategy, counting = harmony(num_gpus, memory, **options), Counting()
-    fitted = trainer(strategy, **{"callbacks": [counting, *callbacks], "limit_train_batches": NUM_STEPS, **trainer_options})
+    fitted = trainer(
+        strategy, **{"callbacks": [counting, *callbacks], "limit_train_batches": NUM_STEPS, **trainer_options}
+    )
     fitted.fit(module, *(batches or [loader(BATCH)]))
     return strategy, counting
 
@@ -191,7 +192,12 @@ def test_fifty_steps_with_evaluation_between_take_no_more_than_two():
 
     torch.manual_seed(0)
     samples = loader(4, 200)
-    options = {"val_check_interval": 10, "limit_val_batches": 1, "limit_train_batches": 50, "accumulate_grad_batches": 2}
+    options = {
+        "val_check_interval": 10,
+        "limit_val_batches": 1,
+        "limit_train_batches": 50,
+        "accumulate_grad_batches": 2,
+    }
     _, counting = fit(Chain(depth=2), 1, batches=[samples, loader(4, 4)], callbacks=[holding := Holding()], **options)
     assert counting.unplaced == [counting.unplaced[0]] * 50
     assert len({*counting.nbytes[1:]}) == 1

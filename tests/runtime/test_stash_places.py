@@ -138,7 +138,9 @@ def test_what_goes_amid_backward_has_no_place_and_is_not_expected_again():
     assert steps.nbytes == 128
 
 
-@pytest.mark.parametrize("source", [torch.zeros(4, 6).t(), torch.zeros(2, 3, 4, 5, dtype=torch.bfloat16).permute(0, 2, 3, 1)])
+@pytest.mark.parametrize(
+    "source", [torch.zeros(4, 6).t(), torch.zeros(2, 3, 4, 5, dtype=torch.bfloat16).permute(0, 2, 3, 1)]
+)
 def test_a_place_lies_in_memory_as_the_device_s_tensor_does(source):
     cluster = HostCluster()
     places = StashPlaces(cluster, Counters(), lambda: None)
