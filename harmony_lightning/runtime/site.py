@@ -83,7 +83,10 @@ class Site:
     def has_own_weights(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the masters hang in their places. `torch.func.functional_call` hangs others there for one call, and the
         module must be run with those."""
-        return all(owner._parameters.get(attribute) is parameters[name] for owner, attribute, name in self._weights)
+        for owner, attribute, name in self._weights:
+            if owner._parameters.get(attribute) is not parameters[name]:
+                return False
+        return True
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)
@@ -97,10 +100,11 @@ class Site:
 
         `buffers` follow `buffer_places`; an entry is replaced if the module hangs a new tensor into that place.
         """
-        hooks = self.module._forward_hooks
+        if not self._hooks_follow():
+            with self._hung(weights, buffers):
+                return self._call(*args, **kwargs)
+        hooks, self.module._forward_hooks = self.module._forward_hooks, OrderedDict()
         try:
-            if self._hooks_follow():
-                self.module._forward_hooks = OrderedDict()
             with self._hung(weights, buffers):
                 return self._call(*args, **kwargs)
         finally:
