@@ -190,25 +190,33 @@ class Segment:
         self.stashed.clear()
 
     def bring(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
-        """The tensor as glue or a layer in this segment may use it."""
+        """The tensor as glue in this segment may use it."""
+        value, sink = self.take(tensor, is_written)
+        if sink is None:
+            return value
+        self.has_graph = True
+        return apply_own(Import, self.state.anchor, value, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
+
+    def take(self, tensor: torch.Tensor, is_written: bool = False) -> tuple[torch.Tensor, Sink | None]:
+        """The tensor as it may be used here. Where this segment's graph must not go on to the tensor's node, that is its
+        value alone, and what takes its gradient."""
         tensor = self.present(tensor)
         is_local = tensor.device == self.device.torch_device
-        node = tensor.grad_fn
-        if node is None:
+        if tensor.grad_fn is None:
             if (name := self.state.weight_name(tensor)) is not None:
-                return self._bring_weight(name, tensor.requires_grad)
+                return self._take_weight(name, tensor.requires_grad)
             is_scalar = tensor.dim() == 0 and not tensor.requires_grad and not is_written
             if is_local or (is_scalar and self._is_host(tensor)):
-                return tensor
+                return tensor, None
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
-                return tensor.to(self.device.torch_device)  # a leaf of the user's own: its gradient goes to its .grad
-            return self._move(tensor)
+                return tensor.to(self.device.torch_device), None  # a leaf of the user's own: its gradient goes to its .grad
+            return self._move(tensor), None
         if not torch.is_grad_enabled():
-            return tensor if is_local else self._move(tensor)
+            return tensor if is_local else self._move(tensor), None
         if self.is_own(tensor):
-            return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
-        return self._cut(tensor, is_written)
+            return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor), None
+        return tensor.detach() if is_local else self._move(tensor), self.sink(tensor)
 
     def present(self, tensor: torch.Tensor) -> torch.Tensor:
         """What has taken the tensor's place since it was written."""
@@ -233,16 +241,12 @@ class Segment:
             self.replaced[id(tensor)] = (tensor, result)
         return result
 
-    def _bring_weight(self, name: str, trains: bool) -> torch.Tensor:
+    def _take_weight(self, name: str, trains: bool) -> tuple[torch.Tensor, Sink | None]:
         copy = self.state.with_room(self.device, lambda: self.state.glue.fetch(name, self.device))
         if not (trains and torch.is_grad_enabled()):
-            return copy
+            return copy, None
         self.uses[name] += 1
-        return self._import(copy, lambda gradient: self.add_gradient(name, None, gradient))
-
-    def _cut(self, tensor: torch.Tensor, is_written: bool) -> torch.Tensor:
-        is_local = tensor.device == self.device.torch_device
-        return self._import(tensor.detach() if is_local else self._move(tensor), self.sink(tensor), is_written)
+        return copy, lambda gradient: self.add_gradient(name, None, gradient)
 
     def sink(self, tensor: torch.Tensor) -> Sink:
         """Takes the gradient of a tensor of an older segment."""
@@ -255,10 +259,6 @@ class Segment:
         if source is None or target is None or source is target:
             return Arrival(gradient.to(home), target or self.device)
         return self.state.send(gradient, source, target)
-
-    def _import(self, source: torch.Tensor, sink: Sink, is_written: bool = False) -> torch.Tensor:
-        self.has_graph = True
-        return apply_own(Import, self.state.anchor, source, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the value on this device, made once as long as the value is the same."""

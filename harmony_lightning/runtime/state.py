@@ -86,6 +86,8 @@ class RuntimeState:
             counters,
             lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
         )
+        self.refer = [functools.partial(self.weights.refer, device) for device in cluster.devices]
+        """By device: what finds a tensor in its slot memory again; None for others."""
         self.gradients = self.weights.gradients
         self.gradients.with_room = self.with_room
         self.depth = 0

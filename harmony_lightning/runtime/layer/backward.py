@@ -53,17 +53,18 @@ def _wide_names(call: LayerCall, trained: tuple[str, ...]) -> list[str]:
 def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients | None:
     """By the graph of the forward; None if memory was short amid it. Then there is room now, but the graph is used up."""
     roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
-    targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
+    targets = [edge for edge in call.input_edges if edge is not None] + (list(call.weight_edges) if trained else [])
     targets += [call.wide_edges[name] for name in _wide_names(call, trained)]
     if not (roots and targets):
         return (None,) * len(targets)
-    call.activations.open(functools.partial(_recompute, call))
+    state, device = call.segment.state, call.segment.device
+    call.activations.open(functools.partial(_recompute, call), functools.partial(state.make_room, device))
     try:
         edges, seeds = zip(*roots, strict=True)
         return gradients_of(edges, seeds, targets, keeps_graph=keeps_graph())
     except OUT_OF_MEMORY:
         call.activations.close()
-        if not call.segment.state.make_room(call.segment.device):
+        if not state.make_room(device):
             raise
         return None
     finally:
@@ -111,7 +112,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     """The layer's forward once more, from the stash, with the random, autocast and buffer state of the first time."""
     site, device = call.site, call.segment.device
     state = call.segment.state
-    assert call.stash is not None and call.replay is not None
+    assert call.stash is not None
     stash = [tensor.to(device.torch_device) for tensor in call.stash()]
     weights = state.weights.of_site(site, device, call.trained)
     buffers = [
@@ -121,7 +122,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     autocast = Autocast.capture()
     call.autocast.apply()
     torch.set_autocast_cache_enabled(False)
-    present = call.replay.begin(device)
+    present = None if call.replay is None else call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
     num_arguments = len(stash) - len(call.objects.used)
     try:
@@ -137,13 +138,15 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
             around = Surroundings(arguments)
             result, wide = call.run(weights, buffers, *arguments.build(inner[:num_arguments]), _as_leaf)
     finally:
-        present.begin(device)
+        if present is not None:
+            present.begin(device)
         autocast.apply()
         refuse_other_writes(site, call.segment, weights)  # here, as the run ends as soon as it has saved what is wanted
     arguments.keep_written()
     result_leaves, _ = flatten_result(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
-    results += around.results(result_leaves, known=[*results, *inner])
+    if around.reach(result_leaves):
+        results += around.results(known=[*results, *inner])
     return _SecondRun(leaves, results + [inner[i] for i in call.mutated], wide)
 
 
