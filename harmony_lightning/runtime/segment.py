@@ -17,8 +17,8 @@ in the rest of the microbatch.
 """
 
 import weakref
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Segment:
         self.is_cut = is_cut
         self.start = torch.autograd._get_sequence_nr() if is_cut else 0  # type: ignore[attr-defined]
         self.has_graph = False
-        self.uses: Counter[str] = Counter()
+        self.uses: dict[str, int] = defaultdict(int)
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
         self.saved_nbytes = 0
@@ -112,46 +112,55 @@ class Segment:
         self._deposit = deposit
         self._moved: Moved = {}
 
-    def add_gradient(
+    def add_gradients(
         self,
-        name: str,
+        gradients: Mapping[str, torch.Tensor | None],
         pack: int | None,
-        gradient: torch.Tensor | None,
-        is_ours: bool = False,
+        owned: Collection[str] = (),
         *,
         sums_narrow: bool = False,
     ) -> None:
-        """One use of a weight has been differentiated; the last one hands the sum on.
+        """One use of each of these weights has been differentiated; sums are handed on with the last use.
 
         Args:
-            is_ours: nobody else holds the gradient.
+            owned: gradients that nobody else holds.
             sums_narrow: a narrow one is added to others of its kind as it is, as autocast with a cache does.
         """
         if self.state.captured is not None:
-            if gradient is not None:
-                self.state.capture(name, gradient)
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    self.state.capture(name, gradient)
             return
         if not self.is_cut:
             self.state.collect_later()
-        self.uses[name] -= 1
-        held = self.partial.pop(name, None)
-        if gradient is None:
-            gradient = held
-        elif held is not None:
-            if gradient.dtype is held.dtype and not sums_narrow:
-                held = held.to(self.state.parameters[name].dtype)
-            gradient, is_ours = held.to(gradient.device) + gradient, True
-        if gradient is None:
-            return
-        if self.is_cut and self.uses[name] > 0:
-            self.partial[name] = gradient
-            self._make_room(name)
-        else:
-            self._hand_in(name, pack, gradient, is_ours)
+        sums: dict[str, torch.Tensor] = {}
+        own = set(owned)
+        for name, gradient in gradients.items():
+            self.uses[name] -= 1
+            held = self.partial.pop(name, None)
+            if gradient is None:
+                gradient = held
+            elif held is not None:
+                gradient = self._sum(name, held, gradient, sums_narrow)
+                own.add(name)
+            if gradient is None:
+                continue
+            if self.is_cut and self.uses[name] > 0:
+                self.partial[name] = gradient
+                self._make_room(name)
+            else:
+                sums[name] = gradient
+        if sums:
+            self._hand_in(sums, pack, own)
 
-    def _hand_in(self, name: str, pack: int | None, gradient: torch.Tensor, is_ours: bool = False) -> None:
+    def _sum(self, name: str, held: torch.Tensor, gradient: torch.Tensor, sums_narrow: bool) -> torch.Tensor:
+        if gradient.dtype is held.dtype and not sums_narrow:
+            held = held.to(self.state.parameters[name].dtype)
+        return held.to(gradient.device) + gradient
+
+    def _hand_in(self, gradients: dict[str, torch.Tensor], pack: int | None, owned: Collection[str] = ()) -> None:
         add, device = self.state.gradients.add, self.device
-        self.state.with_room(device, lambda: add(name, gradient, device.index, pack, is_ours))
+        self.state.with_room(device, lambda: add(gradients, device.index, pack, owned))
 
     def _make_room(self, newest: str) -> None:
         """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
@@ -172,7 +181,7 @@ class Segment:
         while self.partial:
             name = next(iter(self.partial))
             gradient = self.partial.pop(name).to(self.device.torch_device)
-            self._hand_in(name, self.state.slot_pack(name, self.pack), gradient)
+            self._hand_in({name: gradient}, self.state.slot_pack(name, self.pack))
 
     def leave(self) -> None:
         """The microbatch goes on to another pack, and the weights of this one may go."""
@@ -246,7 +255,7 @@ class Segment:
         if not (trains and torch.is_grad_enabled()):
             return copy, None
         self.uses[name] += 1
-        return copy, lambda gradient: self.add_gradient(name, None, gradient)
+        return copy, lambda gradient: self.add_gradients({name: gradient}, None)
 
     def sink(self, tensor: torch.Tensor) -> Sink:
         """Takes the gradient of a tensor of an older segment."""

@@ -29,15 +29,19 @@ def differentiate(
     values = None if is_without_graph else _values(call, gradients, trained)
     if values is None:
         values = state.with_room(device, lambda: _values_by_second_run(call, gradients, trained))
-    is_on_host = state.cluster.host_is_device
-    ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
     wide = _wide_names(call, trained)
     num_inputs = len(values) - len(trained) - len(wide)
-    of_wide = dict(zip(wide, values[num_inputs + len(trained) :], strict=True))
-    for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=False):
-        if (other := of_wide.get(name)) is not None:
-            value = other if value is None else value + other
-        call.segment.add_gradient(name, call.site.pack, value, is_ours, sums_narrow=call.autocast.is_cached)
+    if trained:
+        of_weights = dict(zip(trained, values[num_inputs:], strict=False))
+        for name, other in zip(wide, values[num_inputs + len(trained) :], strict=True):
+            if other is not None:
+                value = of_weights[name]
+                of_weights[name] = other if value is None else value + other
+        owned: Collection[str] = ()
+        if state.cluster.host_is_device and not state.gradients.has_loose(trained, device.index):
+            unshared = _unshared(values, gradients)[num_inputs:]
+            owned = [name for name, is_ours in zip(trained, unshared, strict=False) if is_ours]
+        call.segment.add_gradients(of_weights, call.site.pack, owned, sums_narrow=call.autocast.is_cached)
     by_input = iter(values[:num_inputs])
     return [None if edge is None else next(by_input) for edge in call.input_edges]
 
