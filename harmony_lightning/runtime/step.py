@@ -12,7 +12,7 @@ skipped layers and other orders than the plan's need no special case, only more 
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,7 +87,9 @@ class TrainingStep:
             visitors = [m for m in waiting if m.waits_for == pack]
             with visit(state, pack, visitors, next_in_forward(state.plan, pack, waiting)):
                 groups = self._groups(pack, visitors)
-                for group in sending_ahead(groups, state.plan.prefetch, state.travelling_nbytes):
+                if len(state.cluster.devices) > 1:
+                    groups = sending_ahead(groups, state.plan.prefetch, state.travelling_nbytes)
+                for group in groups:
                     self._run_group(group)
 
     def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None) -> None:
@@ -122,7 +124,7 @@ class TrainingStep:
         with state.unwatched():
             state.gradients.finish(on_complete)
 
-    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> list[Group]:
+    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterable[Group]:
         """Those that go through a pack together, each group on one device."""
         plan = self._state.plan
         size = plan.microbatches_per_forward if pack + 1 < len(plan.packs) else 1

@@ -124,8 +124,10 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
         for index, place in enumerate(site.buffer_places)
     ]
     autocast = Autocast.capture()
-    call.autocast.apply()
-    torch.set_autocast_cache_enabled(False)
+    is_as_first = autocast[:2] == call.autocast[:2]  # the cache is off in here
+    if not is_as_first:
+        call.autocast.apply()
+        torch.set_autocast_cache_enabled(False)
     present = None if call.replay is None else call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
     num_arguments = len(stash) - len(call.objects.used)
@@ -144,7 +146,8 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     finally:
         if present is not None:
             present.begin(device)
-        autocast.apply()
+        if not is_as_first:
+            autocast.apply()
         refuse_other_writes(site, call.segment, weights)  # here, as the run ends as soon as it has saved what is wanted
     arguments.keep_written()
     result_leaves, _ = flatten_result(result)
