@@ -19,6 +19,7 @@ from torch import nn
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.device import Cluster, Device, Lane
 from harmony_lightning.plan import Plan, Usage
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
@@ -70,7 +71,7 @@ class Engine:
         self._watched: Holding | None = None
         """Of the next training step, or the running one."""
         self._interrupted_seed: int | None = None
-        """Of a step that was given up and will be run again in one piece."""
+        """Of a step that was given up and will be run again."""
 
     # Between steps ------------------------------------------------------------------------------------------------
 
@@ -253,6 +254,7 @@ class Engine:
         Raises:
             Uncuttable: user code cannot be cut. Everything is as before the step, but for what user code itself has
                 written; the next step must be the same with `is_cut` False.
+            DeviceOutOfMemoryError, torch.OutOfMemoryError: the same; the next step may be this one, under another plan.
         """
         self.end_step()
         self.state.weights.begin()
@@ -282,7 +284,7 @@ class Engine:
                 self._finish_updates()  # of packs that nobody has called
                 self.state.buffers.flush()
             self._derive()
-        except Uncuttable:
+        except (Uncuttable, *OUT_OF_MEMORY):
             self._interrupted_seed = step_seed
             if not self.trace.is_complete:
                 self.trace = Trace()

@@ -23,13 +23,8 @@ from harmony_lightning.profiler import Machine
 from harmony_lightning.runtime.batch.minibatch import split_minibatch
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.randomness import HostState
-from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)
-
-SMALLER_SHARE = 0.8
-"""Of the memory planned with so far, when a plan turned out to be too large."""
-
 
 class AutomaticPlan:
     """Finds plans for one run.
@@ -46,21 +41,12 @@ class AutomaticPlan:
         self._config = config
         self._context = context
         self._precision = precision
-        self._share = 1.0
         self._found: dict[Any, Planned | None] = {}
 
     @property
     def chooses_all(self) -> bool:
         """Microbatch size and mode, too."""
         return self._config.searches == "all"
-
-    def shrink(self) -> None:
-        """Plan with less memory from now on."""
-        self._share = SMALLER_SHARE
-
-    @property
-    def has_shrunk(self) -> bool:
-        return self._share < 1
 
     def find(
         self,
@@ -84,7 +70,7 @@ class AutomaticPlan:
             in_use: the plan made from sizes.
             keeps_microbatches: mode and microbatch size are those of `in_use`.
         """
-        question = samples, min_samples, decomposition, in_use, keeps_microbatches, self._share
+        question = samples, min_samples, decomposition, in_use, keeps_microbatches
         if question not in self._found:
             self._found[question] = self._find_aside(
                 batch, arguments, samples, min_samples, decomposition, in_use, keeps_microbatches
@@ -193,7 +179,7 @@ class AutomaticPlan:
         )
         question = Question(
             minibatch=samples,
-            memory_bytes=int(self._share * in_use.memory_bytes),
+            memory_bytes=in_use.memory_bytes,
             mode=config.mode if config.mode == "mixed" or not keeps_microbatches else in_use.mode,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
@@ -202,8 +188,6 @@ class AutomaticPlan:
             update=_update(config, in_use),
             microbatches_per_forward=in_use.microbatches_per_forward,
         )
-        if self._share < 1:
-            log.warning("harmony: planning again with %s per GPU", format_nbytes(question.memory_bytes))
         return find_plan(measured, machine, decomposition, question, in_use)
 
     def _stashes(self, in_use: Plan) -> tuple[Literal["device", "host"], ...]:
