@@ -26,6 +26,7 @@ from harmony_lightning.runtime.randomness import HostState
 
 log = logging.getLogger(__name__)
 
+
 class AutomaticPlan:
     """Finds plans for one run.
 

@@ -67,8 +67,10 @@ class Planning:
         """Of the memory, what plans are made for."""
         self._has_failed = False
         """Whether a forward has run out of memory, whatever gave way."""
-        self._was_short = self._has_shrunk_behind = False
-        """Whether memory was short in a step, which went on as something gave way; and a plan for less was made behind it."""
+        self._was_short = False
+        """Whether memory was short in a step, which went on as something gave way."""
+        self._has_shrunk_behind = False
+        """Whether a plan for less memory was made behind such a step."""
         self._has_traced = False
         self._call_order: CallOrder | None = None
         self._narrow = Narrow()
