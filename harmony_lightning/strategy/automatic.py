@@ -23,6 +23,7 @@ from harmony_lightning.profiler import Machine
 from harmony_lightning.runtime.batch.minibatch import split_minibatch
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.randomness import HostState
+from harmony_lightning.strategy.trainer_aside import step_aside
 
 log = logging.getLogger(__name__)
 
@@ -93,9 +94,10 @@ class AutomaticPlan:
             machine = machine_of(self._engine.cluster) if reason is None else None
             if machine is not None:
                 smallest = min(min_samples, samples)
+                trainer = vars(self._engine.root).get("_trainer")
                 with self._aside():
                     return self._find(
-                        machine, batch, arguments, samples, smallest, decomposition, in_use, keeps_microbatches
+                        machine, trainer, batch, arguments, samples, smallest, decomposition, in_use, keeps_microbatches
                     )
             reason = reason or "nobody knows how fast these devices are"
         except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
@@ -116,7 +118,7 @@ class AutomaticPlan:
     def _aside(self) -> Iterator[None]:
         """Random numbers that are drawn within, what is warned of, and what modes would see, are nobody's business: an
         optimizer's step is around this, in which emulated GPUs watch all arithmetic, and the user may count it. Nor has
-        the module a trainer meanwhile, to which functions that hold on to it could log."""
+        the module itself a trainer meanwhile, to which functions that hold on to it could log."""
         devices = self._engine.cluster.devices
         trainers = [
             (inner, vars(inner)["_trainer"]) for inner in self._engine.root.modules() if "_trainer" in vars(inner)
@@ -144,6 +146,7 @@ class AutomaticPlan:
     def _find(
         self,
         machine: Machine,
+        trainer: Any,
         batch: Any,
         arguments: tuple[Any, ...],
         samples: int,
@@ -164,7 +167,7 @@ class AutomaticPlan:
             engine.root,
             decomposition,
             batch_of,
-            step_of(self._context, arguments),
+            step_aside(step_of(self._context, arguments), trainer),
             engine.cluster,
             machine,
             largest=min(samples, size or samples),
