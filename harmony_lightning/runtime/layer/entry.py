@@ -50,6 +50,8 @@ def call_layer(
     if join is not None and not objects and _may_join(site):
         call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, call.autocast)
         call.joint = join(call.waiting)
+        if call.joint is None:
+            call.waiting = None  # it holds the inputs
     with state.inside_layer(segment.device, is_watched=bool(objects)), _weighed(call, tensors):
         results = apply_own(LayerFunction, state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]

@@ -14,6 +14,7 @@ All of these change evenly from microbatch to microbatch, so the most is at the 
 device updates the pack, behind the last one.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,9 @@ STEP_TEMPORARIES = 2
 root of the second moment and its quotient. Weights are stepped one by one there, small ones together."""
 _TRAVELLING = 16
 """Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""
+
+_TURNS_HELD = 2
+"""Microbatches for which what is copied to other devices is held in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -93,10 +97,23 @@ class _Here:
         self.group = min(self.count, schedule.microbatches_per_forward if pack < last else 1)
         """Those that go through it together."""
         self.moments = sorted({0, max(0, self.count - 2), self.count - 1})
+        self._present, self._arriving, self._leaving = present, arriving, leaving
 
     def left(self, m: int) -> float:
-        """Microbatches behind this one."""
+        """Microbatches behind the m-th one here."""
         return self.all - 1 - m if m < self.count - 1 else 0.0
+
+    def stayed(self, m: int) -> int:
+        """Of those in front of it, how many are here in the pack before, too."""
+        return m - bisect_left(self._arriving, self._present[m])
+
+    def gone(self, m: int) -> int:
+        """How many of those that leave are in front of microbatch m of all."""
+        return bisect_left(self._leaving, m)
+
+    def index(self, m: int) -> int:
+        """Among all microbatches."""
+        return self._present[m]
 
 
 class _Device:
@@ -109,7 +126,6 @@ class _Device:
         self._packs, self._last = schedule.packs_backward, len(schedule.packs_backward) - 1
         self._has_peers = schedule.mode == "pp" and schedule.num_devices > 1
         self._size, self._count = sizes[0], len(sizes)
-        self._all = sum(sizes) / sizes[0]
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
         self._here = {p: _Here(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
         self._here = {p: here for p, here in self._here.items() if here.count}
@@ -142,7 +158,7 @@ class _Device:
                     last = self._packs[pack][1]
                     former = self._stashes[pack] if here.group == 1 else self._costs.stash_bytes(self._size, (last, last))
             working = self._in_layers(pack, m, backward=False) if here.group == 1 else self._in_joint_layers(pack, m)
-            return working + self._inputs_waiting(pack, m) + m * leaving + former + self._sent_forward(pack, m)
+            return working + self._inputs_waiting(pack, m) + m * leaving + former + self._travelling(pack, m)
 
         moments = {m - m % here.group for m in here.moments}
         return self._kept(pack) + self._landing(self._boundary(pack)) + max(map(at, moments))
@@ -151,7 +167,7 @@ class _Device:
         """A microbatch that ends goes back at once: its gradient takes the place of its input."""
 
         def at(m: int, working: float) -> float:
-            return working + self._inputs_waiting(pack, m) + self._sent_back_of(pack, m) + self._sent_forward(pack, m)
+            return working + self._inputs_waiting(pack, m) + self._gradients_waiting(pack, m) + self._travelling(pack, m)
 
         here = self._here[pack]
         most = max(at(m, max(self._in_layers(pack, m, backward=w) for w in (False, True))) for m in here.moments)
@@ -164,7 +180,8 @@ class _Device:
 
         def at(m: int, working: float) -> float:
             left = here.left(m)
-            waiting = working + left * leaving + self._sent_back_of(pack, m) + self._sent_back(pack, m)
+            waiting = working + left * leaving + self._gradients_waiting(pack, m)
+            waiting += self._travelling(pack, m, backward=True)
             if not self._leaves:
                 return waiting + left * self._stashes[pack]
             following = self._stashes[pack] if left else self._stash_before(pack)
@@ -254,63 +271,51 @@ class _Device:
             return 0.0
         ahead = here.group * (1 + self._is_ahead)
         ahead = min(here.count, max(ahead, int(self._limit // entering))) - here.group
-        arriving = here.arriving / here.all
-        return ((1 - arriving) * left + arriving * min(left, ahead)) * entering
+        made_here = max(0.0, here.all - here.arriving - here.stayed(min(m + here.group, here.count - 1)))
+        return (made_here + min(left - made_here, ahead)) * entering
 
-    def _sent_back_of(self, pack: int, m: int) -> float:
-        """Gradients of inputs of the microbatches in front of this one: they wait here, or are held while they travel."""
-        here, entering = self._here[pack], self._boundary(pack)
-        arriving = here.arriving / here.all
-        held = max(1, self._count - 1) if self._count * entering <= self._limit else 1
-        return ((1 - arriving) * m + min(arriving * m, held)) * entering
+    def _gradients_waiting(self, pack: int, m: int) -> float:
+        """Of inputs of the microbatches in front of this one, where the pack before is here, too."""
+        here, former = self._here[pack], self._here.get(pack - 1)
+        elsewhere = 0 if former is None else former.gone(here.index(m))
+        return (here.stayed(m) + elsewhere) * self._boundary(pack)
 
     # Copies between devices -------------------------------------------------------------------------------------------
 
     def _landing(self, nbytes: float) -> float:
         return nbytes if self._has_peers and nbytes <= self._limit else 0.0
 
-    def _sent_forward(self, pack: int, m: int) -> float:
-        """Outputs of former packs, held as microbatch m comes."""
-        before = self._before(pack)
-        if before is None or not self._here[before].leaving:
+    def _travelling(self, pack: int, m: int, *, backward: bool = False) -> float:
+        """What has been sent and is held as microbatch m comes (`transfer.Departures`): of the last turns, in each of which
+        something was sent, while it takes little; that of the very last one in any case."""
+        if not self._has_peers:
             return 0.0
-        newest = self._here[before].leaving * self._boundary(before + 1)
-        if self._leaves:
-            return newest if m == 0 or (newest <= self._limit and m < self._count - 1) else 0.0
-        return newest + self._sent_long_ago(before, newest)
-
-    def _sent_long_ago(self, pack: int, newest: float) -> float:
-        """Where no stash leaves, no copy makes microbatches count, and what has been sent is held for as many packs."""
-        total, before = newest, self._before(pack)
-        for _ in range(self._count - 2):
-            more = 0.0 if before is None else self._here[before].leaving * self._boundary(before + 1)
-            if before is None or not more or total + more > self._limit:
+        longest = max(_TURNS_HELD, self._count)
+        total, age = 0.0, 1
+        for turns, nbytes in self._turns(pack, m, backward):
+            if nbytes:
+                room = max(int((self._limit - total) // nbytes), _TURNS_HELD - age)
+                total += nbytes * max(0.0, min(turns, longest - age, room))
+                if room < turns:
+                    break
+            age += turns
+            if age >= longest:
                 break
-            total, before = total + more, self._before(before)
-        return total - newest
+        return total
 
-    def _sent_back(self, pack: int, m: int) -> float:
-        """Outputs of forward and gradients of the pack behind, held as microbatch m comes back."""
-        behind = min((p for p in self._here if p > pack), default=None)
-        if behind is not None and self._here[behind].arriving:
-            gradients, sent = self._boundary(behind), self._here[behind].arriving
-            # Fewer come here for the pack behind: its turn is over before what has left in forward is let go.
-            outputs = max(0.0, self._left(m) - sent) / self._count * self._here[pack].leaving * self._boundary(pack + 1)
-            is_held = True
-        else:  # nothing has gone back from here
-            gradients, sent = 0.0, 0.0
-            outputs = self._here[pack].leaving * self._boundary(pack + 1)
-            outputs += 0.0 if self._leaves else self._sent_long_ago(pack, outputs)
-            is_held = m < self._count - 1 or not pack
-        if m == 0 and (self._count == 1 or sent * gradients + outputs > self._limit):
-            return gradients + outputs
-        if sent * gradients + outputs > self._limit:
-            return 0.0
-        return min(sent, self._left(m)) * gradients + is_held * outputs
-
-    def _left(self, m: int) -> float:
-        """Of as many microbatches as there are in all, those behind this one."""
-        return self._all - 1 - m if m < self._count - 1 else 0.0
+    def _turns(self, pack: int, m: int, backward: bool) -> Iterator[tuple[float, float]]:
+        """Turns and bytes sent in each, newest first. Outputs are sent all at once, when the next pack comes to them."""
+        if backward or pack == self._last:
+            yield m - self._here[pack].stayed(m), self._boundary(pack)
+        elif self._leaves:
+            yield m, 0.0
+        if backward:
+            for p in [p for p in self._here if p > pack]:
+                yield self._here[p].arriving, self._boundary(p)
+        for p in reversed([p for p in self._here if p < pack or (backward and p != self._last)]):
+            yield 1, self._here[p].leaving * self._boundary(p + 1)
+            if self._leaves:
+                yield self._here[p].count - 1, 0.0
 
 
 def _place(schedule: Schedule, pack: int, m: int) -> int:
