@@ -156,7 +156,9 @@ class _Device:
                 former = self._stash_before(pack)
                 if m:
                     last = self._packs[pack][1]
-                    former = self._stashes[pack] if here.group == 1 else self._costs.stash_bytes(self._size, (last, last))
+                    former = (
+                        self._stashes[pack] if here.group == 1 else self._costs.stash_bytes(self._size, (last, last))
+                    )
             working = self._in_layers(pack, m, backward=False) if here.group == 1 else self._in_joint_layers(pack, m)
             return working + self._inputs_waiting(pack, m) + m * leaving + former + self._travelling(pack, m)
 
@@ -167,7 +169,9 @@ class _Device:
         """A microbatch that ends goes back at once: its gradient takes the place of its input."""
 
         def at(m: int, working: float) -> float:
-            return working + self._inputs_waiting(pack, m) + self._gradients_waiting(pack, m) + self._travelling(pack, m)
+            return (
+                working + self._inputs_waiting(pack, m) + self._gradients_waiting(pack, m) + self._travelling(pack, m)
+            )
 
         here = self._here[pack]
         most = max(at(m, max(self._in_layers(pack, m, backward=w) for w in (False, True))) for m in here.moments)
@@ -257,10 +261,10 @@ class _Device:
         return 0.0 if before is None else self._stashes[before]
 
     def _left_last(self, pack: int, m: int) -> float:
-        """The last stash that has left in forward is held until two more microbatches have sent something from here."""
+        """The last stash that has left in forward is held until something is sent from here in another turn."""
         newest = max((p for p in self._here if p != self._last), default=pack)
-        is_held = not self._has_peers or (pack == newest and self._last not in self._here and (m == 0 or not pack))
-        return self._stashes[newest] if is_held else 0.0
+        sent = sum(here.arriving for p, here in self._here.items() if p > pack) + m - self._here[pack].stayed(m)
+        return 0.0 if sent else self._stashes[newest]
 
     def _inputs_waiting(self, pack: int, m: int) -> float:
         """Of microbatches behind this one, and those that go with it: all if they are made here, else as many as are sent
@@ -313,9 +317,12 @@ class _Device:
             for p in [p for p in self._here if p > pack]:
                 yield self._here[p].arriving, self._boundary(p)
         for p in reversed([p for p in self._here if p < pack or (backward and p != self._last)]):
-            yield 1, self._here[p].leaving * self._boundary(p + 1)
+            leaving = self._here[p].leaving * self._boundary(p + 1)
             if self._leaves:
+                yield 1, leaving
                 yield self._here[p].count - 1, 0.0
+            elif leaving:
+                yield 1, leaving
 
 
 def _place(schedule: Schedule, pack: int, m: int) -> int:
