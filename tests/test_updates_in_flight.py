@@ -63,7 +63,7 @@ class Looking(L.Callback):
         if batch_idx == 0 or batch_idx % trainer.accumulate_grad_batches:
             return
         engine = getattr(trainer.strategy, "_engine", None)
-        self.num_in_flight += engine is not None and not engine.has_settled
+        self.num_in_flight += engine is not None and not engine.rest.has_settled
         self.seen.append(self.look(trainer, module))
 
 

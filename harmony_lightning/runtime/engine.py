@@ -6,30 +6,27 @@ share a pass are `together`, what the running code meets is `user_code`, what is
 
 import dataclasses
 import logging
-import os
-import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-import torch
 from torch import nn
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.hardware.device import Cluster, Device, Lane
-from harmony_lightning.plan import Plan, Usage
+from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
-from harmony_lightning.runtime.derived import Derived, derive_on_host, find_derived
+from harmony_lightning.runtime.derived import find_derived
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
-from harmony_lightning.runtime.meter import Holding, Meter, VisitPeaks
+from harmony_lightning.runtime.measuring import Measuring
 from harmony_lightning.runtime.microbatch import Microbatch
-from harmony_lightning.runtime.randomness import Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.randomness import ProcessStreams, Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.rest import Rest
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.step import Settle, TrainingStep
-from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.together import SharedPass, Together
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.updates.gradients import OnComplete
@@ -51,24 +48,14 @@ class Engine:
         self.worker = HostWorker(cluster)
         self.trace = Trace()
         self.uses = WeightUses()
-        self.has_settled = True
-        """Whether weights, gradients and states of optimizers are at rest."""
-        self.is_updated: Callable[[torch.Tensor], bool] = lambda tensor: False
-        """Whether updates may write a tensor."""
-        _engines.add(self)
+        self.measuring = Measuring(cluster)
+        self.rest = Rest(cluster)
         self._interposition = Interposition(root)
         self._host_arithmetic = HostArithmetic()
-        self._derived: list[Derived] = []
         self._code: UserCode | None = None
         self._microbatches: Sequence[Microbatch] = ()
         self._step: TrainingStep | None = None
         self._shared_pass: SharedPass | None = None
-        self.usage: Usage | None = None
-        """What the measured step has taken; None if there was none, or it was not cut."""
-        self._measures: bool | None = None
-        """Whether the next step of a kind is measured, and that kind."""
-        self._watched: Holding | None = None
-        """Of the next training step, or the running one."""
         self._interrupted_seed: int | None = None
         """Of a step that was given up and will be run again in one piece."""
 
@@ -79,12 +66,11 @@ class Engine:
         self.end_step()
         self.settle()
         if self._code is not None:
-            self.bring_home()
-            self.state.weights.close()
-            self._code = None
+            self.rest.bring_home()
+            self._unload()
         with self.cluster.activate():
-            state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker, self.uses)
-        self._derived = list(find_derived(self.root))
+            state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker, self.uses, self.measuring)
+        self.rest.load(state, find_derived(self.root))
         self._code = UserCode(state, lambda: self.trace, self.notice)
         self._interposition.install(
             packs={name: index for index, pack in enumerate(plan.packs) for name in pack.layers},
@@ -147,37 +133,12 @@ class Engine:
             with self.cluster.activate():
                 self.state.take_up(plan)
 
-    def measure(self, *, trains: bool) -> None:
-        """Find out what the next step takes; `usage` tells it afterwards. `trains`: it is cut, and has a backward."""
-        self._measures, self.usage = trains, None
-
-    def watch(self) -> Holding:
-        """Find out what stays in the next training step, which tells it afterwards."""
-        self._measures = None
-        holding = self._watched = self.state.holding = Holding(self.plan, len(self.cluster.devices))
-        return holding
-
     def _begin_measuring(self, *, trains: bool) -> None:
-        is_measured, is_watched = self._measures is trains, trains and self._watched is not None
-        if not (is_measured or is_watched):
-            return
-        with self.cluster.activate(continues=True):
-            if trains:
-                self.state.allocate()
-            peaks = self.state.peaks = VisitPeaks(self.cluster.devices, self.state.weights.slot_nbytes)
-        if self._watched is not None:
-            self._watched.peaks = peaks
-        if is_measured:
-            self._measures = None
-            self.state.meter = Meter(self.plan, peaks, trains=trains)
-
-    def _end_measuring(self) -> None:
-        meter, watched = self.state.meter, self._watched
-        self.state.meter = self.state.peaks = self._watched = None
-        if meter is not None:
-            self.usage = meter.usage()
-        if watched is not None:
-            watched.end()
+        if self.measuring.is_due(trains=trains):
+            with self.cluster.activate(continues=True):
+                if trains:
+                    self.state.allocate()
+                self.measuring.begin(self.plan, self.state.weights.slot_nbytes, trains=trains)
 
     def is_out_of_date(self) -> bool:
         """Whether parameters came, went or changed their kind since `load`."""
@@ -197,12 +158,16 @@ class Engine:
         self._interposition.remove()
         if self._code is not None:
             try:
-                self.bring_home()
+                self.rest.bring_home()
             except Exception:
                 log.exception("the newest weights could not be brought to the host")
-            self.state.weights.close()
+            self._unload()
         self.worker.close()
         self.cluster.close()
+
+    def _unload(self) -> None:
+        self.state.weights.close()
+        self.rest.load(None)
         self._code = None
 
     def end_step(self) -> None:
@@ -214,12 +179,12 @@ class Engine:
         """End all microbatches where they stand and drop what they left behind; weights stay as they are."""
         microbatches, self._microbatches = self._microbatches, ()
         self._step = self._shared_pass = None
-        self.has_settled = True
+        self.rest.has_settled = True
         if self._code is not None:
-            self.state.meter = self.state.peaks = self.state.holding = self._watched = None
+            self.measuring.abort()
             self._code.kill(microbatches)
             self._code.stash.end()
-            self._come_to_rest()
+            self.rest.wait()
             try:
                 self.state.discard()
             except Exception:
@@ -257,7 +222,7 @@ class Engine:
         self.end_step()
         self.state.weights.begin()
         # Weights at rest may have been written by anybody, others only by their updates.
-        self.state.weights.forget_casts(None if self.has_settled else self.updated)
+        self.state.weights.forget_casts(None if self.rest.has_settled else self.rest.updated)
         self.state.is_learning = not self.trace.is_complete
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
@@ -265,9 +230,7 @@ class Engine:
             if step_seed is None:
                 step_seed = draw_step_seed()
             streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
-        own = Stream(None)
-        own.suspend()
-        own_on_devices = [(device, device.random_state()) for device in self.cluster.devices]
+        own = ProcessStreams(self.cluster.devices)
         microbatches = self._microbatches = [
             Microbatch(self.state, m, function, stream, is_cut=is_cut)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
@@ -279,20 +242,18 @@ class Engine:
         try:
             with self._user_code.active(continues=True), self._guarded():
                 step.forward()
-                self._finish_updates()  # of packs that nobody has called
+                self.rest.finish_updates()  # of packs that nobody has called
                 self.state.buffers.flush()
-            self._derive()
+            self.rest.derive()
         except Uncuttable:
             self._interrupted_seed = step_seed
             if not self.trace.is_complete:
                 self.trace = Trace()
             own.resume()
-            _restore(own_on_devices)
             raise
         finally:
             if len(functions) > 1:
                 own.resume()
-                _restore(own_on_devices)
         for microbatch in microbatches:
             microbatch.replaced.clear()  # no user code will ask any more
         self.counters.steps += 1
@@ -313,12 +274,12 @@ class Engine:
             on_device: the update to be taken on devices, where the plan says so; None if all are the host's.
         """
         assert self._step is not None, "backward comes behind forward"
-        self.has_settled = False
+        self.rest.has_settled = False
         with self._user_code.active(continues=True), self._guarded():
             self._step.backward(factor, on_complete, on_device)
             self.state.buffers.flush()
             self._end()
-            self._end_measuring()
+            self.measuring.end()
 
     def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
@@ -336,8 +297,8 @@ class Engine:
                 result = function()
             self.state.buffers.flush()
             self._end()
-            self._end_measuring()
-        self._derive()
+            self.measuring.end()
+        self.rest.derive()
         return result
 
     def run_together(self, functions: Sequence[Callable[[], Any]]) -> Together:
@@ -354,10 +315,10 @@ class Engine:
             with self._user_code.active(), self._guarded():
                 together = shared.run()
                 self._end()
-                self._end_measuring()
+                self.measuring.end()
         finally:
             self._shared_pass, self.trace = None, trace
-        self._derive()
+        self.rest.derive()
         return together
 
     def _end(self) -> None:
@@ -369,8 +330,8 @@ class Engine:
         self._user_code.stash.end()
         self.state.departures.let_go()
         self.state.landings.let_go()
-        if self.has_settled:
-            self._come_to_rest()
+        if self.rest.has_settled:
+            self.rest.wait()
 
     @contextmanager
     def _guarded(self) -> Iterator[None]:
@@ -405,11 +366,11 @@ class Engine:
                 code.microbatch = None
                 if current is None:
                     self.end_step()
-                self._come_to_rest()
+                self.rest.wait()
 
         code.microbatch = None
         if current is not None:
-            self._come_to_rest()  # a graph that user code has left standing may still be on its way to the host
+            self.rest.wait()  # a graph that user code has left standing may still be on its way to the host
         try:
             yield user_code
         finally:
@@ -435,45 +396,21 @@ class Engine:
         Raises:
             What an update has raised.
         """
-        if not self.has_settled:
+        if not self.rest.has_settled:
             with self._guarded():
-                self._finish_updates()
-            self._come_to_rest()
-            with self.cluster.activate():
-                pass  # an emulated one looks whether that is so
-
-    def bring_home(self) -> None:
-        """Bring what has stayed on devices, and is newer there, to the host: anybody may look at it, and write it."""
-        if self._code is not None and self.state.weights.is_behind:
-            with self.cluster.activate(continues=True), torch._C.DisableTorchFunction():
-                self.state.weights.bring_home()
-
-    @property
-    def updated(self) -> Collection[str]:
-        """Names of weights whose gradients the last backward has made complete."""
-        return self.state.gradients.completed
-
-    def _derive(self) -> None:
-        if self._derived:
-            self.bring_home()
-            derive_on_host(self._derived)
-
-    def _finish_updates(self) -> None:
-        self.has_settled = True
-        self.state.settle()
+                self.rest.finish_updates()
+            self.rest.wait_between_steps()
 
     def notice(self, arguments: Any) -> None:
         """User code is about to work with these: what is still being updated must be finished first."""
-        if self.has_settled and (self._code is None or not self.state.weights.is_behind):
-            return
-        if not any(self.is_updated(tensor) for tensor in tensors_in(arguments)):
+        if not self.rest.is_asked_for(arguments):
             return
         if self._microbatches:
-            self._finish_updates()
+            self.rest.finish_updates()
         else:
             self.settle()
             self.state.masters_written()  # or will be
-        self.bring_home()
+        self.rest.bring_home()
 
     def notice_between(self, arguments: Any, *, shows: bool, leaks: bool) -> None:
         """The same for user code between steps, which may write masters that it is shown; for good if their memory `leaks`
@@ -481,31 +418,3 @@ class Engine:
         self.notice(arguments)
         if self._code is not None and shows:
             self.state.weights.notice_look(arguments, leaks=leaks)
-
-    def _come_to_rest(self) -> None:
-        """Wait for all copies: from here on anybody may write the masters, and slots may go."""
-        if self._code is not None:
-            self.state.weights.finish_enqueuing()
-        for device in self.cluster.devices:
-            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT):
-                device.record(lane).synchronize()
-
-
-_engines: weakref.WeakSet[Engine] = weakref.WeakSet()
-
-
-def _wait_for_all() -> None:
-    for engine in list(_engines):
-        if not engine.has_settled:
-            engine.state.wait()  # an error would be lost here; it is raised where the engine settles
-        engine.bring_home()
-
-
-# Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.
-os.register_at_fork(before=_wait_for_all)
-
-
-def _restore(random_states: Sequence[tuple[Device, torch.Tensor | None]]) -> None:
-    for device, random_state in random_states:
-        if random_state is not None:
-            device.set_random_state(random_state)

@@ -14,6 +14,7 @@ legacy global generator.
 import ctypes
 import random
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -174,6 +175,22 @@ class Stream:
 
     def leave_device(self, device: Device) -> None:
         self._device = device.random_state()
+
+
+class ProcessStreams:
+    """The process's own streams, on the host and on devices, as they were when this was made: microbatches with streams of
+    their own run in between."""
+
+    def __init__(self, devices: Sequence[Device]) -> None:
+        self._stream = Stream(None)
+        self._stream.suspend()
+        self._on_devices = [(device, device.random_state()) for device in devices]
+
+    def resume(self) -> None:
+        self._stream.resume()
+        for device, state in self._on_devices:
+            if state is not None:
+                device.set_random_state(state)
 
 
 class Replay:

@@ -30,7 +30,7 @@ from harmony_lightning.runtime.weights.narrow import Watch, WeightUses
 from harmony_lightning.runtime.worker import HostWorker
 
 if TYPE_CHECKING:
-    from harmony_lightning.runtime.meter import Holding, Meter, VisitPeaks
+    from harmony_lightning.runtime.measuring import Measuring
 
 Result = TypeVar("Result")
 
@@ -52,6 +52,7 @@ class RuntimeState:
         objects: what the running layer has been given within objects.
         narrow: names of narrow weights by pack.
         uses: what has been seen of how layers use their weights; `is_learning` in the first step.
+        measuring: what the running step takes, and what stays in it, if anybody wants to know.
         watching: sees the weights of the running layer; None if they need not be looked at.
         watcher: the function mode that user code runs under.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
@@ -64,7 +65,8 @@ class RuntimeState:
         plan: Plan,
         counters: Counters,
         worker: HostWorker,
-        uses: WeightUses | None = None,
+        uses: WeightUses,
+        measuring: "Measuring",
     ) -> None:
         self.cluster = cluster
         self.plan = plan
@@ -90,26 +92,21 @@ class RuntimeState:
         self.is_recomputing = False
         self.is_holding = False
         self.objects: Any = None
-        self.uses = uses or WeightUses()
+        self.uses = uses
         self.is_learning = False
+        self.measuring = measuring
         self.watching: Watch | None = None
         self.watcher: TorchFunctionMode | None = None
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
         """Gradients of weights that user code has asked for, on the host, while it does."""
-        self.meter: Meter | None = None
-        """Of the running step, if it is measured."""
-        self.peaks: VisitPeaks | None = None
-        """The same, and of one in which something stays that is watched."""
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
         """By device: what layers keep from forward to backward."""
         self.has_lacked_memory = False
         """Whether something has gone that was to stay."""
         self.spill: Callable[[Device], bool] = lambda device: False
         """Lets stashes leave a device; returns whether there were any."""
-        self.holding: Holding | None = None
-        """The same for one in which something stays."""
         self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False

@@ -91,8 +91,7 @@ class TrainingStep:
         state, microbatches = self._state, self._microbatches
         if factor != self._factor:
             self._rescale(factor / self._factor)
-        if state.holding is not None:  # from here on, what waits goes
-            state.holding = None
+        state.measuring.holding = None  # from here on, what waits goes
         state.gradients.begin()
         state.weights.begin_updates(on_device)
         for pack in reversed(range(len(state.plan.packs))):

@@ -198,12 +198,12 @@ class UserCode:
 
     def _weigh(self, segment: Segment, tensor: torch.Tensor) -> None:
         """A tensor leaves for the host that might have stayed."""
-        if self.state.meter is not None:
-            self.state.meter.stash(segment, tensor)
+        if self.state.measuring.meter is not None:
+            self.state.measuring.meter.stash(segment, tensor)
 
     def _note_stay(self, tensor: torch.Tensor) -> None:
         """A tensor waits for backward where it is."""
-        holding, microbatch, state = self.state.holding, self.microbatch, self.state
+        holding, microbatch, state = self.state.measuring.holding, self.microbatch, self.state
         if holding is None or microbatch is None or state.is_recomputing or microbatch.is_in_backward:
             return
         segment = microbatch.segment

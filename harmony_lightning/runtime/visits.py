@@ -19,8 +19,8 @@ def visit(state: RuntimeState, pack: int, visitors: Sequence[Microbatch], upcomi
     state.leave_pack()
     for device in leaving:
         state.weights.release(pack, device)
-    if state.peaks is not None:
-        state.peaks.end_visit(pack)
+    if state.measuring.peaks is not None:
+        state.measuring.peaks.end_visit(pack)
 
 
 def next_in_forward(plan: Plan, pack: int, waiting: Sequence[Microbatch]) -> dict[int, int]:

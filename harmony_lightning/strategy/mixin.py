@@ -140,7 +140,7 @@ class HarmonyMixin(Training, Evaluation):
         """In the order of the parameters, though packs were first updated from the last to the first."""
         if self._engine is not None:
             self._engine.settle()
-            self._engine.bring_home()
+            self._engine.rest.bring_home()
         state: dict[str, Any] = super().optimizer_state(optimizer)  # type: ignore[misc]
         if isinstance(state.get("state"), dict):
             positions = [parameter for group in state.get("param_groups", ()) for parameter in group["params"]]

@@ -90,12 +90,13 @@ class Residency:
             self.let_go()
             if kind == "training" and self._is_to_come():
                 return
-            self._engine.measure(trains=kind == "training")
+            self._engine.measuring.measure(trains=kind == "training")
             self._take_note = functools.partial(self._note_usage, known, extent)
             return
         self._engine.take_up(self._plan_for(measured), measured.calls if kind == "training" else None)
         if kind == "training" and measured.extent == extent and not measured.is_complete:
-            self._take_note = functools.partial(self._note_holding, measured, self._engine.watch())
+            holding = self._engine.measuring.watch(self._engine.plan)
+            self._take_note = functools.partial(self._note_holding, measured, holding)
 
     def _is_to_come(self) -> bool:
         """Whether devices will update weights, but have not begun: the first update of an optimizer is the host's."""
@@ -113,7 +114,8 @@ class Residency:
         self._known.clear()
 
     def _note_usage(self, known: list[_Measured], extent: Extent) -> None:
-        usage, self._engine.usage = self._engine.usage, None
+        measuring = self._engine.measuring
+        usage, measuring.usage = measuring.usage, None
         if usage is not None:
             known.insert(0, _Measured(extent, self._engine.calls, usage, usage))
             del known[_MOST_EXTENTS:]

@@ -233,7 +233,7 @@ class Training(Session):
             engine.backward(self._factor(root.grad) * self._loss_scale, on_complete, on_device)
         may_go_on = self._updates.may_go_on(engine)
         if may_go_on or engine.state.weights.is_behind:
-            engine.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
+            engine.rest.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
         if not may_go_on:
             engine.settle()
 

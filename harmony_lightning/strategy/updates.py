@@ -66,9 +66,9 @@ class Updates:
 
                 def closure_with_updates() -> Any:
                     result = user_code()
-                    if self._just_in_time is not None and not (engine.has_settled and _has_gradients(optimizer)):
+                    if self._just_in_time is not None and not (engine.rest.has_settled and _has_gradients(optimizer)):
                         trainer.gradient_clip_val = None  # done; torch cannot clip nothing
-                    if not engine.has_settled:  # the worker steps them
+                    if not engine.rest.has_settled:  # the worker steps them
                         for group in optimizer.param_groups:
                             hidden.append((group, group["params"]))
                             group["params"] = []
@@ -80,7 +80,7 @@ class Updates:
             else:
                 engine.counters.updates_just_in_time += 1
                 self._just_in_time.finish()
-                self._stepped |= frozenset(engine.updated)
+                self._stepped |= frozenset(engine.rest.updated)
         finally:
             for group, members in hidden:
                 group["params"] = members
@@ -93,7 +93,7 @@ class Updates:
         if optimizer is None:
             return _wait
         if (reason := self._reason_for_whole(optimizer, module, precision_plugin, pl)) is not None:
-            engine.bring_home()
+            engine.rest.bring_home()
             self._tell_once(f"{type(optimizer).__name__} updates all weights in one go behind backward: {reason}")
             return _wait
         clip_value = trainer.gradient_clip_val
@@ -146,7 +146,7 @@ class Updates:
     def may_go_on(self, engine: Engine) -> bool:
         """Whether the updates of this backward may go on while the next step begins: everything they write is there, and
         nobody but the worker looks for gradients."""
-        optimizer, updated = self._optimizer, engine.updated
+        optimizer, updated = self._optimizer, engine.rest.updated
         if optimizer is None or self._just_in_time is None or self._just_in_time.keeps_gradients:
             return False
         if not updated or not self._stepped.issuperset(updated) or self._just_in_time.leaves_gradients(updated):

@@ -69,7 +69,8 @@ def _weighed(call: LayerCall, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
     """If the step is measured, tell what the layer's operations save beside its inputs and weights. It is held until the
     forward is over, as it would be if it were kept, and as it will be in backward."""
     segment, layer = call.segment, call.site.name
-    meter, holding = segment.state.meter, segment.state.holding
+    measuring = segment.state.measuring
+    meter, holding = measuring.meter, measuring.holding
     is_kept = call.activations.is_kept and segment.pack < len(segment.state.plan.packs) - 1
     if not segment.is_cut or not ((meter is not None and meter.trains) or (holding is not None and is_kept)):
         yield
