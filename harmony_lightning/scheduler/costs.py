@@ -106,6 +106,11 @@ class Costs:
         """Of the weights that train."""
         return self.gradient_prefix[span[1] + 1] - self.gradient_prefix[span[0]]
 
+    def largest_weight_bytes(self, layer: int) -> float:
+        """Of those of a layer that train; the whole layer where they were not told apart."""
+        found = self.profile.kind(layer).largest_weight_bytes
+        return self.gradient_bytes((layer, layer)) if found is None else found
+
     def optimizer_bytes(self, span: Span) -> float:
         """What the optimizer remembers of the weights that train."""
         return self.optimizer_prefix[span[1] + 1] - self.optimizer_prefix[span[0]]

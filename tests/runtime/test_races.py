@@ -59,6 +59,7 @@ SCENARIOS = {
     "buffers go round": (Chain, {"mode": "pp", "depth": 14}),
     "dp": (Chain, {"mode": "dp"}),
     "stash on the device": (Chain, {"stash": "device"}),
+    "stash on the host": (Chain, {"stash": "host"}),
     "tied": (_Tied, {}),
     "manual": (_Manual, {}),
     "update fails": (_BreakingChain, {}),
