@@ -83,7 +83,7 @@ def sweep(machines: list[str], models: list[str], tokens: list[int], path: Path)
                 row = failed or measure_row(machine, model, num_tokens, largest)
                 wanted = next(attempts(num_tokens // LENGTH, int(machine.split("x")[0]), largest))[0]
                 limit = row["size"] if int(str(row["size"])) < wanted else None
-                row = {"machine": machine, "model": model, "tokens": num_tokens, **row, "limit": limit}
+                row = {**row, "machine": machine, "model": model, "tokens": num_tokens, "limit": limit}
                 known[machine, model, num_tokens] = row
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -104,7 +104,7 @@ HEADER = (
 def line(row: Row) -> str:
     begin = f"| {row['machine']} | {row['model']} | {row['tokens']} |"
     if "does_not_fit" in row:
-        return f"{begin} does not fit | | | | | | |"
+        return f"{begin} does not fit: {str(row['does_not_fit']).split(' (')[0]} | | | | | | |"
     seconds, bound, without = (float(str(row[name])) for name in ("seconds", "bound", "without_sums"))
     return (
         f"{begin} {row['microbatches']} | {row['updated_there'] or 'none'} | {seconds:.3f} s | {bound:.3f} s "
