@@ -24,6 +24,8 @@ class Lane(enum.Enum):
     """Weights, from the host."""
     SWAP_OUT = "swap-out"
     """Gradients and stashes, to the host."""
+    UPDATE_OUT = "update-out"
+    """Weights that were updated on the device, and states of the optimizer, to the host, where they are not soon needed."""
     STASH_IN = "stash-in"
     """Stashes, from the host."""
     PEER_IN = "peer-in"

@@ -32,6 +32,8 @@ class Statistics:
     """Calls of layers that served several microbatches at once."""
     out_of_turn: int
     """Packs that took memory of others in use: user code has called layers in another order than the plan's."""
+    short_of_memory: int
+    """Steps, of evaluation too, in which a device had no memory left, and what was to stay there had to go."""
     updates_just_in_time: int
     """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
     updates_whole: int

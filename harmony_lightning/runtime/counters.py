@@ -18,6 +18,7 @@ class Counters:
     input_bytes: int = 0
     joint_forwards: int = 0
     out_of_turn: int = 0
+    short_of_memory: int = 0
     updates_just_in_time: int = 0
     updates_whole: int = 0
     updates_on_devices: int = 0

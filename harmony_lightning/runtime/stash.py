@@ -103,8 +103,8 @@ class Stash:
         self._with_room = with_room
         self._weigh = weigh
         self._note_stay = note_stay
-        self._held: dict[int, weakref.WeakSet[_Held]] = {}
-        """What waits where it is, by its memory."""
+        self._held: dict[int, list[weakref.ref[_Held]]] = {}
+        """What waits where it is, by its memory; in a step's forward as much as there are tensors saved."""
         self._ahead: weakref.WeakSet[Stashed] = weakref.WeakSet()
         """What is on its way back."""
 
@@ -125,7 +125,7 @@ class Stash:
             value = tensor.detach()
             held_here = _Held(value)
             self._note_stay(value)
-            self._held.setdefault(storage_key(tensor), weakref.WeakSet()).add(held_here)
+            self._held.setdefault(storage_key(tensor), []).append(weakref.ref(held_here))
             return held_here
         device = segment.device
         key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -165,9 +165,9 @@ class Stash:
                 stashed.back = None
                 self._ahead.discard(stashed)
         with torch._C.DisableTorchFunction():
-            for held in [held for group in self._held.values() for held in group]:
-                value = held.value
-                if value is None or value.device != device.torch_device or self._is_weight_memory(value):
+            for held in [reference() for group in self._held.values() for reference in group]:
+                value = None if held is None else held.value
+                if held is None or value is None or value.device != device.torch_device or self._is_weight_memory(value):
                     continue
                 held.stashed, held.value, found = self._send_out(value, device)[1], None, True
                 del value
@@ -211,8 +211,9 @@ class Stash:
         """Glue is about to write a tensor in place: what backward needs of its memory must not change."""
         if not self._departures.is_empty:
             self._departures.let_go()  # copies may still be reading it
-        for held in self._held.get(storage_key(target), ()):
-            if not held.is_copied and held.value is not None:
+        for reference in self._held.get(storage_key(target), ()):
+            held = reference()
+            if held is not None and not held.is_copied and held.value is not None:
                 held.value = held.value.clone()
                 held.is_copied = True
 

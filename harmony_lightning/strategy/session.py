@@ -101,6 +101,7 @@ class Session:
             input_bytes=counters.input_bytes,
             joint_forwards=counters.joint_forwards,
             out_of_turn=counters.out_of_turn,
+            short_of_memory=counters.short_of_memory,
             updates_just_in_time=counters.updates_just_in_time,
             updates_whole=counters.updates_whole,
             updates_on_devices=counters.updates_on_devices,

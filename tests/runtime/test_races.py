@@ -69,6 +69,7 @@ SCENARIOS = {
     "narrow dp": (Chain, {"mode": "dp"}),
     "narrow, in one go": (Chain, {"gradient_wire": "half"}),
     "narrow, first ones stay": (Chain, {"update": "first", "memory": "500KiB"}),
+    "narrow, masters leave": (Chain, {"update": "device"}),
 }
 """Those with narrow weights learn in their first step that they have some, and so take more."""
 
