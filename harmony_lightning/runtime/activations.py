@@ -9,13 +9,14 @@ of a transformer block is never computed again, nor any of an embedding's or a h
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from harmony_lightning.errors import DeviceOutOfMemoryError, UnsupportedError
+
+_hooks = torch._C._autograd
 
 Position = int
 Restore = Callable[[], torch.Tensor]
@@ -94,22 +95,21 @@ class Activations:
         else:  # not kept, or written since
             made = self._make(self._recompute)
             tensor, _ = made.pop(position)
-            self._ready = {**made}
+            self._ready = cast(dict[Position, tuple[torch.Tensor, int] | Restore], made)
         self._handed_out[position] = weakref.ref(tensor)
         return tensor
 
-    @contextlib.contextmanager
-    def in_forward(self) -> Iterator[None]:
-        """Within, the hooks are in force."""
+    def __enter__(self) -> None:
+        """The forward begins: the hooks are in force."""
         self._is_in_forward = True
-        try:
-            with saved_tensors_hooks(self.save, self.load):
-                yield
-        finally:
-            self._is_in_forward = False
+        _hooks._push_saved_tensors_default_hooks(self.save, self.load)
+
+    def __exit__(self, *_: object) -> None:
+        _hooks._pop_saved_tensors_default_hooks()
+        self._is_in_forward = False
 
     def open(self, recompute: Recompute, make_room: Callable[[], bool] = lambda: False) -> None:
-        """The layer's backward begins: its operations may load. `make_room`: of a device that has run out of memory; returns
+        """The layer's backward begins: its operations may load. `make_room`: of a device that has run out of memory; tells
         whether it could."""
         self._recompute, self._make_room = recompute, make_room
 

@@ -51,7 +51,9 @@ def call_layer(
     for name in trained:
         segment.uses[name] += 1
     if join is not None and not objects and _may_join(site):
-        call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, needs, call.autocast)
+        call.waiting = Waiting(
+            state, site, segment.device, trained, arguments, originals, tensors, needs, call.autocast
+        )
         call.joint = join(call.waiting)
     weighed = _weighed(call, tensors) if _is_weighed(call) else nullcontext()
     with state.inside_layer(segment.device, is_watched=bool(objects)), weighed:
