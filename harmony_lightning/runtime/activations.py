@@ -19,6 +19,7 @@ from harmony_lightning.errors import DeviceOutOfMemoryError, UnsupportedError
 _hooks = torch._C._autograd
 
 Position = int
+Kind = tuple[torch.Size, torch.dtype]
 Restore = Callable[[], torch.Tensor]
 """Finds a weight where it is then."""
 Recompute = Callable[[Callable[[torch.Tensor], Position]], None]
@@ -54,7 +55,7 @@ class Activations:
         self._layer = layer
         self._recompute: Recompute | None = None
         """Known while the layer's backward runs."""
-        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._kinds: list[Kind] = []
         self._is_in_forward = False
         self._ready: dict[Position, tuple[torch.Tensor, int] | Restore] = {}
         """Tensors that backward has not asked for yet, with their versions."""
@@ -108,6 +109,13 @@ class Activations:
         _hooks._pop_saved_tensors_default_hooks()
         self._is_in_forward = False
 
+    def share_kinds(self, known: list[Kind]) -> list[Kind]:
+        """What kinds of tensors the forward has saved: `known` itself if it is the same, as it is for all calls of most
+        layers. So they need not each keep a list for the garbage collector to go through."""
+        if self._kinds == known:
+            self._kinds = known
+        return self._kinds
+
     def open(self, recompute: Recompute, make_room: Callable[[], bool] = lambda: False) -> None:
         """The layer's backward begins: its operations may load. `make_room`: of a device that has run out of memory; tells
         whether it could."""
@@ -121,7 +129,7 @@ class Activations:
 
     def restart(self) -> None:
         """The forward begins anew."""
-        self._kinds.clear()
+        self._kinds = []
         self._ready = {}
         if self.weighed is not None:
             self.weighed.clear()

@@ -63,6 +63,8 @@ class Site:
         """Whether a forward was seen to take derivatives by itself."""
         self.has_functions: bool | None = None
         """Whether Python autograd functions of the user's were seen in a forward's graph."""
+        self.saved_kinds: list[tuple[torch.Size, torch.dtype]] = []
+        """Of the tensors that operations of the last forward have saved."""
         self.draws = False
         """Whether a forward was seen to draw random numbers."""
         self.joins: bool | None = None

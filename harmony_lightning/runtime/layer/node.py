@@ -95,6 +95,7 @@ class LayerFunction(torch.autograd.Function):
                 arguments = call.arguments.snapshot(objects.original)
                 objects.forget_uses()
         hand_on_written(site, call.segment, weights, weight_versions, wide)
+        site.saved_kinds = call.activations.share_kinds(site.saved_kinds)
         replay.keep_what_was_drawn(device)
         if not replay.is_empty:
             call.replay, site.draws = replay, True
