@@ -108,8 +108,10 @@ class RuntimeState:
         """Gradients of weights that user code has asked for, on the host, while it does."""
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
         """By device: what layers keep from forward to backward."""
-        self.has_lacked_memory = False
+        self.has_given_way = False
         """Whether something has gone that was to stay."""
+        self.has_lacked_memory = False
+        """Whether that was because memory was short."""
         self.spill: Callable[[Device], bool] = lambda device: False
         """Lets stashes leave a device; returns whether there were any."""
         self._wanted: frozenset[str] = frozenset()
@@ -307,18 +309,24 @@ class RuntimeState:
         """The step is none for which the plan was made: go on as if memory were short everywhere."""
         self.plan = dataclasses.replace(self.plan, keep=(), stash_stays=(), peak_bytes=())
         for device in self.cluster.devices:
-            self.make_room(device)
-        self.has_lacked_memory = True
+            self._give_way(device)
+        self.has_given_way = True
 
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
+        found = self._give_way(device)
+        self.counters.short_of_memory += found and not self.has_lacked_memory
+        self.has_lacked_memory |= found
+        return found
+
+    def _give_way(self, device: Device) -> bool:
         found = self.weights.let_go_idle(device)
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
         found |= self.landings.give_back(device)
         found |= self.departures.release(device)
-        self.has_lacked_memory |= found
+        self.has_given_way |= found
         return found
 
     def masters_written(self, *, trained_only: bool = False) -> None:

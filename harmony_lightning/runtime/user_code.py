@@ -21,6 +21,7 @@ from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.stash import Stash
+from harmony_lightning.runtime.stash_places import StashPlaces
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import tensors_in
 from harmony_lightning.runtime.thread_state import ThreadState
@@ -49,6 +50,7 @@ class UserCode:
             state.glue.restore,
             state.counters,
             state.departures,
+            StashPlaces(state.cluster, state.counters, lambda: state.plan.stash_stays),
             state.with_room,
             self._weigh,
             self._note_stay,

@@ -55,6 +55,8 @@ def call_layer(
             state, site, segment.device, trained, arguments, originals, tensors, needs, call.autocast
         )
         call.joint = join(call.waiting)
+        if call.joint is None:
+            call.waiting = None  # it holds the inputs
     weighed = _weighed(call, tensors) if _is_weighed(call) else nullcontext()
     with state.inside_layer(segment.device, is_watched=bool(objects)), weighed:
         results = apply_own(LayerFunction, state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]

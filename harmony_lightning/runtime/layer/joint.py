@@ -199,14 +199,14 @@ class Joint:
     def _is_independent(self, buffers: Sequence[torch.Tensor], parts: list[Part]) -> bool:
         """Whether the parts of the first and of the last member do not depend on what the others' samples are. Kernels are
         the same for the same shapes, so equality is to the bit."""
-        for kept in (0, len(self._members) - 1) if parts else ():
-            try:
-                others = self._run(buffers, self._tensors(kept))
-            except Exception:  # user code that looks at its inputs
-                return False
-            if not others or not all(map(torch.equal, parts[kept].results, others[kept].results)):
-                return False
-        return bool(parts)
+        return bool(parts) and all(self._is_same(buffers, parts, kept) for kept in (0, len(self._members) - 1))
+
+    def _is_same(self, buffers: Sequence[torch.Tensor], parts: list[Part], kept: int) -> bool:
+        try:
+            others = self._run(buffers, self._tensors(kept))
+        except Exception:  # user code that looks at its inputs
+            return False
+        return bool(others) and all(map(torch.equal, parts[kept].results, others[kept].results))
 
     @torch.no_grad()
     def _take_apart(self, result: Any) -> list[Part]:
