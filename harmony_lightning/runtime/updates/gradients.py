@@ -127,11 +127,12 @@ class GradientStore:
             owned: tensors that may be written. All may be kept, but autograd hands the same one to several takers.
         """
         in_slot = {} if pack is None or self._host_is_device else self._layouts[pack]
+        slot: _Slot | None = None
         for name in list(gradients):
             gradient = gradients[name]
-            if name in in_slot and gradient.layout == torch.strided:
-                assert pack is not None
-                self._add_to_slot(name, gradient, self._slot(pack, device), in_slot)
+            if pack is not None and name in in_slot and gradient.layout == torch.strided:
+                slot = slot or self._slot(pack, device)
+                self._add_to_slot(name, gradient, slot, in_slot)
             else:
                 self._add_loose((name, device), gradient, name in owned)
             del gradients[name]
@@ -140,8 +141,8 @@ class GradientStore:
     def _add_to_slot(name: str, gradient: torch.Tensor, slot: _Slot, layout: Layout) -> None:
         view = slot.written.get(name)
         if view is None:
-            view = slot.written[name] = layout[name].view(slot.bytes)
-            view.copy_(gradient)
+            view = layout[name].view(slot.bytes)
+            slot.written[name] = view.copy_(gradient)
             if gradient.dtype is not view.dtype:
                 slot.narrow.add(name)
         else:
