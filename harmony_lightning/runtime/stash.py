@@ -109,10 +109,12 @@ class Stash:
         """What is on its way back."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             return self._leave(tensor)
 
     def unpack(self, held: Any) -> torch.Tensor:
+        if isinstance(held, _Held) and held.value is not None:
+            return held.value
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return self._return(held)
 
@@ -167,7 +169,12 @@ class Stash:
         with torch._C.DisableTorchFunction():
             for held in [reference() for group in self._held.values() for reference in group]:
                 value = None if held is None else held.value
-                if held is None or value is None or value.device != device.torch_device or self._is_weight_memory(value):
+                if (
+                    held is None
+                    or value is None
+                    or value.device != device.torch_device
+                    or self._is_weight_memory(value)
+                ):
                     continue
                 held.stashed, held.value, found = self._send_out(value, device)[1], None, True
                 del value
@@ -176,8 +183,6 @@ class Stash:
 
     def _return(self, held: Any) -> torch.Tensor:
         if isinstance(held, _Held):
-            if held.value is not None:
-                return held.value
             held = held.stashed
         if isinstance(held, WeightReference):
             return self._restore(held)
