@@ -23,6 +23,9 @@ class Statistics:
     """Layer inputs that came back from the host."""
     stash_out_bytes: int
     """Layer inputs that went to the host to wait for backward."""
+    unplaced_stashes: int
+    """Tensors of these in host memory of their own: those of the first steps, from which places for others are planned, and
+    what was not foreseen."""
     input_bytes: int
     """Minibatches and module buffers brought to devices."""
     joint_forwards: int

@@ -127,7 +127,7 @@ def fingerprint_of(root: nn.Module, decomposition: Decomposition, *more: str) ->
     `more` is what else counts: the device, the shapes of the batch, precision.
     """
     layers = [f"{layer.name}: {layer.weights}" for layer in decomposition.layers]
-    return fingerprint("profile 3", torch.__version__, describe(root), *_codes(root), *layers, *more)
+    return fingerprint("profile 4", torch.__version__, describe(root), *_codes(root), *layers, *more)
 
 
 def _codes(root: nn.Module) -> list[str]:
@@ -201,6 +201,7 @@ def _build(
                 sizes, [sum(v.input_nbytes + sum(v.glue.saved.values()) for v in row) for row in rows]
             ),
             gradient_bytes=trained_bytes,
+            largest_weight_bytes=max((nbytes[weight] for weight in layer.weights if weight in trained), default=0),
             kept_bytes=tuple(sum(v.cost.kept_bytes for v in row) for row in rows),
         )
         layers.append(kinds.setdefault(kind, len(kinds)))

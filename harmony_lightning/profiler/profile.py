@@ -47,6 +47,8 @@ class LayerKind(Record):
     empty where only the input waits."""
     gradient_bytes: int | None = None
     """Bytes of the weights that train; None: all of them do."""
+    largest_weight_bytes: int | None = None
+    """Of these, of the largest one; None where that was not told."""
     kept_bytes: tuple[float, ...] = ()
     """What waits on the device if nothing is to be made again: what operations save beside inputs and weights, at the
     backward sizes; empty where it was not measured."""
@@ -166,5 +168,6 @@ def _layer_kind(fields: Fields, sizes: MicrobatchSizes) -> LayerKind:
         recompute_seconds=fields.numbers("recompute_seconds", backward, "size") if told("recompute_seconds") else (),
         stash_bytes=(stash[0], stash[1]) if stash else (),
         gradient_bytes=fields.count("gradient_bytes") if told("gradient_bytes") else None,
+        largest_weight_bytes=fields.count("largest_weight_bytes") if told("largest_weight_bytes") else None,
         kept_bytes=fields.numbers("kept_bytes", backward, "size") if told("kept_bytes") else (),
     )

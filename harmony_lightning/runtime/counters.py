@@ -14,6 +14,7 @@ class Counters:
     p2p_bytes: int = 0
     stash_in_bytes: int = 0
     stash_out_bytes: int = 0
+    unplaced_stashes: int = 0
     input_bytes: int = 0
     joint_forwards: int = 0
     out_of_turn: int = 0

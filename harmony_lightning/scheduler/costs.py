@@ -21,7 +21,11 @@ class Costs:
         self.machine = machine
         self.num_layers = profile.num_layers
         kinds = [profile.kind(layer) for layer in range(self.num_layers)]
-        self.weight_prefix = _prefix(travelling or [kind.weight_bytes for kind in kinds])
+        travelling = travelling or [kind.weight_bytes for kind in kinds]
+        self.weight_prefix = _prefix(travelling)
+        self.narrow_prefix = _prefix(
+            [2 * (k.weight_bytes - nbytes) for k, nbytes in zip(kinds, travelling, strict=True)]
+        )
         self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
         self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
         self.gradient_prefix = _prefix(
@@ -74,6 +78,10 @@ class Costs:
     def weight_bytes(self, span: Span) -> float:
         return self.weight_prefix[span[1] + 1] - self.weight_prefix[span[0]]
 
+    def narrow_bytes(self, span: Span) -> float:
+        """Masters of narrow weights."""
+        return self.narrow_prefix[span[1] + 1] - self.narrow_prefix[span[0]]
+
     def state_bytes(self, span: Span) -> float:
         """Weights and buffers."""
         return self.state_prefix[span[1] + 1] - self.state_prefix[span[0]]
@@ -102,6 +110,11 @@ class Costs:
     def gradient_bytes(self, span: Span) -> float:
         """Of the weights that train."""
         return self.gradient_prefix[span[1] + 1] - self.gradient_prefix[span[0]]
+
+    def largest_weight_bytes(self, layer: int) -> float:
+        """Of those of a layer that train; the whole layer where they were not told apart."""
+        found = self.profile.kind(layer).largest_weight_bytes
+        return self.gradient_bytes((layer, layer)) if found is None else found
 
     def optimizer_bytes(self, span: Span) -> float:
         """What the optimizer remembers of the weights that train."""

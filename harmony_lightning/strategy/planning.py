@@ -84,6 +84,7 @@ class Planning:
     def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
         """For the share of the memory, if there is a plan for that: else the smallest, with no more for what may stay."""
         engine, config = self._engine, self._config
+        engine.settle()  # it looks at the optimizer's states
         config = replace(config, mode=mode) if mode is not None else config
         make = functools.partial(
             prepare, engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()

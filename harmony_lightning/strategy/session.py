@@ -97,6 +97,7 @@ class Session:
             p2p_bytes=counters.p2p_bytes,
             stash_in_bytes=counters.stash_in_bytes,
             stash_out_bytes=counters.stash_out_bytes,
+            unplaced_stashes=counters.unplaced_stashes,
             input_bytes=counters.input_bytes,
             joint_forwards=counters.joint_forwards,
             out_of_turn=counters.out_of_turn,

@@ -3,6 +3,7 @@
 import functools
 import time
 from dataclasses import replace
+from unittest import mock
 
 import pytest
 import wide
@@ -16,6 +17,7 @@ from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.clock import Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
+from harmony_lightning.scheduler.runtime import memory
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.steps import RuntimeSteps, fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.runtime.translate import plan_of
@@ -101,8 +103,11 @@ def test_any_plan_takes_what_the_runtime_takes(plan):
     schedule = replace(schedule_of(costs, packs, **options), **abilities)
     seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
-    # Never too little. Where the last microbatch is smaller it may be a little too much.
-    assert abilities or 0.999 * peak <= runtime_peak_bytes(schedule, costs) <= 1.05 * peak
+    with mock.patch.object(memory, "STEP_TEMPORARIES", 0):  # as the optimizer is fused
+        found = runtime_peak_bytes(schedule, costs)
+    # Never too little, but a little where packs are dealt and called jointly, whose microbatches come in another order.
+    least = 0.98 if abilities else 0.999
+    assert least * peak <= found <= 1.05 * peak
 
 
 @pytest.mark.parametrize(("dealt", "stash", "order"), [((1, 3), "host", (2, 2, 1)), ((3,), "device", (0,))])
@@ -112,7 +117,7 @@ def test_dealt_packs_go_to_the_devices_that_the_plan_names(dealt, stash, order):
     schedule = replace(schedule, dealt=dealt, dealt_order=order)
     seconds, peak = train(GROWING, schedule, layers)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.01)
-    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.03)
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
     plan = plan_of(schedule, layers, 2**30)
     assert plan.dealt_order == order and plan_to_schedule(plan, layers, 6) == schedule
 

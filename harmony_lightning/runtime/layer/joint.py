@@ -65,6 +65,8 @@ class Waiting:
     """The tensors among them, as the user's code has them."""
     tensors: list[torch.Tensor]
     """The same on the device."""
+    needs: list[bool]
+    """Which of these get a gradient."""
     autocast: Autocast
 
     @property
@@ -85,6 +87,7 @@ class Waiting:
                 or (self._is_per_sample(one) and other._is_per_sample(another) and _are_like(one, another))
                 for index, (one, another) in enumerate(zip(self.tensors, other.tensors, strict=True))
             )
+            and self.needs == other.needs
         )
 
     def shares(self, index: int, other: "Waiting") -> bool:
@@ -96,12 +99,7 @@ class Waiting:
 
 
 def _are_like(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype, one.layout, one.requires_grad, one.shape[1:]) == (
-        other.dtype,
-        other.layout,
-        other.requires_grad,
-        other.shape[1:],
-    )
+    return (one.dtype, one.layout, one.shape[1:]) == (other.dtype, other.layout, other.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ class Joint:
             if kept is not None:
                 each = [one if m == kept else _wild(one, each[kept]) for m, one in enumerate(each)]
             joined.append(torch.cat(each))
-        return [new.requires_grad_(old.requires_grad) for new, old in zip(joined, first.tensors, strict=True)]
+        return [tensor.requires_grad_(needs) for tensor, needs in zip(joined, first.needs, strict=True)]
 
     def _run(self, buffers: Sequence[torch.Tensor], tensors: list[torch.Tensor]) -> list[Part]:
         first = self._members[0]
@@ -201,14 +199,14 @@ class Joint:
     def _is_independent(self, buffers: Sequence[torch.Tensor], parts: list[Part]) -> bool:
         """Whether the parts of the first and of the last member do not depend on what the others' samples are. Kernels are
         the same for the same shapes, so equality is to the bit."""
-        for kept in (0, len(self._members) - 1) if parts else ():
-            try:
-                others = self._run(buffers, self._tensors(kept))
-            except Exception:  # user code that looks at its inputs
-                return False
-            if not others or not all(map(torch.equal, parts[kept].results, others[kept].results)):
-                return False
-        return bool(parts)
+        return bool(parts) and all(self._is_same(buffers, parts, kept) for kept in (0, len(self._members) - 1))
+
+    def _is_same(self, buffers: Sequence[torch.Tensor], parts: list[Part], kept: int) -> bool:
+        try:
+            others = self._run(buffers, self._tensors(kept))
+        except Exception:  # user code that looks at its inputs
+            return False
+        return bool(others) and all(map(torch.equal, parts[kept].results, others[kept].results))
 
     @torch.no_grad()
     def _take_apart(self, result: Any) -> list[Part]:

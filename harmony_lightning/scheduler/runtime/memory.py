@@ -1,17 +1,20 @@
 """How many bytes a schedule needs on each device when the runtime carries it out.
 
-Slots for weights and gradients are there throughout. Beside them, while microbatch m of M is in a layer of a pack:
+Slots for weights, gradients and updates are there throughout. Beside them, while microbatch m of M is in a layer of a pack:
 
-    working   what the layer needs beside its input, and the stashes of the layers of the pack up to it
+    working   what the layer needs beside its input, and the stashes of the layers of the pack up to it; of several
+              microbatches where they go through it together
     waiting   what the microbatches behind m have left for this pack, and those in front of it for the next one:
               inputs and outputs in forward, gradients in backward
     stash     those that stay; else one that is on its way out, or comes in ahead
     held      copies to other devices, for M microbatches while `_TRAVELLING` of the memory lasts (`transfer.Departures`),
               and the place where the next one from there arrives (`transfer.Landings`)
 
-All of these change evenly from microbatch to microbatch, so the most is at the first one or at the last ones.
+All of these change evenly from microbatch to microbatch, so the most is at the first one or at the last ones; or when a
+device updates the pack, behind the last one.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -20,8 +23,14 @@ from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 
+STEP_TEMPORARIES = 2
+"""Tensors of a weight's size that an optimizer makes for a moment while a device steps the weight, as Adam does for the
+root of the second moment and its quotient. Weights are stepped one by one there, small ones together."""
 _TRAVELLING = 16
 """Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""
+
+_TURNS_HELD = 2
+"""Microbatches for which what is copied to other devices is held in any case."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,46 +55,90 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
         here = [packs[p] for p in _packs_on(schedule, device)]
         return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
 
-    return max(slots(device) + nbytes for device, nbytes in beside.items()) + _update_bytes(schedule, costs)
+    return max(slots(device) + nbytes for device, nbytes in beside.items())
 
 
 def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
     """In the order of the step, by device. In dp devices that do what another one does are left out."""
-    num_devices, num_packs = schedule.num_devices, len(schedule.packs_backward)
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
-    if schedule.mode == "pp":
-        devices = [
-            _Device(schedule, costs, d, tuple(sizes))
-            for d in range(num_devices if schedule.dealt else min(num_devices, num_packs))
-        ]
-    else:
-        shares = [tuple(sizes[d::num_devices]) for d in range(min(num_devices, len(sizes)))]
-        devices = [_Device(schedule, costs, d, share) for d, share in enumerate(shares) if share not in shares[:d]]
-    for device in devices:
-        yield from device.visits()
+    num_devices = min(schedule.num_devices, len(sizes) if schedule.mode == "dp" else schedule.num_devices)
+    updates = _update_slots(schedule, costs)
+    seen: set[tuple[tuple[int, ...], float]] = set()
+    for index in range(num_devices):
+        kind = sizes[index::num_devices], updates[index]
+        if schedule.mode == "pp" or kind not in seen:
+            seen.add(kind)
+            yield from _Device(schedule, costs, index, sizes, updates[index]).visits()
+
+
+class _Here:
+    """The microbatches of a pack that come to a device."""
+
+    def __init__(self, schedule: Schedule, device: int, pack: int, sizes: tuple[int, ...]) -> None:
+        count, last = len(sizes), len(schedule.packs_backward) - 1
+        deals = [p for p in (pack - 1, pack, pack + 1) if p in schedule.dealt]
+        if deals:
+            present = [m for m in range(count) if _place(schedule, pack, m) == device]
+            arriving = [m for m in present if pack and _place(schedule, pack - 1, m) != device]
+            leaving = [m for m in present if pack < last and _place(schedule, pack + 1, m) != device]
+        else:
+            step = schedule.num_devices if schedule.mode == "dp" else 1
+            present = list(range(device if schedule.mode == "dp" else 0, count, step))
+            goes = schedule.mode == "pp" and schedule.num_devices > 1
+            arriving, leaving = present if goes and pack else [], present if goes and pack < last else []
+        self.sizes = [sizes[m] for m in present]
+        self.count = len(present)
+        self.all = sum(self.sizes) / sizes[0]
+        """Microbatches, the last one by its share where it is smaller."""
+        self.arriving = sum(sizes[m] for m in arriving) / sizes[0]
+        """Those of them that are on other devices in the pack before."""
+        self.leaving = sum(sizes[m] for m in leaving) / sizes[0]
+        """And in the next one."""
+        self.group = min(self.count, schedule.microbatches_per_forward if pack < last else 1)
+        """Those that go through it together."""
+        self.moments = sorted({0, max(0, self.count - 2), self.count - 1})
+        self._present, self._arriving, self._leaving = present, arriving, leaving
+
+    def left(self, m: int) -> float:
+        """Microbatches behind the m-th one here."""
+        return self.all - 1 - m if m < self.count - 1 else 0.0
+
+    def stayed(self, m: int) -> int:
+        """Of those in front of it, how many are here in the pack before, too."""
+        return m - bisect_left(self._arriving, self._present[m])
+
+    def gone(self, m: int) -> int:
+        """How many of those that leave are in front of microbatch m of all."""
+        return bisect_left(self._leaving, m)
+
+    def index(self, m: int) -> int:
+        """Among all microbatches."""
+        return self._present[m]
 
 
 class _Device:
     """One device under one schedule, and the microbatches that come there."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, index: int, sizes: tuple[int, ...]) -> None:
+    def __init__(
+        self, schedule: Schedule, costs: Costs, index: int, sizes: tuple[int, ...], updates_nbytes: float
+    ) -> None:
         self._costs, self._index = costs, index
         self._packs, self._last = schedule.packs_backward, len(schedule.packs_backward) - 1
-        self._is_dealt = schedule.mode == "dp" and schedule.num_devices > 1
         self._has_peers = schedule.mode == "pp" and schedule.num_devices > 1
-        self._stride = schedule.num_devices if schedule.mode == "pp" else 1
-        self._sizes, self._size, self._count = sizes, sizes[0], len(sizes)
-        self._all = sum(sizes) / sizes[0]
-        """Microbatches, the last one by its share where it is smaller."""
+        self._size, self._count = sizes[0], len(sizes)
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
-        self._here = _packs_on(schedule, index)
+        self._here = {p: _Here(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
+        self._here = {p: here for p, here in self._here.items() if here.count}
         self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
-        self._moments = sorted({0, max(0, self._count - 2), self._count - 1})
-        gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in self._here])
-        self._fixed: float = gradients + 2 * costs.profile.glue_bytes
-        joined = min(schedule.microbatches_per_forward, self._count) - 1
-        self._fixed += joined * max(costs.working_bytes("forward", self._size, span) for span in self._packs)
+        gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in _packs_on(schedule, index)])
+        self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
+        self._updated = {p for p in schedule.updated_there if _place(schedule, p, 0) == index}
+        self._summed = set(schedule.dealt) & self._updated
+        if schedule.mode == "dp" and schedule.num_devices > 1:
+            self._summed = set(self._here)
+        """Packs of which sums of other devices come here, weight by weight."""
+        self._reruns = schedule.microbatches_per_forward > 1
 
     def visits(self) -> Iterator[VisitBytes]:
         for pack in self._here:
@@ -95,69 +148,62 @@ class _Device:
             yield VisitBytes(device=self._index, pack=pack, is_backward=True, nbytes=self._fixed + self._backward(pack))
 
     def _forward(self, pack: int) -> float:
-        entering, leaving = self._boundary(pack), self._boundary(pack + 1)
-        ahead = self._num_ahead(entering)
+        here, leaving = self._here[pack], self._boundary(pack + 1)
 
         def at(m: int) -> float:
-            waiting = min(self._left(m), ahead - 1) * entering + m * leaving
             former = m * self._stashes[pack]
             if self._leaves:
-                former = self._stashes[pack] if m else self._stash_before(pack)
-            return self._in_layers(pack, m, backward=False) + waiting + former + self._sent_forward(pack, m)
+                former = self._stash_before(pack)
+                if m:
+                    last = self._packs[pack][1]
+                    former = (
+                        self._stashes[pack] if here.group == 1 else self._costs.stash_bytes(self._size, (last, last))
+                    )
+            working = self._in_layers(pack, m, backward=False) if here.group == 1 else self._in_joint_layers(pack, m)
+            return working + self._inputs_waiting(pack, m) + m * leaving + former + self._travelling(pack, m)
 
-        return self._kept(pack) + self._landing(entering) + max(map(at, self._moments))
+        moments = {m - m % here.group for m in here.moments}
+        return self._kept(pack) + self._landing(self._boundary(pack)) + max(map(at, moments))
 
     def _fused(self, pack: int) -> float:
         """A microbatch that ends goes back at once: its gradient takes the place of its input."""
-        entering = self._boundary(pack)
-        ahead = self._num_ahead(entering)
 
-        def at(m: int) -> float:
-            in_layers = max(self._in_layers(pack, m, backward=way) for way in (False, True))
-            is_sent = self._has_peers and pack
-            back = min(m, self._most_held(entering)) if is_sent else m
-            waiting = min(self._left(m), ahead - 1) * entering + back * entering
-            return in_layers + waiting + self._sent_forward(pack, m)
+        def at(m: int, working: float) -> float:
+            return (
+                working + self._inputs_waiting(pack, m) + self._gradients_waiting(pack, m) + self._travelling(pack, m)
+            )
 
+        here = self._here[pack]
+        most = max(at(m, max(self._in_layers(pack, m, backward=w) for w in (False, True))) for m in here.moments)
+        most = max(most, at(here.count - 1, self._in_update(pack)))
         former = self._stash_before(pack) if self._leaves else 0.0
-        return former + self._kept(pack) + self._landing(entering) + max(map(at, self._moments))
+        return former + self._kept(pack) + self._landing(self._boundary(pack)) + most
 
     def _backward(self, pack: int) -> float:
-        entering, leaving = self._boundary(pack), self._boundary(pack + 1)
+        here, leaving = self._here[pack], self._boundary(pack + 1)
 
-        def at(m: int) -> float:
-            left = self._left(m)
-            waiting = self._in_layers(pack, m, backward=True) + left * leaving
-            if not self._has_peers:
-                waiting += m * entering
-            elif pack:
-                waiting += min(m, self._most_held(entering)) * entering
-            waiting += self._sent_back(pack, m)
+        def at(m: int, working: float) -> float:
+            left = here.left(m)
+            waiting = working + left * leaving + self._gradients_waiting(pack, m)
+            waiting += self._travelling(pack, m, backward=True)
             if not self._leaves:
                 return waiting + left * self._stashes[pack]
             following = self._stashes[pack] if left else self._stash_before(pack)
             return waiting + self._is_ahead * following + self._left_last(pack, m)
 
-        most = max(map(at, self._moments))
-        if self._is_dealt:  # sums of the other devices come to the first one weight by weight
+        most = max(at(m, self._in_layers(pack, m, backward=True)) for m in here.moments)
+        most = max(most, at(here.count - 1, self._in_update(pack)))
+        if pack in self._summed:
             layers = range(self._packs[pack][0], self._packs[pack][1] + 1)
-            most = max(most, self._all * entering + max(self._costs.gradient_bytes((i, i)) for i in layers))
+            most = max(most, here.all * self._boundary(pack) + max(self._costs.gradient_bytes((i, i)) for i in layers))
         return most + self._kept(pack) + self._landing(leaving)
 
-    def _left_last(self, pack: int, m: int) -> float:
-        """The last stash that has left in forward is held until two more microbatches have sent something from here."""
-        newest = max((p for p in self._here if p != self._last), default=pack)
-        is_held = not self._has_peers or (pack == newest and self._here[-1] != self._last and (m == 0 or not pack))
-        return self._stashes[newest] if is_held else 0.0
-
-    def _left(self, m: int) -> float:
-        """Microbatches behind this one."""
-        return self._all - 1 - m if m < self._count - 1 else 0.0
+    # Of one microbatch, or of those that go together ------------------------------------------------------------------
 
     def _in_layers(self, pack: int, m: int, *, backward: bool) -> float:
-        """Of one microbatch, in the layer that needs most."""
+        """In the layer that needs most."""
         first, last = self._packs[pack]
-        costs, size, most = self._costs, self._sizes[m], 0.0
+        costs, size, most = self._costs, self._here[pack].sizes[m], 0.0
         way = "backward" if backward else "forward"
         comes_alone = backward and pack != self._last and self._leaves and not self._is_ahead
         for layer in range(first, last + 1):
@@ -168,78 +214,129 @@ class _Device:
                 working += costs.input_bytes(size, layer)
             if backward and layer < last:
                 working += self._boundary(pack + 1)  # the gradient that the segment's backward was given
+            if backward and self._reruns and pack != self._last:
+                working += costs.input_bytes(size, layer + 1)  # the second run goes to its end
             if layer > first and not comes_alone:
                 working += costs.stash_bytes(size, (first, layer - 1))
             most = max(most, working)
         return most
 
+    def _in_joint_layers(self, pack: int, m: int) -> float:
+        """The same in a joint forward, the first of which is tried beside one that counts."""
+        first, last = self._packs[pack]
+        costs, size, most = self._costs, self._here[pack].sizes[m], 0.0
+        times = sum(self._here[pack].sizes[m : m + self._here[pack].group]) / size
+        for layer in range(first, last + 1):
+            entering, leaving = costs.input_bytes(size, layer), costs.input_bytes(size, layer + 1)
+            working = entering + leaving + max(costs.working_bytes("forward", size, (layer, layer)), 2 * leaving)
+            stashes = costs.stash_bytes(size, (first, layer - 1)) if layer > first else 0.0
+            most = max(most, times * (stashes + entering + working))
+        return most
+
+    def _in_update(self, pack: int) -> float:
+        """Of a pack that this device updates."""
+        if pack not in self._updated:
+            return 0.0
+        first, last = self._packs[pack]
+        return STEP_TEMPORARIES * max(self._costs.largest_weight_bytes(layer) for layer in range(first, last + 1))
+
     def _boundary(self, pack: int) -> float:
         """Of one microbatch, as it enters the pack; the first pack's input comes from the host."""
         return self._costs.input_bytes(self._size, self._packs[pack][0]) if 0 < pack <= self._last else 0.0
 
+    # Waiting ----------------------------------------------------------------------------------------------------------
+
     def _kept(self, pack: int) -> float:
         """Stashes of packs in front of this one that wait here."""
-        return 0.0 if self._leaves else self._all * sum(self._stashes[p] for p in self._here if p < pack)
+        if self._leaves:
+            return 0.0
+        return sum(here.all * self._stashes[p] for p, here in self._here.items() if p < pack)
+
+    def _before(self, pack: int) -> int | None:
+        """The pack that is visited here in front of this one."""
+        return max((p for p in self._here if p < pack), default=None)
 
     def _stash_before(self, pack: int) -> float:
-        """Of the pack that is visited here in front of this one."""
-        return self._stashes[pack - self._stride] if pack - self._stride in self._here else 0.0
+        before = self._before(pack)
+        return 0.0 if before is None else self._stashes[before]
+
+    def _left_last(self, pack: int, m: int) -> float:
+        """The last stash that has left in forward is held until something is sent from here in another turn."""
+        newest = max((p for p in self._here if p != self._last), default=pack)
+        sent = sum(here.arriving for p, here in self._here.items() if p > pack) + m - self._here[pack].stayed(m)
+        return 0.0 if sent else self._stashes[newest]
+
+    def _inputs_waiting(self, pack: int, m: int) -> float:
+        """Of microbatches behind this one, and those that go with it: all if they are made here, else as many as are sent
+        ahead."""
+        here, entering = self._here[pack], self._boundary(pack)
+        left = here.left(m + here.group - 1) if m + here.group < here.count else 0.0
+        if not entering or not left:
+            return 0.0
+        ahead = here.group * (1 + self._is_ahead)
+        ahead = min(here.count, max(ahead, int(self._limit // entering))) - here.group
+        made_here = max(0.0, here.all - here.arriving - here.stayed(min(m + here.group, here.count - 1)))
+        return (made_here + min(left - made_here, ahead)) * entering
+
+    def _gradients_waiting(self, pack: int, m: int) -> float:
+        """Of inputs of the microbatches in front of this one, where the pack before is here, too."""
+        here, former = self._here[pack], self._here.get(pack - 1)
+        elsewhere = 0 if former is None else former.gone(here.index(m))
+        return (here.stayed(m) + elsewhere) * self._boundary(pack)
 
     # Copies between devices -------------------------------------------------------------------------------------------
-
-    def _num_ahead(self, nbytes: float) -> int:
-        """How many inputs are here at once: all if they are made here."""
-        if not self._has_peers:
-            return self._count
-        return min(self._count, max(1 + self._is_ahead, int(self._limit // nbytes) if nbytes else self._count))
 
     def _landing(self, nbytes: float) -> float:
         return nbytes if self._has_peers and nbytes <= self._limit else 0.0
 
-    def _most_held(self, nbytes: float) -> int:
-        """Sources of copies, each of another microbatch, that are held at once."""
-        return max(1, self._count - 1) if self._count * nbytes <= self._limit else 1
-
-    def _sent_forward(self, pack: int, m: int) -> float:
-        """Outputs of former packs, held as microbatch m comes."""
-        if not self._has_peers or pack < self._stride:
-            return 0.0
-        newest = self._all * self._boundary(pack - self._stride + 1)
-        if self._leaves:
-            return newest if m == 0 or (newest <= self._limit and m < self._count - 1) else 0.0
-        return newest + self._sent_long_ago(pack - self._stride, newest)
-
-    def _sent_long_ago(self, pack: int, newest: float) -> float:
-        """Where no stash leaves, no copy makes microbatches count, and what has been sent is held for as many packs."""
-        total = newest
-        for _ in range(self._count - 2):
-            pack -= self._stride
-            more = self._all * self._boundary(pack + 1) if pack >= 0 else 0.0
-            if not more or total + more > self._limit:
-                break
-            total += more
-        return total - newest
-
-    def _sent_back(self, pack: int, m: int) -> float:
-        """Outputs of forward and gradients of the pack behind, held as microbatch m comes back."""
+    def _travelling(self, pack: int, m: int, *, backward: bool = False) -> float:
+        """What has been sent and is held as microbatch m comes (`transfer.Departures`): of the last turns, in each of which
+        something was sent, while it takes little; that of the very last one in any case."""
         if not self._has_peers:
             return 0.0
-        behind = pack + self._stride
-        if behind <= self._last:
-            gradients, outputs = self._boundary(behind), 0.0
-        else:  # nothing has gone back from here
-            gradients, outputs = 0.0, self._all * self._boundary(pack + 1)
-            outputs += 0.0 if self._leaves else self._sent_long_ago(pack, outputs)
-        if m == 0 and (self._count == 1 or self._count * gradients + outputs > self._limit):
-            return gradients + outputs
-        if self._count * gradients + outputs > self._limit:
-            return 0.0
-        is_held = m < self._count - 1 or not pack
-        return self._left(m) * gradients + is_held * outputs
+        longest = max(_TURNS_HELD, self._count)
+        total, age = 0.0, 1
+        for turns, nbytes in self._turns(pack, m, backward):
+            if nbytes:
+                room = max(int((self._limit - total) // nbytes), _TURNS_HELD - age)
+                total += nbytes * max(0.0, min(turns, longest - age, room))
+                if room < turns:
+                    break
+            age += turns
+            if age >= longest:
+                break
+        return total
+
+    def _turns(self, pack: int, m: int, backward: bool) -> Iterator[tuple[float, float]]:
+        """Turns and bytes sent in each, newest first. Outputs are sent all at once, when the next pack comes to them."""
+        if backward or pack == self._last:
+            yield m - self._here[pack].stayed(m), self._boundary(pack)
+        elif self._leaves:
+            yield m, 0.0
+        if backward:
+            for p in [p for p in self._here if p > pack]:
+                yield self._here[p].arriving, self._boundary(p)
+        for p in reversed([p for p in self._here if p < pack or (backward and p != self._last)]):
+            leaving = self._here[p].leaving * self._boundary(p + 1)
+            if self._leaves:
+                yield 1, leaving
+                yield self._here[p].count - 1, 0.0
+            elif leaving:
+                yield 1, leaving
+
+
+def _place(schedule: Schedule, pack: int, m: int) -> int:
+    """As `Plan.device`."""
+    if schedule.mode == "dp":
+        return m % schedule.num_devices
+    if pack not in schedule.dealt:
+        return pack % schedule.num_devices
+    order = schedule.dealt_order
+    return order[m % len(order)] if order else (pack + m) % schedule.num_devices
 
 
 def _packs_on(schedule: Schedule, device: int) -> list[int]:
-    """All microbatches of a dealt one are counted on each of its devices."""
+    """Packs that have slots on a device."""
     packs = range(len(schedule.packs_backward))
     if schedule.mode == "dp":
         return list(packs)
@@ -247,12 +344,12 @@ def _packs_on(schedule: Schedule, device: int) -> list[int]:
     return [p for p in packs if (takes_turns if p in schedule.dealt else p % schedule.num_devices == device)]
 
 
-def _update_bytes(schedule: Schedule, costs: Costs) -> float:
-    """Slots for updates on the device that has most, and tensors that steps make for a moment."""
+def _update_slots(schedule: Schedule, costs: Costs) -> list[int]:
+    """Bytes of slots for updates by device."""
     if not schedule.updated_there:
-        return 0.0
+        return [0] * schedule.num_devices
     plan = sized_plan(schedule, costs)
-    return plan.updates_nbytes + 2 * max(costs.gradient_bytes((q, q)) for q in range(costs.num_layers))
+    return [plan.update_slots_nbytes(device) for device in range(schedule.num_devices)]
 
 
 def _in_turn(schedule: Schedule, sizes: list[float]) -> int:
