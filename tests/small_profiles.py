@@ -71,8 +71,8 @@ def profiles(draw, max_layers=7):
 @st.composite
 def machines(draw):
     return machine(
-        gpus=(gpus := draw(st.integers(1, 5))),
-        host_link_shared_by=gpus,
+        gpus=(gpus := draw(st.integers(1, 8))),
+        host_link_shared_by=draw(st.sampled_from((1, gpus))),
         host_link_bytes_per_second=draw(st.floats(20.0, 5000.0)),
         peer_bytes_per_second=draw(st.floats(20.0, 5000.0)),
         release_seconds=draw(st.sampled_from((0.0, 0.5))),

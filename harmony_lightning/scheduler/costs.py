@@ -44,6 +44,11 @@ class Costs:
         self._forward_peaks = cache(lambda size: self._peaks("forward", size))
         self._backward_peaks = cache(lambda size: self._peaks("backward", size))
 
+    def on(self, machine: Machine) -> "Costs":
+        """The same layers on another machine."""
+        travelling = [round(self.weight_bytes((layer, layer))) for layer in range(self.num_layers)]
+        return Costs(self.profile, machine, travelling)
+
     def forward_seconds(self, size: int, span: Span) -> float:
         prefix = self.forward_prefix(size)
         return prefix[span[1] + 1] - prefix[span[0]]
