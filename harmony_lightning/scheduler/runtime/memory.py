@@ -14,7 +14,6 @@ All of these change evenly from microbatch to microbatch, so the most is at the 
 device updates the pack, behind the last one.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -22,6 +21,7 @@ from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
+from harmony_lightning.scheduler.runtime.visitors import place, visitors_of
 
 STEP_TEMPORARIES = 2
 """Tensors of a weight's size that an optimizer makes for a moment while a device steps the weight, as Adam does for the
@@ -71,51 +71,6 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
             yield from _Device(schedule, costs, index, sizes, updates[index]).visits()
 
 
-class _Here:
-    """The microbatches of a pack that come to a device."""
-
-    def __init__(self, schedule: Schedule, device: int, pack: int, sizes: tuple[int, ...]) -> None:
-        count, last = len(sizes), len(schedule.packs_backward) - 1
-        deals = [p for p in (pack - 1, pack, pack + 1) if p in schedule.dealt]
-        if deals:
-            present = [m for m in range(count) if _place(schedule, pack, m) == device]
-            arriving = [m for m in present if pack and _place(schedule, pack - 1, m) != device]
-            leaving = [m for m in present if pack < last and _place(schedule, pack + 1, m) != device]
-        else:
-            step = schedule.num_devices if schedule.mode == "dp" else 1
-            present = list(range(device if schedule.mode == "dp" else 0, count, step))
-            goes = schedule.mode == "pp" and schedule.num_devices > 1
-            arriving, leaving = present if goes and pack else [], present if goes and pack < last else []
-        self.sizes = [sizes[m] for m in present]
-        self.count = len(present)
-        self.all = sum(self.sizes) / sizes[0]
-        """Microbatches, the last one by its share where it is smaller."""
-        self.arriving = sum(sizes[m] for m in arriving) / sizes[0]
-        """Those of them that are on other devices in the pack before."""
-        self.leaving = sum(sizes[m] for m in leaving) / sizes[0]
-        """And in the next one."""
-        self.group = min(self.count, schedule.microbatches_per_forward if pack < last else 1)
-        """Those that go through it together."""
-        self.moments = sorted({0, max(0, self.count - 2), self.count - 1})
-        self._present, self._arriving, self._leaving = present, arriving, leaving
-
-    def left(self, m: int) -> float:
-        """Microbatches behind the m-th one here."""
-        return self.all - 1 - m if m < self.count - 1 else 0.0
-
-    def stayed(self, m: int) -> int:
-        """Of those in front of it, how many are here in the pack before, too."""
-        return m - bisect_left(self._arriving, self._present[m])
-
-    def gone(self, m: int) -> int:
-        """How many of those that leave are in front of microbatch m of all."""
-        return bisect_left(self._leaving, m)
-
-    def index(self, m: int) -> int:
-        """Among all microbatches."""
-        return self._present[m]
-
-
 class _Device:
     """One device under one schedule, and the microbatches that come there."""
 
@@ -127,13 +82,13 @@ class _Device:
         self._has_peers = schedule.mode == "pp" and schedule.num_devices > 1
         self._size, self._count = sizes[0], len(sizes)
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
-        self._here = {p: _Here(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
-        self._here = {p: here for p, here in self._here.items() if here.count}
+        visitors = {p: visitors_of(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
+        self._here = {p: here for p, here in visitors.items() if here.count}
         self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
         gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in _packs_on(schedule, index)])
         self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
-        self._updated = {p for p in schedule.updated_there if _place(schedule, p, 0) == index}
+        self._updated = {p for p in schedule.updated_there if place(schedule, p, 0) == index}
         self._summed = set(schedule.dealt) & self._updated
         if schedule.mode == "dp" and schedule.num_devices > 1:
             self._summed = set(self._here)
@@ -295,7 +250,7 @@ class _Device:
         if not self._has_peers:
             return 0.0
         longest = max(_TURNS_HELD, self._count)
-        total, age = 0.0, 1
+        total, age = 0.0, 1.0
         for turns, nbytes in self._turns(pack, m, backward):
             if nbytes:
                 room = max(int((self._limit - total) // nbytes), _TURNS_HELD - age)
@@ -323,16 +278,6 @@ class _Device:
                 yield self._here[p].count - 1, 0.0
             elif leaving:
                 yield 1, leaving
-
-
-def _place(schedule: Schedule, pack: int, m: int) -> int:
-    """As `Plan.device`."""
-    if schedule.mode == "dp":
-        return m % schedule.num_devices
-    if pack not in schedule.dealt:
-        return pack % schedule.num_devices
-    order = schedule.dealt_order
-    return order[m % len(order)] if order else (pack + m) % schedule.num_devices
 
 
 def _packs_on(schedule: Schedule, device: int) -> list[int]:
