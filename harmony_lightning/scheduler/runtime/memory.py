@@ -21,12 +21,10 @@ from functools import cache
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.packing import STEP_TEMPORARIES
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 from harmony_lightning.scheduler.runtime.visitors import place, visitors_of
 
-STEP_TEMPORARIES = 2
-"""Tensors of a weight's size that an optimizer makes for a moment while a device steps the weight, as Adam does for the
-root of the second moment and its quotient. Weights are stepped one by one there, small ones together."""
 _TRAVELLING = 16
 """Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""
 
