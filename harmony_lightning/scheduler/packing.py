@@ -9,7 +9,7 @@ its gradients does not fit, an error says so.
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -94,40 +94,12 @@ def make_plan(
         CapacityError: some layer cannot fit, with its name and the bytes.
     """
     groups = _groups(decomposition.layers, together)
-    limits: Iterable[Limit] = (Limit(sys.maxsize, sys.maxsize, None, 0),)
+    limit = Limit(sys.maxsize, sys.maxsize, None, 0)
     if not host_is_device:
-        limits = _limits(decomposition, groups, memory_bytes, "device" if update == "device" else "host")
-    for limit in limits:
-        if mode != "dp" and num_devices > 1:
-            limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
-        packs = _gathered(decomposition, groups, limit, one_layer_per_pack)
-        plan = Plan(
-            mode="dp" if mode == "dp" else "pp",
-            num_devices=num_devices,
-            memory_bytes=memory_bytes,
-            microbatch_size=microbatch_size,
-            num_microbatches=num_microbatches,
-            microbatches_per_forward=microbatches_per_forward,
-            packs=packs,
-            stash=stash,
-            prefetch=limit.prefetch,
-            keep=packs[-1].layers[-1:],
-            narrow_dtype=narrow_dtype,
-            gradient_wire=gradient_wire,
-        )
-        if plan.arena_nbytes() <= limit.arena_nbytes:
-            break
-    if mode == "mixed" and num_devices > 1:
-        plan = replace(plan, dealt=(len(packs) - 1,), dealt_order=dealt_order(packs, num_devices, num_microbatches))
-    if update == "first":
-        return with_first_on_devices(plan, decomposition)
-    return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
-
-
-def _gathered(
-    decomposition: Decomposition, groups: Sequence[Group], limit: "Limit", one_layer_per_pack: bool
-) -> tuple[Pack, ...]:
+        limit = _limit(decomposition, groups, memory_bytes, "device" if update == "device" else "host")
     pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
+    if mode != "dp" and num_devices > 1:
+        limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
     packs: list[Pack] = []
     members: Group = ()
     for group in groups:
@@ -135,7 +107,26 @@ def _gathered(
             packs.append(pack(members))
             members = ()
         members += group
-    return (*packs, pack(members))
+    packs.append(pack(members))
+    plan = Plan(
+        mode="dp" if mode == "dp" else "pp",
+        num_devices=num_devices,
+        memory_bytes=memory_bytes,
+        microbatch_size=microbatch_size,
+        num_microbatches=num_microbatches,
+        microbatches_per_forward=microbatches_per_forward,
+        packs=tuple(packs),
+        stash=stash,
+        prefetch=limit.prefetch,
+        keep=packs[-1].layers[-1:],
+        narrow_dtype=narrow_dtype,
+        gradient_wire=gradient_wire,
+    )
+    if mode == "mixed" and num_devices > 1:
+        plan = replace(plan, dealt=(len(packs) - 1,), dealt_order=dealt_order(packs, num_devices, num_microbatches))
+    if update == "first":
+        return with_first_on_devices(plan, decomposition)
+    return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
 def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int) -> tuple[int, ...]:
@@ -211,15 +202,13 @@ def _groups(layers: Sequence[Layer], together: Sequence[frozenset[str]]) -> list
 
 @dataclass(frozen=True, slots=True)
 class Limit:
-    """What a pack of several layers may have."""
+    """What a pack may have."""
 
     slot_nbytes: int
     gradient_slot_nbytes: int
     update_slot_nbytes: int | None
     """None if the host updates all packs."""
     prefetch: int
-    arena_nbytes: int = sys.maxsize
-    """What all slots of a device may take, where that does not follow."""
 
     def admits(self, pack: Pack) -> bool:
         return (
@@ -238,7 +227,7 @@ class Limit:
 def _staying(plan: Plan, limit: Limit) -> tuple[int, ...]:
     """Packs that have room to stay where they are updated, within what slots may take; the first ones, if not all."""
     nbytes_per_slot = limit.slot_nbytes + limit.gradient_slot_nbytes + (limit.update_slot_nbytes or 0)
-    room = min(limit.arena_nbytes, (1 + plan.prefetch) * nbytes_per_slot) - (plan.arena_nbytes() - plan.updates_nbytes)
+    room = (1 + plan.prefetch) * nbytes_per_slot - (plan.arena_nbytes() - plan.updates_nbytes)
     staying: list[int] = []
     for device in range(plan.num_devices):
         here = [index for index, pack in enumerate(plan.packs) if pack.update == "device"]
@@ -288,13 +277,12 @@ def with_first_on_devices(
     return plan
 
 
-def _limits(
+def _limit(
     decomposition: Decomposition, groups: Sequence[Group], memory_bytes: int, update: Literal["device", "host"]
-) -> Iterator[Limit]:
-    """For the largest packs that fit, with as much prefetch as fits, best first.
+) -> Limit:
+    """The largest packs that fit, with as much prefetch as fits.
 
-    If there is room for as many of the largest as are there at once, any packs of that size fit. Else those that meet it
-    may be small enough, which the plan tells: slots lie at planned offsets, and none is larger than its pack.
+    All slots of a device are equal, so the largest weights, gradients and updates count, whichever packs have them.
     """
     glue = set(decomposition.glue)
     # A glue weight, and its gradient, is on a device while the code around some pack uses it.
@@ -317,13 +305,12 @@ def _limits(
         for prefetch, share in _CHOICES:
             scale = share * (memory_bytes - glue_nbytes - temporary_nbytes) / (1 + prefetch) / nbytes
             if scale >= 1:
-                yield Limit(
+                return Limit(
                     slot_nbytes=int(scale * slot_nbytes),
                     gradient_slot_nbytes=int(scale * gradient_slot_nbytes),
                     update_slot_nbytes=int(scale * update_slot_nbytes),
                     prefetch=prefetch,
                 )
-                return
         log.warning(
             "harmony: the host updates all packs: for layer %s to be updated on a device that must offer %s, each has %s",
             " + ".join(largest.layers),
@@ -332,19 +319,14 @@ def _limits(
         )
     for prefetch, share in _CHOICES:
         budget = int(share * offered / (1 + prefetch))
-        # Half for each while the largest layers allow, less for narrow weights; nothing is set aside for gradients if
-        # there are none.
-        wide = decomposition.nbytes
-        both = max(1, wide + decomposition.travelling_nbytes)
         if 0 <= slot_nbytes + gradient_slot_nbytes <= budget:
-            for_gradients = min(budget * wide // both, budget - slot_nbytes) if gradient_slot_nbytes else 0
+            # Half for each while the largest layers allow, less for narrow weights; nothing is set aside for gradients if
+            # there are none.
+            wide = decomposition.nbytes
+            share_of_gradients = budget * wide // max(1, wide + decomposition.travelling_nbytes)
+            for_gradients = min(share_of_gradients, budget - slot_nbytes) if gradient_slot_nbytes else 0
             for_gradients = max(for_gradients, gradient_slot_nbytes)
-            yield Limit(budget - for_gradients, for_gradients, None, prefetch)
-            return
-        rest = (1 + prefetch) * budget - slot_nbytes - gradient_slot_nbytes
-        if prefetch and rest > 0:
-            for_gradients = rest * wide // both if gradient_slot_nbytes else 0
-            yield Limit(rest - for_gradients, for_gradients, None, prefetch, arena_nbytes=(1 + prefetch) * budget)
+            return Limit(budget - for_gradients, for_gradients, None, prefetch)
     raise CapacityError(
         f"layer {' + '.join(largest.layers) or '(none)'} needs "
         f"{format_nbytes(slot_nbytes + gradient_slot_nbytes + passing_nbytes)} (weights {format_nbytes(slot_nbytes)}, "
