@@ -54,11 +54,12 @@ def prepare(
     call_order: CallOrder | None = None,
     narrow: Narrow | None = None,
     state_nbytes: Mapping[str, tuple[int, ...]] | None = None,
+    share: float = 1.0,
 ) -> tuple[Decomposition, Plan]:
     """The layers of `root` and the plan for one step of this workload.
 
     `state_nbytes` has, by weight, the bytes of each tensor that the optimizer will remember; None if the host is to update
-    all packs, whatever the configuration says.
+    all packs, whatever the configuration says. The plan is for a `share` of the memory that is offered.
 
     Raises:
         ConfigurationError: a weight is not on the host, or a knob fits nothing.
@@ -79,7 +80,7 @@ def prepare(
         decomposition,
         mode="pp" if config.mode == "auto" else config.mode,
         num_devices=len(cluster.devices),
-        memory_bytes=memory_bytes,
+        memory_bytes=int(share * memory_bytes),
         microbatch_size=workload.microbatch_size,
         num_microbatches=workload.num_microbatches,
         microbatches_per_forward=config.microbatches_per_forward,

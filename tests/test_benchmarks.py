@@ -171,8 +171,9 @@ def test_the_model_s_own_kernels_are_those_that_run(modules):
         num_microbatches=num_microbatches,
         stash="device",
     )
-    plan = plans.first_on_devices(plan, module, 2)
-    assert not plan.resident and plan.prefetch == 1 and [pack.update for pack in plan.packs[1:3]] == ["device", "host"]
+    plan = plans.first_on_devices(plan, module)
+    assert not (plan.resident or plan.updates_stay) and plan.prefetch == 1
+    assert [pack.update for pack in plan.packs[1:3]] == ["device", "host"]
     cluster = EmulatedCluster(2, preset="3090", fake=True, check_races=False)
     strategy = HarmonyStrategy(plan=plan, layers=plans.LAYERS, cluster=cluster)
     breakdown = breakdowns.Breakdown(1)
@@ -188,7 +189,7 @@ def test_the_model_s_own_kernels_are_those_that_run(modules):
         enable_model_summary=False,
     )
     with breakdown.counting():
-        trainer.fit(module, models.tokens(num_microbatches, 512, 512, 1, 1))
+        trainer.fit(module, models.batches([num_microbatches, 1], 512, 512))
     sums = breakdown.seconds.pop("gradient sums")
     one = own.own_kernels(shape, (1, 513), gpu_model("3090"), "bf16-mixed")
     expected = one.per_step(num_microbatches, [f"blocks.{i}" for i in range(3)])

@@ -13,7 +13,7 @@ from torch.optim import lr_scheduler
 from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, cluster_of, on_meta
 
-from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyStrategy
+from harmony_lightning import EmulatedCluster, HarmonyStrategy
 
 NUM_STEPS = 4
 MEMORY = "500KiB"
@@ -195,11 +195,44 @@ def test_narrow_weights_stay_as_masters(make, callbacks):
     assert updates(strategies[0]) > 8
 
 
-def test_weights_that_leave_the_gpu_that_updates_them_are_not_narrow():
-    plan = planned()
-    narrow = dataclasses.replace(plan.packs[0], narrow=plan.packs[0].parameters[:1])
-    with pytest.raises(ConfigurationError, match=r"let pack 0, with '.*', be in updates_stay"):
-        dataclasses.replace(plan, packs=(narrow, *plan.packs[1:]), narrow_dtype="bfloat16")
+def narrow_plan(count, mode):
+    """With so many first packs updated on devices, none of which stays."""
+    options = {"mode": mode, "microbatch_size": 2, "one_layer_per_pack": True, "stash": "device"}
+    strategy = HarmonyStrategy(update="device", cluster=EmulatedCluster(2, MEMORY), **options)
+    fit(strategy, num_steps=2, precision="bf16-mixed")
+    plan = dataclasses.replace(strategy.plan, updates_stay=(), prefetch=1)
+    assert all(pack.narrow and pack.state_nbytes for pack in plan.packs)
+    packs = [
+        pack if index < count else dataclasses.replace(pack, update="host", state_nbytes=0, state_slot_nbytes=0)
+        for index, pack in enumerate(plan.packs)
+    ]
+    return dataclasses.replace(plan, packs=tuple(packs))
+
+
+@pytest.mark.parametrize("callback", [None, Peeking])
+@pytest.mark.parametrize(("mode", "count"), [("pp", 1), ("pp", 2), ("pp", 7), ("dp", 2)])
+def test_narrow_weights_leave_as_masters(mode, count, callback):
+    """And the next forward finds the last ones where they were updated, before they are on the host."""
+    plan, counts = narrow_plan(count, mode), []
+    strategy = HarmonyStrategy(plan=plan, cluster=EmulatedCluster(2, plan.memory_bytes))
+
+    class Counting(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            statistics = strategy.statistics()
+            counts.append((statistics.swap_in_bytes, statistics.swap_out_bytes))
+
+    callbacks = [Counting(), *([callback()] if callback else [])]
+    ours = fit(strategy, num_steps=8, precision="bf16-mixed", callbacks=callbacks)
+    on_host = HarmonyStrategy(mode=mode, microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True)
+    theirs = fit(on_host, num_steps=8, precision="bf16-mixed", callbacks=[callback()] if callback else [])
+    assert_same(ours, theirs)
+    assert updates(strategy) >= 6 * count
+    found = [plan.is_left(index) for index in range(len(plan.packs))]
+    assert sum(found) == (0 if mode == "dp" else min(count, 4))  # in two slots on each device
+    if callback is None:
+        assert {(b - a, d - c) for (a, c), (b, d) in itertools.pairwise(counts[2:])} == {
+            (plan.swap_in_bytes_per_step, plan.swap_out_bytes_per_step)
+        }
 
 
 def tied(depth):
@@ -226,20 +259,25 @@ def test_not_even_the_first_packs(make, memory, reason, caplog):
     assert updates(strategy) == 0
 
 
-def turn_seconds(update):
-    """From the last backward of a step to the second forward of the next one, at the first pack, which is a large one."""
-    strategy = HarmonyStrategy(update=update, microbatch_size=2, one_layer_per_pack=True, cluster=cluster_of(2))
+def turn_seconds(**options):
+    """From the last backward of a step to the second forward of the next one, at the first pack, which is a large one; and
+    the plan."""
+    strategy = HarmonyStrategy(microbatch_size=2, one_layer_per_pack=True, cluster=cluster_of(2), **options)
     data = TensorDataset(torch.zeros(12, 128, 1024), torch.zeros(12, 128, dtype=torch.long))
     module = on_meta(lambda: Wide(2)).to_empty(device="cpu")
     trainer(strategy).fit(module, DataLoader(data, batch_size=4))
     spans = strategy.timeline().lane(0, "compute")
     backward = max(i for i, span in enumerate(spans[:-20]) if span.name == "backward of pack 0, microbatch 1")
     forward = next(span for span in spans[backward:] if span.name == "forward of pack 0, microbatch 1")
-    return forward.start - spans[backward].end
+    return forward.start - spans[backward].end, strategy.plan
 
 
 def test_the_next_step_begins_at_once():
-    assert turn_seconds("first") < 0.3 * turn_seconds("host")
+    """Whether what was updated stays, or leaves while the step goes on."""
+    on_host, _ = turn_seconds(update="host")
+    stays, plan = turn_seconds(update="first")
+    leaves, plan = turn_seconds(plan=dataclasses.replace(plan, updates_stay=()))
+    assert plan.is_left(0) and max(stays, leaves) < 0.3 * on_host
 
 
 class Scheduled(Chain):

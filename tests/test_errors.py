@@ -43,7 +43,7 @@ def fail(gradient):
 
 
 class Fragile(Chain):
-    """Fails once, at a place of choice, in one microbatch of the second minibatch."""
+    """Fails at a place of choice, in one microbatch of the second minibatch, and again if that is run again."""
 
     def __init__(self):
         super().__init__(depth=6)
@@ -58,7 +58,7 @@ class Fragile(Chain):
 
     def training_step(self, batch, batch_idx):
         self.microbatch += 1
-        breaks = self.breaks if batch_idx == 1 and self.microbatch == self.in_microbatch else None
+        breaks = self.breaks if batch_idx == 1 and self.microbatch % NUM_MICROBATCHES == self.in_microbatch else None
         with self.watched():
             inputs, targets = batch
             x = self.net[:3](inputs)

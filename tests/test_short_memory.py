@@ -1,6 +1,7 @@
 """Memory that others take amid a step: what stays gives way, and the step goes on to the same result."""
 
 import copy
+from types import MappingProxyType
 
 import lightning as L
 import pytest
@@ -28,29 +29,33 @@ class Odd(Chain):
 
 
 class Taking(L.Callback):
-    """Others take all that is free but some bytes of it as a backward begins, and give it back with the step."""
+    """Others take memory as a backward begins, and give it back with the step: all that is free but some bytes of it, or
+    so many bytes in each step from then on."""
 
-    def __init__(self, left):
-        self.left, self.taken, self.num_backwards, self.plans = left, [], 0, []
+    def __init__(self, left=1 << 30, again=None):
+        self.left, self.again, self.taken, self.num_backwards = left, again, [], 0
+        self.plans, self.short = [], []
 
     def on_before_backward(self, trainer, module, loss):
         self.num_backwards += 1
         engine = trainer.strategy._engine
-        if self.num_backwards == TAKEN_IN:
+        if self.num_backwards == TAKEN_IN or (self.again and self.num_backwards > TAKEN_IN):
             with engine.cluster.activate(continues=True):
                 for device in engine.cluster.devices:
                     nbytes = max(0, device.memory_bytes - device.allocated_bytes() - self.left)
+                    nbytes = min(nbytes, self.again or nbytes)
                     self.taken.append(torch.zeros(nbytes, dtype=torch.uint8, device=device.torch_device))
 
     def on_train_batch_end(self, trainer, *args):
         self.taken.clear()
         self.plans.append(trainer.strategy.plan)
+        self.short.append(trainer.strategy.statistics().short_of_memory)
 
 
-def fit(module, taking, num_gpus, **options):
+def fit(module, taking, num_gpus, training=MappingProxyType({}), **options):
     strategy = harmony(num_gpus, "300KiB", layers=LAYERS, **options)
     torch.manual_seed(1)
-    trainer(strategy, callbacks=[taking], limit_train_batches=NUM_STEPS).fit(module, loader(8))
+    trainer(strategy, callbacks=[taking], limit_train_batches=NUM_STEPS, **training).fit(module, loader(8))
     return strategy
 
 
@@ -71,10 +76,12 @@ def test_backward_goes_on_when_others_take_memory(num_gpus, left, options, caplo
     taking = Taking(left)
     fit(module, taking, num_gpus, **options)
     assert "what was to stay on GPUs had to go" in caplog.text
-    fit(undisturbed, Taking(1 << 30), num_gpus, **options)
+    fit(undisturbed, Taking(), num_gpus, **options)
     assert same_weights(module, undisturbed)
-    # It stays again behind the next step, which is measured.
+    # It stays again behind the next step, which is measured, in less memory.
     assert taking.plans[TAKEN_IN].resident == () and taking.plans[-1].resident != ()
+    assert taking.plans[-1].memory_bytes == int(0.8 * taking.plans[0].memory_bytes)
+    assert taking.short == [0, 0, 1, 1, 1]
 
 
 def test_memory_that_no_giving_way_makes_is_an_error(caplog):
@@ -83,3 +90,52 @@ def test_memory_that_no_giving_way_makes_is_an_error(caplog):
         fit(module, Taking(0), 2, mode="dp", one_layer_per_pack=True, stash="host")
     assert any(note.startswith("harmony: ") for note in caught.value.__notes__)
     assert all(torch.isfinite(parameter).all() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(("stash", "training"), [("auto", {"accumulate_grad_batches": 2}), ("device", {})])
+def test_when_others_take_memory_in_each_step_the_plan_is_made_again_once(stash, training, caplog):
+    """More than the plan of the first step has to spare: steps behind the first short one would die of that."""
+    torch.manual_seed(0)
+    module = Odd()
+    undisturbed = copy.deepcopy(module)
+    taking = Taking(1 << 10, again=150 << 10)
+    fit(module, taking, 1, training, stash=stash)
+    told = [message for message in caplog.messages if "had to go" in message]
+    assert len(told) == 1 and "planning again with 240 KiB per GPU, not 300 KiB" in told[0]
+    assert taking.short == [0, 0, 1, 1, 1]
+    assert len(taking.plans[-1].packs) > len(taking.plans[0].packs)
+    fit(undisturbed, Taking(), 1, training, stash=stash)
+    assert same_weights(module, undisturbed)
+
+
+class Hungry(Odd):
+    """Code between layers makes something large in one of the steps."""
+
+    def __init__(self, needs_in):
+        super().__init__()
+        self.needs_in, self.num_steps = needs_in, 0
+
+    def on_train_batch_start(self, batch, batch_idx):
+        self.num_steps += 1
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        x = self.net[:4](inputs)
+        if self.num_steps == self.needs_in:
+            x = x + torch.zeros(200 << 10, dtype=torch.uint8, device=x.device)[0]
+        return nn.functional.mse_loss(self.head(self.net[4:](x)).squeeze(1), targets)
+
+
+@pytest.mark.parametrize(("needs_in", "training"), [(1, {}), (4, {}), (4, {"accumulate_grad_batches": 2})])
+def test_a_forward_that_does_not_fit_begins_again_under_a_smaller_plan(needs_in, training, caplog):
+    torch.manual_seed(0)
+    module = Hungry(needs_in)
+    undisturbed = copy.deepcopy(module)
+    undisturbed.needs_in = None
+    taking = Taking()
+    fit(module, taking, 1, training)
+    told = [message for message in caplog.messages if "planning again" in message]
+    assert told == ["harmony: the plan does not fit; planning again with 240 KiB per GPU, not 300 KiB"]
+    assert len(taking.plans[-1].packs) > 4
+    fit(undisturbed, Taking(), 1, training)
+    assert same_weights(module, undisturbed)

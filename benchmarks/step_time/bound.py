@@ -86,7 +86,7 @@ def bound(
 
     peers = 0.0 if gpu.peer_bytes_per_second is not None else total("nbytes", "peer-out")
     bytes_in = total("nbytes", "swap-in", "stash-in") + peers
-    bytes_out = total("nbytes", "swap-out") + peers
+    bytes_out = total("nbytes", "swap-out", "update-out") + peers
     on_host = sum(span.nbytes for span in spans if span.device == HOST)
     return Bound(
         products=total("flops", "compute") / (num_gpus * gpu.flops(dtype)),

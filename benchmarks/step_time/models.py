@@ -1,6 +1,8 @@
 """Transformers of published shapes, as plain Lightning modules."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 from torch import nn
@@ -105,9 +107,16 @@ class _Tokens(Dataset):
         return self.rows[index]
 
 
-def tokens(num_sequences: int, length: int, vocabulary: int, steps: int, rest: int = 0) -> DataLoader:
-    """Batches of [num_sequences, length + 1] for so many steps, and a last one of `rest` sequences if there is one."""
-    return DataLoader(_Tokens(num_sequences * steps + rest, length, vocabulary), batch_size=num_sequences)
+def tokens(num_sequences: int, length: int, vocabulary: int, steps: int) -> DataLoader:
+    """Batches of [num_sequences, length + 1] for so many steps."""
+    return batches([num_sequences] * steps, length, vocabulary)
+
+
+def batches(sizes: Sequence[int], length: int, vocabulary: int) -> DataLoader:
+    """Batches of so many sequences each."""
+    ends = list(accumulate(sizes))
+    indices = [range(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    return DataLoader(_Tokens(ends[-1], length, vocabulary), batch_sampler=indices)
 
 
 def llama_70b() -> LanguageModel:

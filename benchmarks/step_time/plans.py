@@ -10,9 +10,11 @@ from torch import nn
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.plan import Plan
-from harmony_lightning.scheduler.packing import make_plan, pack_of_layers
+from harmony_lightning.scheduler.packing import make_plan, with_first_on_devices
 
 LAYERS = ("embedding", "blocks.*", "head")
+SLOTS_SHARE = 0.75
+"""Of the memory of a device, if first packs are updated there; activations of one microbatch need the rest."""
 
 
 def travelling(
@@ -42,11 +44,11 @@ def travelling(
     return replace(plan, prefetch=1)
 
 
-def first_on_devices(plan: Plan, module: nn.Module, count: int) -> Plan:
-    """The plan with so many first packs updated where they are, and staying there."""
+def first_on_devices(plan: Plan, module: nn.Module) -> Plan:
+    """The plan with the first pack of each device updated there, for which masters and states come and leave, where there
+    is room."""
     layers = decomposition(module).with_states(_states(module))
-    first = [pack_of_layers(layers, layers.layers[i : i + 1], is_updated_there=True, stays=True) for i in range(count)]
-    return replace(plan, packs=(*first, *plan.packs[count:]), updates_stay=tuple(range(count)))
+    return replace(with_first_on_devices(plan, layers, SLOTS_SHARE), updates_stay=())
 
 
 def decomposition(module: nn.Module) -> Decomposition:

@@ -190,6 +190,11 @@ class CudaCluster:
             )
         return buffer
 
+    def trim_host_memory(self) -> None:
+        for device in self._devices:
+            torch.cuda.synchronize(device.torch_device)  # what copies may still use is not given back
+        torch._C._host_emptyCache()
+
     def _clear_last_error(self) -> None:
         """Let the next kernel launch report the failure here, else it would surface in the user's first operation."""
         with contextlib.suppress(RuntimeError):

@@ -24,6 +24,8 @@ class Lane(enum.Enum):
     """Weights, from the host."""
     SWAP_OUT = "swap-out"
     """Gradients and stashes, to the host."""
+    UPDATE_OUT = "update-out"
+    """Weights that were updated on the device, and states of the optimizer, to the host, where they are not soon needed."""
     STASH_IN = "stash-in"
     """Stashes, from the host."""
     PEER_IN = "peer-in"
@@ -125,3 +127,6 @@ class Cluster(Protocol):
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """An uninitialised uint8 host tensor that the devices can copy to and from without blocking."""
+
+    def trim_host_memory(self) -> None:
+        """Wait for all that the devices do, and give the system back what torch keeps of pinned memory for later."""

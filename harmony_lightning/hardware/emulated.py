@@ -120,6 +120,9 @@ class EmulatedCluster:
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
+    def trim_host_memory(self) -> None:
+        """Nothing here is pinned, and memory goes back at once."""
+
     def __repr__(self) -> str:
         preset = (
             f", preset={self.preset if isinstance(self.preset, str) else self.preset.name!r}" if self.preset else ""

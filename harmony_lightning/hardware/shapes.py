@@ -85,11 +85,7 @@ def _key(value: Any) -> Any:
 def _results(known: Operation, args: Any, kwargs: Any, out: Any) -> Any:
     outs = out if len(known.returned) > 1 else (out,)
     results = tuple(
-        pytree.tree_map_only(torch.Tensor, _reserve, value)
-        if source is None
-        else args[source[0]]
-        if source[0] < len(args)
-        else kwargs[source[1]]
+        _reserve(value) if source is None else args[source[0]] if source[0] < len(args) else kwargs[source[1]]
         for value, source in zip(outs, known.returned, strict=False)
     )
     return results if len(known.returned) > 1 else results[0] if results else None
@@ -103,6 +99,9 @@ def _meta(value: Any) -> Any:
     return torch.device("meta") if isinstance(value, torch.device) else value
 
 
-def _reserve(shape: torch.Tensor) -> torch.Tensor:
-    memory = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype, device="cpu")
-    return memory.zero_() if memory.nbytes <= _REAL_BYTES else memory
+def _reserve(shape: Any) -> Any:
+    """Memory for tensors of these shapes."""
+    if isinstance(shape, torch.Tensor):
+        memory = torch.empty_strided(shape.size(), shape.stride(), dtype=shape.dtype, device="cpu")
+        return memory.zero_() if memory.nbytes <= _REAL_BYTES else memory
+    return pytree.tree_map_only(torch.Tensor, _reserve, shape) if isinstance(shape, (list, tuple)) else shape

@@ -23,12 +23,17 @@ class Statistics:
     """Layer inputs that came back from the host."""
     stash_out_bytes: int
     """Layer inputs that went to the host to wait for backward."""
+    unplaced_stashes: int
+    """Tensors of these in host memory of their own: those of the first steps, from which places for others are planned, and
+    what was not foreseen."""
     input_bytes: int
     """Minibatches and module buffers brought to devices."""
     joint_forwards: int
     """Calls of layers that served several microbatches at once."""
     out_of_turn: int
     """Packs that took memory of others in use: user code has called layers in another order than the plan's."""
+    short_of_memory: int
+    """Steps, of evaluation too, in which a device had no memory left, and what was to stay there had to go."""
     updates_just_in_time: int
     """Optimizer steps that were taken pack by pack, each as soon as its gradients were complete."""
     updates_whole: int

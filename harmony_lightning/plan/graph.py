@@ -26,6 +26,8 @@ class Lane(enum.IntEnum):
     """Stashes have a lane of their own where the runtime carries a schedule out."""
     CONTROLLER = 7
     """The thread that enqueues everything, where it does more than that; of device 0."""
+    UPDATE_OUT = 8
+    """What was updated on the device has a lane of its own there, too."""
 
 
 NUM_LANES = len(Lane)

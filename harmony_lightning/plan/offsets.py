@@ -13,6 +13,7 @@ neighbours are an easy case: they lie at the two ends in turn.)
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import accumulate
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +43,8 @@ def most_alive(lifetimes: Sequence[Lifetime]) -> int:
 def lay_at_offsets(lifetimes: tuple[Lifetime, ...]) -> tuple[int, ...]:
     """Offsets in bytes, in the order given; multiples of whatever all sizes are multiples of."""
     least = most_alive(lifetimes)
+    if least == sum(one.nbytes for one in lifetimes):  # all are there at some time
+        return tuple(accumulate((one.nbytes for one in lifetimes[:-1]), initial=0))[: len(lifetimes)]
     best: tuple[int, tuple[int, ...]] | None = None
     for offsets in _ways(lifetimes, least):
         total = extent(lifetimes, offsets)

@@ -44,8 +44,8 @@ class Pack(Record):
     gradient_slot_nbytes: int
     """Bytes of the gradients as they lie on a device, alignment included."""
     narrow: tuple[str, ...] = ()
-    """Names of the narrow weights: float32 on the host, `Plan.narrow_dtype` on the way and on devices. A pack that is
-    updated on a device has some only if it stays there: its masters do, too."""
+    """Names of the narrow weights: float32 on the host, `Plan.narrow_dtype` on the way and on devices. If a device updates
+    the pack, their masters go there with what the optimizer remembers."""
     narrow_trainable_nbytes: int = 0
     """Bytes of the gradients of narrow weights, in float32; those that travel in `Plan.narrow_dtype` are half of that."""
     update: Literal["host", "device"] = "host"
@@ -55,6 +55,11 @@ class Pack(Record):
     """Bytes of the tensors that the optimizer remembers of the weights, as far as they go to the device; 0 for host."""
     state_slot_nbytes: int = 0
     """The same as they lie in an arena, alignment included."""
+
+    @property
+    def master_nbytes(self) -> int:
+        """Bytes of masters that go to the device that updates the pack, where it has narrow weights only."""
+        return self.narrow_trainable_nbytes if self.update == "device" else 0
 
     @property
     def trained_nbytes(self) -> int:
@@ -138,12 +143,6 @@ class Plan(Record):
             raise ConfigurationError(f"gradient_wire must be 'exact' or 'half', got {self.gradient_wire!r}")
         if self.narrow_dtype is None and any(pack.narrow for pack in self.packs):
             raise ConfigurationError("a plan with narrow weights needs a narrow_dtype: 'bfloat16' or 'float16'")
-        for index, pack in enumerate(self.packs):
-            if pack.update == "device" and pack.narrow and not self.weights_stay(index):
-                raise ConfigurationError(
-                    f"weights that a device updates are narrow only if they stay there and nowhere else: let pack {index}, "
-                    f"with {pack.narrow[0]!r}, be in updates_stay, in mode 'pp'"
-                )
         for index in self.updates_stay:
             if not 0 <= index < len(self.packs) or self.packs[index].update != "device":
                 raise ConfigurationError(f"updates_stay names pack {index}, which is not updated on a device")
@@ -203,39 +202,51 @@ class Plan(Record):
 
     @property
     def swap_in_bytes_per_step(self) -> int:
-        """Bytes of weights, and of states of the optimizer, that one step must bring in when every pack is called once and
-        all that train are updated; the first step brings frozen ones, too, that later steps find (`slots.swap_ins`)."""
-        return self.swap_in_bytes(is_first=False) + self._state_bytes
+        """Bytes of weights, and of what updates on devices need, that one step must bring in when every pack is called once
+        and all that train are updated; the first step brings frozen ones, too, that later steps find (`slots.swap_ins`)."""
+        return self.swap_in_bytes(is_first=False) + sum(
+            pack.state_nbytes + pack.master_nbytes for i, pack in enumerate(self.packs) if i not in self.updates_stay
+        )
 
     def swap_in_bytes(self, *, is_first: bool) -> int:
         """Bytes of weights in the first step, or in those behind it."""
         steps = (swap_ins(self, device) for device in range(self.num_devices))
-        brought = (index for first, later in steps for index in (first if is_first else later))
-        return sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trained_nbytes for i in brought)
+        brought = [index for first, later in steps for index in (first if is_first else later)]
+        total = sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trained_nbytes for i in brought)
+        if is_first:
+            return total
+        found = {i for i in brought if self.is_left(i)}  # by forward, not by backward
+        return total - sum(self.packs[i].trained_nbytes for i in found)
 
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
         each once, and once from each device if they are dealt, none of frozen weights. Gradients of narrow weights leave as
         they are made where there is only one microbatch to make them: a sum of several needs float32."""
-        total = self._state_bytes
+        total = 0
         for index, pack in enumerate(self.packs):
-            if self.weights_stay(index):
+            if pack.update == "device":
+                total += 0 if self.weights_stay(index) else pack.trainable_nbytes
+                total += 0 if index in self.updates_stay else pack.state_nbytes
                 continue
-            leaves_each = index in self.dealt and pack.update == "host"
+            leaves_each = index in self.dealt
             for device in self.visitors(index) if leaves_each else (None,):
                 made = [m for m in range(self.num_microbatches) if device is None or self.device(index, m) == device]
                 is_half = self.gradient_wire == "half" or len(made) == 1
                 total += pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2
         return total
 
-    @property
-    def _state_bytes(self) -> int:
-        return sum(pack.state_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
-
     def weights_stay(self, pack: int) -> bool:
         """Whether new weights of a pack stay on the only device that ever needs them."""
         return pack in self.updates_stay and len(self.devices_of(pack)) == 1
+
+    def is_left(self, pack: int) -> bool:
+        """Whether the next forward finds new weights of a pack, which leave, where they were updated: no other pack has
+        come there since, and no other device needs them."""
+        if self.packs[pack].update == "host" or pack in self.updates_stay or len(self.devices_of(pack)) > 1:
+            return False
+        device = self.update_device(pack)
+        return pack in self._updated_in_turn(device)[: self.num_shared_update_slots(device)]
 
     @property
     def num_gradient_buffers(self) -> int:
@@ -319,16 +330,20 @@ class Plan(Record):
         """The device that updates a pack, if one does: the first that has gradients of it."""
         return self.visitors(pack)[0]
 
-    @property
-    def shared_update_slot_nbytes(self) -> int:
+    def _updated_in_turn(self, device: int) -> list[int]:
+        """Packs that are updated there and do not stay, ascending."""
+        indices = (i for i, pack in enumerate(self.packs) if pack.update == "device" and i not in self.updates_stay)
+        return [index for index in indices if self.update_device(index) == device]
+
+    def shared_update_slot_nbytes(self, device: int) -> int:
         """Bytes of each slot in which packs that do not stay are updated, one after the other."""
-        shared = (pack.update_slot_nbytes for index, pack in enumerate(self.packs) if index not in self.updates_stay)
-        return max(shared, default=0)
+        return max((self.packs[index].update_slot_nbytes for index in self._updated_in_turn(device)), default=0)
+
+    def num_shared_update_slots(self, device: int) -> int:
+        """As many as there are for weights, and not more than there are packs for them."""
+        return min(1 + self.prefetch, len(self._updated_in_turn(device)))
 
     def update_slots_nbytes(self, device: int) -> int:
-        """Bytes that the slots for updates take on a device: one for each pack that stays, and as many for all others as
-        there are for weights."""
-        here = [index for index in range(len(self.packs)) if self.update_device(index) == device]
-        own = sum(self.packs[index].update_slot_nbytes for index in here if index in self.updates_stay)
-        is_shared = any(self.packs[i].update == "device" and i not in self.updates_stay for i in here)
-        return own + is_shared * (1 + self.prefetch) * self.shared_update_slot_nbytes
+        """Bytes that the slots for updates take on a device: one for each pack that stays, and those that others share."""
+        own = sum(self.packs[i].update_slot_nbytes for i in self.updates_stay if self.update_device(i) == device)
+        return own + self.num_shared_update_slots(device) * self.shared_update_slot_nbytes(device)

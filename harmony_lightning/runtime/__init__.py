@@ -9,7 +9,8 @@ segment     what a microbatch does in one visit to a pack; how tensors get in
 layer/      one layer's forward and backward as one autograd node; site: the seam in the user's modules
 state       what is where while a step runs
 swapped_weights  the weights of all devices, with weights/: of one, and the masters; updates/: gradients, and what they do
-stash       what waits from forward to backward; activations: what layers save; transfer: copies from device to device
+stash       what waits from forward to backward; stash_places: where on the host; activations: what layers save
+transfer    copies from device to device
 batch/      cutting minibatches, merging results
 worker      the host's threads
 randomness, thread_state, structure   what is kept per microbatch and per call

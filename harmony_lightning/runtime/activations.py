@@ -44,11 +44,8 @@ class Activations:
         *,
         is_kept: bool,
         refer: Callable[[torch.Tensor], Restore | None] = lambda tensor: None,
-        make_room: Callable[[], bool] = lambda: False,
     ) -> None:
-        """`refer`: what stands for a tensor in slot memory, which may be overwritten; None for others. `make_room`: of a
-        device that has run out of memory; returns whether it could."""
-        self._make_room = make_room
+        """`refer`: what stands for a tensor in slot memory, which may be overwritten; None for others."""
         self.is_kept = is_kept
         self.weighed: list[torch.Tensor] | None = None
         """What the forward saves, where somebody wants to know."""
@@ -111,9 +108,10 @@ class Activations:
         finally:
             self._is_in_forward = False
 
-    def open(self, recompute: Recompute) -> None:
-        """The layer's backward begins: its operations may load."""
-        self._recompute = recompute
+    def open(self, recompute: Recompute, make_room: Callable[[], bool] = lambda: False) -> None:
+        """The layer's backward begins: its operations may load. `make_room`: of a device that has run out of memory; returns
+        whether it could."""
+        self._recompute, self._make_room = recompute, make_room
 
     def close(self) -> None:
         """The layer's backward is over; another may follow if its graph was retained."""

@@ -14,9 +14,11 @@ class Counters:
     p2p_bytes: int = 0
     stash_in_bytes: int = 0
     stash_out_bytes: int = 0
+    unplaced_stashes: int = 0
     input_bytes: int = 0
     joint_forwards: int = 0
     out_of_turn: int = 0
+    short_of_memory: int = 0
     updates_just_in_time: int = 0
     updates_whole: int = 0
     updates_on_devices: int = 0

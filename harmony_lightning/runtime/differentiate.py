@@ -7,6 +7,12 @@ import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
 
+def edge_of(tensor: torch.Tensor) -> GradientEdge:
+    """Where the gradient of a tensor is computed whose graph somebody else keeps. (Torch's own function makes one more node
+    to keep it.)"""
+    return GradientEdge(tensor.grad_fn, tensor.output_nr)  # type: ignore[arg-type]
+
+
 def gradients_of(
     edges: Sequence[GradientEdge],
     gradients: Sequence[torch.Tensor],

@@ -16,6 +16,7 @@ from torch import nn
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.plan import Plan
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import find_derived
@@ -57,7 +58,7 @@ class Engine:
         self._step: TrainingStep | None = None
         self._shared_pass: SharedPass | None = None
         self._interrupted_seed: int | None = None
-        """Of a step that was given up and will be run again in one piece."""
+        """Of a step that was given up and will be run again."""
 
     # Between steps ------------------------------------------------------------------------------------------------
 
@@ -218,6 +219,7 @@ class Engine:
         Raises:
             Uncuttable: user code cannot be cut. Everything is as before the step, but for what user code itself has
                 written; the next step must be the same with `is_cut` False.
+            DeviceOutOfMemoryError, torch.OutOfMemoryError: the same; the next step may be this one, under another plan.
         """
         self.end_step()
         self.state.weights.begin()
@@ -245,7 +247,7 @@ class Engine:
                 self.rest.finish_updates()  # of packs that nobody has called
                 self.state.buffers.flush()
             self.rest.derive()
-        except Uncuttable:
+        except (Uncuttable, *OUT_OF_MEMORY):
             self._interrupted_seed = step_seed
             if not self.trace.is_complete:
                 self.trace = Trace()

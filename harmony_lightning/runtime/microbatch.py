@@ -5,7 +5,7 @@ user's code, until the engine has brought the other microbatches to that point a
 """
 
 import contextvars
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import greenlet
@@ -92,17 +92,19 @@ class Microbatch:
         self.result = result
         self.is_done = True
 
-    def park(self, pack: int, needed: Sequence[torch.Tensor] = (), *, awaits_turn: bool = False) -> None:
+    def park(self, pack: int, needed: Iterable[torch.Tensor] = (), *, awaits_turn: bool = False) -> None:
         """Called within the greenlet: wait until the engine has come to `pack`, which first needs these tensors."""
         self.waits_for, self.awaits_turn = pack, awaits_turn
-        self._luggage = Luggage(self.segment, needed if len(self._state.cluster.devices) > 1 else ())
+        if len(self._state.cluster.devices) > 1:
+            self._luggage = Luggage(self.segment, needed)
         self.segment.leave()  # while this one waits, nothing of the past may stay on the device for it
         assert self._greenlet is not None and self._greenlet.parent is not None
         self._greenlet.parent.switch()
         self.waits_for, self.awaits_turn = None, False
         self.open(pack)
-        self.segment.expect(self._luggage.sent)
-        self._luggage = None
+        if self._luggage is not None:
+            self.segment.expect(self._luggage.sent)
+            self._luggage = None
 
     def join(self, waiting: Waiting) -> Joint | None:
         """Called within the greenlet: wait until the engine has brought the rest of the group to this layer, or past it."""
@@ -130,7 +132,7 @@ class Microbatch:
             self._greenlet.gr_context = contextvars.copy_context()
         pack = self.segment.pack if self.waits_for is None else self.waits_for
         device = self._device = self.device
-        base = ThreadState()
+        base = self._state.thread
         if self._stream is not None:
             self._stream.resume()
             self._stream.enter_device(device)
@@ -207,10 +209,11 @@ class Microbatch:
 
 
 def sending_ahead(
-    groups: Sequence[Sequence[Microbatch]], num_ahead: int, limit_nbytes: int
+    given: Iterable[Sequence[Microbatch]], num_ahead: int, limit_nbytes: int
 ) -> Iterator[Sequence[Microbatch]]:
     """The groups in turn. What `num_ahead` of those that follow need has set out by then, and what more of them need as
     long as that takes no more than `limit_nbytes`: sent later, it would be in the way of what the first ones send back."""
+    groups = list(given)
     num_sent = total = 0
     for index, group in enumerate(groups):
         while num_sent < len(groups):
@@ -231,7 +234,7 @@ def _luggage_nbytes(group: Sequence[Microbatch]) -> int:
 class Luggage:
     """What a parked microbatch will need in its next pack, as it was when it parked."""
 
-    def __init__(self, segment: Segment, needed: Sequence[torch.Tensor]) -> None:
+    def __init__(self, segment: Segment, needed: Iterable[torch.Tensor]) -> None:
         self._state = segment.state
         self._home = segment.device
         with torch._C.DisableTorchFunction():

@@ -49,12 +49,14 @@ class Rest:
             self._state.settle()
 
     def wait(self) -> None:
-        """Wait for all copies: from here on anybody may write the masters, and slots may go."""
+        """Wait for all copies: from here on anybody may write the masters, and slots may go. Not for those of updates that
+        go on: whoever looks at what they write settles first."""
         if self._state is not None:
             self._state.weights.finish_enqueuing()
         for device in self._cluster.devices:
-            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT):
-                device.record(lane).synchronize()
+            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT, Lane.UPDATE_OUT):
+                if lane is not Lane.UPDATE_OUT or self.has_settled:
+                    device.record(lane).synchronize()
 
     def wait_between_steps(self) -> None:
         """The same when no step is running."""

@@ -17,8 +17,8 @@ in the rest of the microbatch.
 """
 
 import weakref
-from collections import Counter
-from collections.abc import Callable
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -102,7 +102,7 @@ class Segment:
         self.is_cut = is_cut
         self.start = torch.autograd._get_sequence_nr() if is_cut else 0  # type: ignore[attr-defined]
         self.has_graph = False
-        self.uses: Counter[str] = Counter()
+        self.uses: dict[str, int] = defaultdict(int)
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced
         self.saved_nbytes = 0
@@ -112,46 +112,55 @@ class Segment:
         self._deposit = deposit
         self._moved: Moved = {}
 
-    def add_gradient(
+    def add_gradients(
         self,
-        name: str,
+        gradients: Mapping[str, torch.Tensor | None],
         pack: int | None,
-        gradient: torch.Tensor | None,
-        is_ours: bool = False,
+        owned: Collection[str] = (),
         *,
         sums_narrow: bool = False,
     ) -> None:
-        """One use of a weight has been differentiated; the last one hands the sum on.
+        """One use of each of these weights has been differentiated; sums are handed on with the last use.
 
         Args:
-            is_ours: nobody else holds the gradient.
+            owned: gradients that nobody else holds.
             sums_narrow: a narrow one is added to others of its kind as it is, as autocast with a cache does.
         """
         if self.state.captured is not None:
-            if gradient is not None:
-                self.state.capture(name, gradient)
+            for name, gradient in gradients.items():
+                if gradient is not None:
+                    self.state.capture(name, gradient)
             return
         if not self.is_cut:
             self.state.collect_later()
-        self.uses[name] -= 1
-        held = self.partial.pop(name, None)
-        if gradient is None:
-            gradient = held
-        elif held is not None:
-            if gradient.dtype is held.dtype and not sums_narrow:
-                held = held.to(self.state.parameters[name].dtype)
-            gradient, is_ours = held.to(gradient.device) + gradient, True
-        if gradient is None:
-            return
-        if self.is_cut and self.uses[name] > 0:
-            self.partial[name] = gradient
-            self._make_room(name)
-        else:
-            self._hand_in(name, pack, gradient, is_ours)
+        sums: dict[str, torch.Tensor] = {}
+        own = set(owned)
+        for name, gradient in gradients.items():
+            self.uses[name] -= 1
+            held = self.partial.pop(name, None)
+            if gradient is None:
+                gradient = held
+            elif held is not None:
+                gradient = self._sum(name, held, gradient, sums_narrow)
+                own.add(name)
+            if gradient is None:
+                continue
+            if self.is_cut and self.uses[name] > 0:
+                self.partial[name] = gradient
+                self._make_room(name)
+            else:
+                sums[name] = gradient
+        if sums:
+            self._hand_in(sums, pack, own)
 
-    def _hand_in(self, name: str, pack: int | None, gradient: torch.Tensor, is_ours: bool = False) -> None:
+    def _sum(self, name: str, held: torch.Tensor, gradient: torch.Tensor, sums_narrow: bool) -> torch.Tensor:
+        if gradient.dtype is held.dtype and not sums_narrow:
+            held = held.to(self.state.parameters[name].dtype)
+        return held.to(gradient.device) + gradient
+
+    def _hand_in(self, gradients: dict[str, torch.Tensor], pack: int | None, owned: Collection[str] = ()) -> None:
         add, device = self.state.gradients.add, self.device
-        self.state.with_room(device, lambda: add(name, gradient, device.index, pack, is_ours))
+        self.state.with_room(device, lambda: add(gradients, device.index, pack, owned))
 
     def _make_room(self, newest: str) -> None:
         """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
@@ -172,7 +181,7 @@ class Segment:
         while self.partial:
             name = next(iter(self.partial))
             gradient = self.partial.pop(name).to(self.device.torch_device)
-            self._hand_in(name, self.state.slot_pack(name, self.pack), gradient)
+            self._hand_in({name: gradient}, self.state.slot_pack(name, self.pack))
 
     def leave(self) -> None:
         """The microbatch goes on to another pack, and the weights of this one may go."""
@@ -190,25 +199,33 @@ class Segment:
         self.stashed.clear()
 
     def bring(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
-        """The tensor as glue or a layer in this segment may use it."""
+        """The tensor as glue in this segment may use it."""
+        value, sink = self.take(tensor, is_written)
+        if sink is None:
+            return value
+        self.has_graph = True
+        return apply_own(Import, self.state.anchor, value, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
+
+    def take(self, tensor: torch.Tensor, is_written: bool = False) -> tuple[torch.Tensor, Sink | None]:
+        """The tensor as it may be used here. Where this segment's graph must not go on to the tensor's node, that is its
+        value alone, and what takes its gradient."""
         tensor = self.present(tensor)
         is_local = tensor.device == self.device.torch_device
-        node = tensor.grad_fn
-        if node is None:
+        if tensor.grad_fn is None:
             if (name := self.state.weight_name(tensor)) is not None:
-                return self._bring_weight(name, tensor.requires_grad)
+                return self._take_weight(name, tensor.requires_grad)
             is_scalar = tensor.dim() == 0 and not tensor.requires_grad and not is_written
             if is_local or (is_scalar and self._is_host(tensor)):
-                return tensor
+                return tensor, None
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
-                return tensor.to(self.device.torch_device)  # a leaf of the user's own: its gradient goes to its .grad
-            return self._move(tensor)
+                return tensor.to(self.device.torch_device), None  # a leaf of the user's own: its gradient goes to its .grad
+            return self._move(tensor), None
         if not torch.is_grad_enabled():
-            return tensor if is_local else self._move(tensor)
+            return tensor if is_local else self._move(tensor), None
         if self.is_own(tensor):
-            return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor)
-        return self._cut(tensor, is_written)
+            return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor), None
+        return tensor.detach() if is_local else self._move(tensor), self.sink(tensor)
 
     def present(self, tensor: torch.Tensor) -> torch.Tensor:
         """What has taken the tensor's place since it was written."""
@@ -233,16 +250,12 @@ class Segment:
             self.replaced[id(tensor)] = (tensor, result)
         return result
 
-    def _bring_weight(self, name: str, trains: bool) -> torch.Tensor:
+    def _take_weight(self, name: str, trains: bool) -> tuple[torch.Tensor, Sink | None]:
         copy = self.state.with_room(self.device, lambda: self.state.glue.fetch(name, self.device))
         if not (trains and torch.is_grad_enabled()):
-            return copy
+            return copy, None
         self.uses[name] += 1
-        return self._import(copy, lambda gradient: self.add_gradient(name, None, gradient))
-
-    def _cut(self, tensor: torch.Tensor, is_written: bool) -> torch.Tensor:
-        is_local = tensor.device == self.device.torch_device
-        return self._import(tensor.detach() if is_local else self._move(tensor), self.sink(tensor), is_written)
+        return copy, lambda gradient: self.add_gradients({name: gradient}, None)
 
     def sink(self, tensor: torch.Tensor) -> Sink:
         """Takes the gradient of a tensor of an older segment."""
@@ -255,10 +268,6 @@ class Segment:
         if source is None or target is None or source is target:
             return Arrival(gradient.to(home), target or self.device)
         return self.state.send(gradient, source, target)
-
-    def _import(self, source: torch.Tensor, sink: Sink, is_written: bool = False) -> torch.Tensor:
-        self.has_graph = True
-        return apply_own(Import, self.state.anchor, source, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
 
     def _move(self, tensor: torch.Tensor) -> torch.Tensor:
         """A copy of the value on this device, made once as long as the value is the same."""

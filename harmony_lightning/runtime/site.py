@@ -26,6 +26,7 @@ class Site:
         layer: name of the layer it belongs to; the same unless user code calls into a layer.
         pack: index of its pack; None for a module without weights, which runs wherever its microbatch is.
         weight_names: of its weights, each once.
+        call: calls the module as if nothing were interposed.
         is_compiled: torch's compiler has taken it, or a part of it.
     """
 
@@ -36,7 +37,7 @@ class Site:
         self.name = name
         self.layer = layer
         self.pack = pack
-        self._call = call
+        self.call = call
         self._weights = [
             (owner, attribute, names[id(parameter)])
             for owner in module.modules()
@@ -83,26 +84,24 @@ class Site:
     def has_own_weights(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the masters hang in their places. `torch.func.functional_call` hangs others there for one call, and the
         module must be run with those."""
-        return all(owner._parameters.get(attribute) is parameters[name] for owner, attribute, name in self._weights)
+        for owner, attribute, name in self._weights:
+            if owner._parameters.get(attribute) is not parameters[name]:
+                return False
+        return True
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)
-
-    def run_plain(self, args: Any, kwargs: Any) -> Any:
-        """Call the module as if nothing were interposed."""
-        return self._call(*args, **kwargs)
 
     def run(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
         """Call the module on other weights and buffers, without its own forward hooks: see `run_forward_hooks`.
 
         `buffers` follow `buffer_places`; an entry is replaced if the module hangs a new tensor into that place.
         """
-        hooks = self.module._forward_hooks
+        if not self._hooks_follow():
+            return self._run_hung(weights, buffers, args, kwargs)
+        hooks, self.module._forward_hooks = self.module._forward_hooks, OrderedDict()
         try:
-            if self._hooks_follow():
-                self.module._forward_hooks = OrderedDict()
-            with self._hung(weights, buffers):
-                return self._call(*args, **kwargs)
+            return self._run_hung(weights, buffers, args, kwargs)
         finally:
             self.module._forward_hooks = hooks
 
@@ -121,8 +120,7 @@ class Site:
         # Hooks that want to be called on errors too stay where errors are.
         return bool(self.module._forward_hooks) and not self.module._forward_hooks_always_called
 
-    @contextmanager
-    def _hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor]) -> Iterator[None]:
+    def _run_hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
         own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]
@@ -135,10 +133,11 @@ class Site:
             for recurrent in self._recurrent:
                 # Recurrent modules keep a second list of their weights, for cuDNN.
                 recurrent._flat_weights = [getattr(recurrent, name) for name in recurrent._flat_weights_names]
-            yield
+            result = self.call(*args, **kwargs)
             for index, (owner, attribute) in enumerate(self.buffer_places):
                 if (now := owner._buffers[attribute]) is not None:
                     buffers[index] = now
+            return result
         finally:
             for (owner, attribute, _), parameter in zip(self._weights, own_weights, strict=True):
                 owner._parameters[attribute] = parameter

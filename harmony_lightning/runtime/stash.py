@@ -4,6 +4,13 @@ Both the inputs that layers keep and whatever glue saves for its own backward pa
 hooks. With the stash on the host, a tensor leaves on the SWAP_OUT lane when it is saved and comes back when its backward
 asks for it. Slot memory is never stashed, and neither is anything of the fused last pack, whose backward is next. Of a
 weight only a reference is kept (`glue_weights`).
+
+On the host they have planned places (`stash_places`). On devices they have none: each takes memory when it sets out for the
+device, and so waits for the compute enqueued by then, in whose place it may come. That costs next to nothing, as it sets
+out when the visit in front of its own begins and only then could have come in two halves of an area, too. On the emulated
+clock, steps are at most 0.2 % shorter if such copies wait for no compute at all, as if each found memory of its own (8B and
+70B models on 3090s, GPT-2 XL on 1080 Tis: `benchmarks/step_time`, `--travelling --stash host`). An area would hold all of a
+visit until its end, where memory goes back layer by layer now.
 """
 
 import contextlib
@@ -19,6 +26,7 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.stash_places import StashPlaces, Stay, Visit
 from harmony_lightning.runtime.structure import without_repetition
 from harmony_lightning.runtime.transfer import Arrival, Departures
 from harmony_lightning.runtime.weights.glue_weights import WeightReference
@@ -36,8 +44,12 @@ class Stashed:
     device: Device
     left: Event
     """Behind the copy to the host."""
+    stay: Stay
     back: Arrival | None = None
     """On its way back, before anybody has asked for it."""
+
+    def __del__(self) -> None:
+        self.stay.end()
 
 
 class _Held:
@@ -61,6 +73,7 @@ class Stash:
         refer: what stands for a tensor that is a weight; None for others.
         restore: the inverse.
         counters: of bytes.
+        places: on the host.
         with_room: calls a function that needs memory of a device.
         weigh: is told of each tensor that goes to the host, and its segment.
         note_stay: is told of each that waits where it is.
@@ -74,6 +87,7 @@ class Stash:
         restore: Callable[[WeightReference], torch.Tensor],
         counters: Counters,
         departures: Departures,
+        places: StashPlaces,
         with_room: Callable[[Device, Callable[[], Arrival]], Arrival] = lambda device, function: function(),
         weigh: Callable[[Segment, torch.Tensor], None] = lambda segment, tensor: None,
         note_stay: Callable[[torch.Tensor], None] = lambda tensor: None,
@@ -84,11 +98,12 @@ class Stash:
         self._restore = restore
         self._counters = counters
         self._departures = departures
+        self._places = places
         self._with_room = with_room
         self._weigh = weigh
         self._note_stay = note_stay
-        self._held: dict[int, weakref.WeakSet[_Held]] = {}
-        """What waits where it is, by its memory."""
+        self._held: dict[int, list[weakref.ref[_Held]]] = {}
+        """What waits where it is, by its memory; in a step's forward as much as there are tensors saved."""
         self._ahead: weakref.WeakSet[Stashed] = weakref.WeakSet()
         """What is on its way back."""
 
@@ -109,7 +124,7 @@ class Stash:
             value = tensor.detach()
             held_here = _Held(value)
             self._note_stay(value)
-            self._held.setdefault(storage_key(tensor), weakref.WeakSet()).add(held_here)
+            self._held.setdefault(storage_key(tensor), []).append(weakref.ref(held_here))
             return held_here
         device = segment.device
         key = (storage_key(tensor), tensor.storage_offset(), tensor.shape, tensor.stride(), tensor.dtype)
@@ -117,25 +132,26 @@ class Stash:
         if held is not None and held[1] == tensor._version:
             return held[2]
         self._weigh(segment, tensor)
-        source, stashed = self._send_out(tensor, device)
+        source, stashed = self._send_out(tensor, device, (segment.pack, segment.microbatch))
         if segment.saved_nbytes > segment.state.spare_nbytes:
-            self._departures.let_go()  # it leaves because there is too much of it
+            self._departures.release(device)  # it leaves because there is too much of it
         else:
             segment.stashed[key] = (source, tensor._version, stashed)
             segment.stash.append(weakref.ref(stashed))
         return stashed
 
-    def _send_out(self, tensor: torch.Tensor, device: Device) -> tuple[torch.Tensor, Stashed]:
-        """What is read on the device, and where it waits."""
+    def _send_out(
+        self, tensor: torch.Tensor, device: Device, visit: Visit | None = None
+    ) -> tuple[torch.Tensor, Stashed]:
+        """What is read on the device, and where it waits; `visit` in which it is saved."""
         source = without_repetition(tensor.detach())
-        with torch.inference_mode(False):
-            host = torch.empty_like(source, device="cpu", pin_memory=device.torch_device.type == "cuda")
+        host, stay = self._places.take(source, device, visit)
         device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
         with device.lane(Lane.SWAP_OUT, "stash"):
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
         left = self._departures.hold(device, Lane.SWAP_OUT, source)
-        return source, Stashed(host, tensor.shape, source.stride(), device, left)
+        return source, Stashed(host, tensor.shape, source.stride(), device, left, stay)
 
     @torch.no_grad()
     def spill(self, device: Device) -> bool:
@@ -147,13 +163,13 @@ class Stash:
                 stashed.back = None
                 self._ahead.discard(stashed)
         with torch._C.DisableTorchFunction():
-            for held in [held for group in self._held.values() for held in group]:
-                value = held.value
-                if value is None or value.device != device.torch_device or self._is_weight_memory(value):
+            for held in [reference() for group in self._held.values() for reference in group]:
+                value = None if held is None else held.value
+                if held is None or value is None or value.device != device.torch_device or self._is_weight_memory(value):
                     continue
                 held.stashed, held.value, found = self._send_out(value, device)[1], None, True
                 del value
-            self._departures.let_go()
+            self._departures.release(device)
         return found
 
     def _return(self, held: Any) -> torch.Tensor:
@@ -193,11 +209,13 @@ class Stash:
         """Glue is about to write a tensor in place: what backward needs of its memory must not change."""
         if not self._departures.is_empty:
             self._departures.let_go()  # copies may still be reading it
-        for held in self._held.get(storage_key(target), ()):
-            if not held.is_copied and held.value is not None:
+        for reference in self._held.get(storage_key(target), ()):
+            held = reference()
+            if held is not None and not held.is_copied and held.value is not None:
                 held.value = held.value.clone()
                 held.is_copied = True
 
     def end(self) -> None:
         """The step is over."""
         self._held.clear()
+        self._places.end_step()

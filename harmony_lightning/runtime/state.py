@@ -9,7 +9,7 @@ import dataclasses
 import functools
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -22,6 +22,7 @@ from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
+from harmony_lightning.runtime.thread_state import ThreadState
 from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
 from harmony_lightning.runtime.updates.gradients import GradientStore
 from harmony_lightning.runtime.weights.buffers import BufferStore
@@ -55,6 +56,7 @@ class RuntimeState:
         measuring: what the running step takes, and what stays in it, if anybody wants to know.
         watching: sees the weights of the running layer; None if they need not be looked at.
         watcher: the function mode that user code runs under.
+        thread: what torch keeps of the thread while the engine's own code runs, between microbatches.
         anchor: a leaf that requires a gradient: makes nodes part of the graph whatever their other inputs are.
     """
 
@@ -86,6 +88,8 @@ class RuntimeState:
             counters,
             lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
         )
+        self.refer = [functools.partial(self.weights.refer, device) for device in cluster.devices]
+        """By device: what finds a tensor in its slot memory again; None for others."""
         self.gradients = self.weights.gradients
         self.gradients.with_room = self.with_room
         self.depth = 0
@@ -97,14 +101,17 @@ class RuntimeState:
         self.measuring = measuring
         self.watching: Watch | None = None
         self.watcher: TorchFunctionMode | None = None
+        self.thread = ThreadState()
         with torch.inference_mode(False):
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
         """Gradients of weights that user code has asked for, on the host, while it does."""
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
         """By device: what layers keep from forward to backward."""
-        self.has_lacked_memory = False
+        self.has_given_way = False
         """Whether something has gone that was to stay."""
+        self.has_lacked_memory = False
+        """Whether that was because memory was short."""
         self.spill: Callable[[Device], bool] = lambda device: False
         """Lets stashes leave a device; returns whether there were any."""
         self._wanted: frozenset[str] = frozenset()
@@ -189,10 +196,13 @@ class RuntimeState:
         is_cached = torch.is_autocast_cache_enabled()
         # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
         torch.set_autocast_cache_enabled(False)
+        watcher = None if is_watched else self._take_off_watcher()
         try:
-            with device.lane(Lane.COMPUTE), nullcontext() if is_watched else self.unwatched():
+            with device.lane(Lane.COMPUTE):
                 yield
         finally:
+            if watcher is not None:
+                _push_mode(watcher)  # type: ignore[no-untyped-call]
             torch.set_autocast_cache_enabled(is_cached)
             self.depth -= 1
 
@@ -200,15 +210,20 @@ class RuntimeState:
     def unwatched(self) -> Iterator[None]:
         """The code within is not the user's, or a layer's own. A function mode costs microseconds for every function, and a
         layer calls a hundred."""
-        watcher = self.watcher
-        if watcher is None or _get_current_function_mode() is not watcher:  # type: ignore[no-untyped-call]
-            yield
-            return
-        _pop_mode()  # type: ignore[no-untyped-call]
+        watcher = self._take_off_watcher()
         try:
             yield
         finally:
-            _push_mode(watcher)  # type: ignore[no-untyped-call]
+            if watcher is not None:
+                _push_mode(watcher)  # type: ignore[no-untyped-call]
+
+    def _take_off_watcher(self) -> TorchFunctionMode | None:
+        """What has been taken off the thread, to be pushed again; None if the watcher does not lie on top."""
+        watcher = self.watcher
+        if watcher is not None and _get_current_function_mode() is watcher:  # type: ignore[no-untyped-call]
+            _pop_mode()  # type: ignore[no-untyped-call]
+            return watcher
+        return None
 
     @contextmanager
     def recomputing(self, device: Device) -> Iterator[None]:
@@ -294,18 +309,24 @@ class RuntimeState:
         """The step is none for which the plan was made: go on as if memory were short everywhere."""
         self.plan = dataclasses.replace(self.plan, keep=(), stash_stays=(), peak_bytes=())
         for device in self.cluster.devices:
-            self.make_room(device)
-        self.has_lacked_memory = True
+            self._give_way(device)
+        self.has_given_way = True
 
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
+        found = self._give_way(device)
+        self.counters.short_of_memory += found and not self.has_lacked_memory
+        self.has_lacked_memory |= found
+        return found
+
+    def _give_way(self, device: Device) -> bool:
         found = self.weights.let_go_idle(device)
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
         found |= self.landings.give_back(device)
         found |= self.departures.release(device)
-        self.has_lacked_memory |= found
+        self.has_given_way |= found
         return found
 
     def masters_written(self, *, trained_only: bool = False) -> None:

@@ -12,7 +12,7 @@ skipped layers and other orders than the plan's need no special case, only more 
 
 import itertools
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,8 +62,12 @@ class TrainingStep:
         self._factor = factor
         self._segments_left: Counter[int] = Counter()
         """By pack: segments whose backward has not run."""
-        self._uses_left: Counter[str] = Counter()
-        """By weight: segments that use it and whose backward has not run."""
+        self._uses: set[tuple[int, tuple[str, ...]]] = set()
+        """Packs, each with weights that some segment uses there."""
+        self._users: dict[str, set[int]] = {}
+        """The same by weight, in backward."""
+        self._differentiated: set[int] = set()
+        """Packs that have segments with a graph."""
 
     def forward(self) -> None:
         """To the end of all microbatches, with the backward of the last segment of each."""
@@ -83,7 +87,9 @@ class TrainingStep:
             visitors = [m for m in waiting if m.waits_for == pack]
             with visit(state, pack, visitors, next_in_forward(state.plan, pack, waiting)):
                 groups = self._groups(pack, visitors)
-                for group in sending_ahead(groups, state.plan.prefetch, state.travelling_nbytes):
+                if len(state.cluster.devices) > 1:
+                    groups = sending_ahead(groups, state.plan.prefetch, state.travelling_nbytes)
+                for group in groups:
                     self._run_group(group)
 
     def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None) -> None:
@@ -92,6 +98,9 @@ class TrainingStep:
         if factor != self._factor:
             self._rescale(factor / self._factor)
         state.measuring.holding = None  # from here on, what waits goes
+        for pack, names in self._uses:
+            for name in names:
+                self._users.setdefault(name, set()).add(pack)
         state.gradients.begin()
         state.weights.begin_updates(on_device)
         for pack in reversed(range(len(state.plan.packs))):
@@ -103,7 +112,7 @@ class TrainingStep:
         while left := [m for m in microbatches if m.segments]:
             pack = max(m.segment.pack for m in left)
             visitors = [m for m in left if m.segment.pack == pack]
-            with visit(state, pack, visitors, next_in_backward(pack, left)):
+            with visit(state, pack, visitors, next_in_backward(state.plan, pack, left, self._differentiated)):
                 state.weights.prefetch_states(pack)
                 for microbatch in visitors:
                     while microbatch.segments and microbatch.segment.pack == pack:
@@ -115,7 +124,7 @@ class TrainingStep:
         with state.unwatched():
             state.gradients.finish(on_complete)
 
-    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> list[Group]:
+    def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterable[Group]:
         """Those that go through a pack together, each group on one device."""
         plan = self._state.plan
         size = plan.microbatches_per_forward if pack + 1 < len(plan.packs) else 1
@@ -164,21 +173,25 @@ class TrainingStep:
             return
         for segment in microbatch.segments:
             self._segments_left[segment.pack] += 1
-            self._uses_left.update(segment.uses.keys())
+            self._uses.add((segment.pack, tuple(segment.uses)))
+            if segment.has_graph:
+                self._differentiated.add(segment.pack)
         self._backward_segment(microbatch)
 
     def _backward_segment(self, microbatch: Microbatch) -> None:
         segment = microbatch.segment
-        names = tuple(segment.uses)
         self._state.turn(segment.device)
         with self._code.running(microbatch, "in backward of", segment):
             microbatch.backward_segment()
         self._segments_left[segment.pack] -= 1
-        self._uses_left.subtract(names)
 
     def _send(self, pack: int, on_complete: OnComplete) -> None:
         with self._state.unwatched():
-            self._state.gradients.send(pack, lambda name: self._uses_left[name] <= 0, on_complete)
+            self._state.gradients.send(pack, self._is_complete, on_complete)
+
+    def _is_complete(self, name: str) -> bool:
+        """Whether no segment's backward will use the weight any more."""
+        return not any([self._segments_left[pack] for pack in self._users.get(name, ())])
 
     def _rescale(self, ratio: float) -> None:
         self._state.gradients.scale(ratio)

@@ -27,6 +27,8 @@ _FUNCTIONS = (
 )
 """Not all that can be called: a graph of PyG can."""
 
+_CLOSED = (*_PLAIN, torch.nn.Module, _FUNCTIONS)
+
 
 Put = Callable[[torch.Tensor], torch.Tensor]
 
@@ -114,7 +116,7 @@ def tensors_in(value: Any) -> Iterator[torch.Tensor]:
 
 def is_opaque(value: Any) -> bool:
     """Whether a leaf may hold state that a layer can write."""
-    return not isinstance(value, _PLAIN) and not isinstance(value, torch.Tensor | torch.nn.Module | _FUNCTIONS)
+    return not isinstance(value, torch.Tensor) and not isinstance(value, _CLOSED)
 
 
 def is_plain(leaf: Any) -> bool:
@@ -173,6 +175,16 @@ class Arguments:
         for place, _ in self._places:
             self._rest[place] = None
         return tensors
+
+    @property
+    def has_objects(self) -> bool:
+        """Whether there may be tensors within opaque leaves."""
+        return bool(self._opaque)
+
+    @property
+    def has_containers(self) -> bool:
+        """Whether lists or dicts of the user's count, in front of `keep_written` or behind it."""
+        return bool(self._containers)
 
     def place_tensors(self, place: Put) -> None:
         """Those within opaque leaves: graphs, caches, data classes."""

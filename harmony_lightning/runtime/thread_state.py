@@ -68,7 +68,7 @@ class ThreadState:
             _hooks._pop_saved_tensors_default_hooks()
         parked = Parked(
             grad=torch.is_grad_enabled(),
-            autocast=Autocast.capture(),
+            autocast=None if (autocast := Autocast.capture()) == self._autocast else autocast,
             function_modes=tuple(reversed(function_modes)),
             dispatch_modes=tuple(reversed(dispatch_modes)),
             saved_tensor_hooks=tuple(reversed(saved_tensor_hooks)),
@@ -78,7 +78,7 @@ class ThreadState:
             if torch.is_inference_mode_enabled() != self._inference
             else None,
         )
-        if parked.autocast != self._autocast:
+        if parked.autocast is not None:
             self._autocast.apply()
         _set_grad_enabled(self._grad)
         return parked
@@ -89,7 +89,8 @@ class Parked:
     """State of a microbatch that is not running."""
 
     grad: bool
-    autocast: Autocast
+    autocast: Autocast | None
+    """None where it is no other than below."""
     function_modes: tuple[Any, ...] = ()
     dispatch_modes: tuple[Any, ...] = ()
     saved_tensor_hooks: tuple[Any, ...] = ()
@@ -99,7 +100,7 @@ class Parked:
         """Put the state back onto the thread."""
         self.inference_guard = None
         _set_grad_enabled(self.grad)
-        if Autocast.capture() != self.autocast:
+        if self.autocast is not None:
             self.autocast.apply()
         for mode in self.dispatch_modes:
             _push_dispatch_mode(mode)

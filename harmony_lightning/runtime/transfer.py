@@ -82,7 +82,8 @@ class Departures:
 
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
-        lanes = self._turns[device.index]
+        if not (lanes := self._turns[device.index]):
+            return
         if any(turns and turns[-1].number == self._numbers[device.index] for turns in lanes.values()):
             self._numbers[device.index] += 1
         for lane, turns in lanes.items():
@@ -142,13 +143,12 @@ class Landings:
         """By device: of what arrived last."""
         self._ready: dict[int, tuple[torch.Tensor, Event]] = {}
 
-    @torch.no_grad()
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
         if device.index in self._ready or device.index not in self._last:
             return
         shape, strides, dtype = self._last[device.index]
-        with torch._C.DisableTorchFunction():
+        with torch._C.DisableTorchFunction(), torch.no_grad():
             try:
                 memory = torch.empty_strided(shape, strides, dtype=dtype, device=device.torch_device)
             except OUT_OF_MEMORY:

@@ -21,8 +21,10 @@ from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.stash import Stash
+from harmony_lightning.runtime.stash_places import StashPlaces
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import tensors_in
+from harmony_lightning.runtime.thread_state import ThreadState
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.weights.glue_weights import WeightReference
 
@@ -48,6 +50,7 @@ class UserCode:
             state.glue.restore,
             state.counters,
             state.departures,
+            StashPlaces(state.cluster, state.counters, lambda: state.plan.stash_stays),
             state.with_room,
             self._weigh,
             self._note_stay,
@@ -75,6 +78,7 @@ class UserCode:
             glue = Glue(self._current_segment, state.is_device, self._before_write, lambda: state.objects, self._notice)
             glue.host_arithmetic = host_arithmetic
             state.watcher = stack.enter_context(glue)
+            state.thread = ThreadState()
             yield
 
     @contextmanager
@@ -111,15 +115,15 @@ class UserCode:
         """The user's code calls a module that has weights of its own."""
         microbatch, plan = self.microbatch, self.state.plan
         if self.state.depth or microbatch is None:
-            return site.run_plain(args, kwargs)
+            return site.call(*args, **kwargs)
         if self._is_aborting:
             raise greenlet.GreenletExit
         if site.has_hooks_inside() or not site.has_own_weights(self.state.parameters):
-            return site.run_plain(args, kwargs)  # as glue: the modules within are call sites of their own
+            return site.call(*args, **kwargs)  # as glue: the modules within are call sites of their own
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:
-                    microbatch.park(site.pack, list(tensors_in((args, kwargs))))
+                    microbatch.park(site.pack, tensors_in((args, kwargs)))
                 else:
                     self._change_pack(microbatch, site.pack)
             if microbatch.is_cut and not microbatch.is_in_backward:

@@ -1,6 +1,6 @@
 """Visits of packs: microbatches go through a pack on its devices, and then it makes room for the next one there."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from contextlib import contextmanager
 
 from harmony_lightning.plan import Plan
@@ -34,12 +34,15 @@ def next_in_forward(plan: Plan, pack: int, waiting: Sequence[Microbatch]) -> dic
     return following
 
 
-def next_in_backward(pack: int, left: Sequence[Microbatch]) -> dict[int, int]:
-    """By device, the pack whose segments come next there."""
+def next_in_backward(
+    plan: Plan, pack: int, waiting: Sequence[Microbatch], differentiated: Container[int]
+) -> dict[int, int]:
+    """By device, the pack that comes before in the plan, of those that are `differentiated`."""
     following: dict[int, int] = {}
-    for microbatch in left:
-        for segment in microbatch.segments:
-            if segment.pack < pack and segment.has_graph:
-                device = segment.device.index
-                following[device] = max(segment.pack, following.get(device, -1))
+    for earlier in reversed(range(pack)):
+        if earlier in differentiated:
+            for microbatch in waiting:
+                following.setdefault(plan.device(earlier, microbatch.index), earlier)
+            if len(following) == plan.num_devices:
+                break
     return following

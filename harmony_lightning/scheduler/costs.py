@@ -21,7 +21,11 @@ class Costs:
         self.machine = machine
         self.num_layers = profile.num_layers
         kinds = [profile.kind(layer) for layer in range(self.num_layers)]
-        self.weight_prefix = _prefix(travelling or [kind.weight_bytes for kind in kinds])
+        travelling = travelling or [kind.weight_bytes for kind in kinds]
+        self.weight_prefix = _prefix(travelling)
+        self.narrow_prefix = _prefix(
+            [2 * (k.weight_bytes - nbytes) for k, nbytes in zip(kinds, travelling, strict=True)]
+        )
         self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
         self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
         self.gradient_prefix = _prefix(
@@ -68,6 +72,10 @@ class Costs:
 
     def weight_bytes(self, span: Span) -> float:
         return self.weight_prefix[span[1] + 1] - self.weight_prefix[span[0]]
+
+    def narrow_bytes(self, span: Span) -> float:
+        """Masters of narrow weights."""
+        return self.narrow_prefix[span[1] + 1] - self.narrow_prefix[span[0]]
 
     def state_bytes(self, span: Span) -> float:
         """Weights and buffers."""

@@ -155,10 +155,8 @@ def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int) 
     return tuple(devices[i] for _, i in sorted(turns))
 
 
-def pack_of_layers(
-    decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False, stays: bool = False
-) -> Pack:
-    """`is_updated_there`: a device updates it, where it `stays` or not."""
+def pack_of_layers(decomposition: Decomposition, layers: Group, *, is_updated_there: bool = False) -> Pack:
+    """`is_updated_there`: a device updates it."""
     by_name = {weight.name: weight for weight in decomposition.weights}
     weights = [by_name[name] for name in dict.fromkeys(name for layer in layers for name in layer.weights)]
     trainable = [weight for weight in weights if weight.is_trainable]
@@ -167,10 +165,8 @@ def pack_of_layers(
     tied = {name for layer in others for name in layer.weights}
     states = [nbytes for weight in trainable if weight.name not in tied for nbytes in weight.state_nbytes]
     is_updated_there &= any(weight.name not in tied for weight in trainable)
-    # In a slot a weight has one type: it is narrow if it is for all layers of the pack that have it, and what a device
-    # updates is a master, which comes and leaves if it does not stay.
-    is_wide = is_updated_there and not stays
-    wide = {name for layer in layers for name in layer.weights if name not in layer.narrow or is_wide}
+    # In a slot a weight has one type: it is narrow if it is for all layers of the pack that have it.
+    wide = {name for layer in layers for name in layer.weights if name not in layer.narrow}
     sizes = [weight.nbytes if weight.name in wide else weight.nbytes // 2 for weight in weights]
     return Pack(
         layers=tuple(layer.name for layer in layers),
@@ -249,9 +245,8 @@ def with_first_on_devices(
     for index in range(min(plan.num_devices, len(plan.packs)) if plan.mode == "pp" else 1):
         names = plan.packs[index].layers
         layers = tuple(layer for layer in decomposition.layers if layer.name in names)
-        stays = len(plan.devices_of(index)) == 1
-        pack = pack_of_layers(decomposition, layers, is_updated_there=True, stays=stays)
-        if pack.update == "host" or (index > 0 and not stays):
+        pack = pack_of_layers(decomposition, layers, is_updated_there=True)
+        if pack.update == "host" or (index > 0 and len(plan.devices_of(index)) > 1):
             log.log(
                 level,
                 "harmony: pack %d has no weights of its own to be updated there, and is updated on the host",

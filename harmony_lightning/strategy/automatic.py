@@ -23,12 +23,9 @@ from harmony_lightning.profiler import Machine
 from harmony_lightning.runtime.batch.minibatch import split_minibatch
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.randomness import HostState
-from harmony_lightning.units import format_nbytes
+from harmony_lightning.strategy.trainer_aside import step_aside
 
 log = logging.getLogger(__name__)
-
-SMALLER_SHARE = 0.8
-"""Of the memory planned with so far, when a plan turned out to be too large."""
 
 
 class AutomaticPlan:
@@ -46,21 +43,12 @@ class AutomaticPlan:
         self._config = config
         self._context = context
         self._precision = precision
-        self._share = 1.0
         self._found: dict[Any, Planned | None] = {}
 
     @property
     def chooses_all(self) -> bool:
         """Microbatch size and mode, too."""
         return self._config.searches == "all"
-
-    def shrink(self) -> None:
-        """Plan with less memory from now on."""
-        self._share = SMALLER_SHARE
-
-    @property
-    def has_shrunk(self) -> bool:
-        return self._share < 1
 
     def find(
         self,
@@ -84,7 +72,7 @@ class AutomaticPlan:
             in_use: the plan made from sizes.
             keeps_microbatches: mode and microbatch size are those of `in_use`.
         """
-        question = samples, min_samples, decomposition, in_use, keeps_microbatches, self._share
+        question = samples, min_samples, decomposition, in_use, keeps_microbatches
         if question not in self._found:
             self._found[question] = self._find_aside(
                 batch, arguments, samples, min_samples, decomposition, in_use, keeps_microbatches
@@ -106,9 +94,10 @@ class AutomaticPlan:
             machine = machine_of(self._engine.cluster) if reason is None else None
             if machine is not None:
                 smallest = min(min_samples, samples)
+                trainer = vars(self._engine.root).get("_trainer")
                 with self._aside():
                     return self._find(
-                        machine, batch, arguments, samples, smallest, decomposition, in_use, keeps_microbatches
+                        machine, trainer, batch, arguments, samples, smallest, decomposition, in_use, keeps_microbatches
                     )
             reason = reason or "nobody knows how fast these devices are"
         except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
@@ -129,7 +118,7 @@ class AutomaticPlan:
     def _aside(self) -> Iterator[None]:
         """Random numbers that are drawn within, what is warned of, and what modes would see, are nobody's business: an
         optimizer's step is around this, in which emulated GPUs watch all arithmetic, and the user may count it. Nor has
-        the module a trainer meanwhile, to which functions that hold on to it could log."""
+        the module itself a trainer meanwhile, to which functions that hold on to it could log."""
         devices = self._engine.cluster.devices
         trainers = [
             (inner, vars(inner)["_trainer"]) for inner in self._engine.root.modules() if "_trainer" in vars(inner)
@@ -157,6 +146,7 @@ class AutomaticPlan:
     def _find(
         self,
         machine: Machine,
+        trainer: Any,
         batch: Any,
         arguments: tuple[Any, ...],
         samples: int,
@@ -177,7 +167,7 @@ class AutomaticPlan:
             engine.root,
             decomposition,
             batch_of,
-            step_of(self._context, arguments),
+            step_aside(step_of(self._context, arguments), trainer),
             engine.cluster,
             machine,
             largest=min(samples, size or samples),
@@ -193,7 +183,7 @@ class AutomaticPlan:
         )
         question = Question(
             minibatch=samples,
-            memory_bytes=int(self._share * in_use.memory_bytes),
+            memory_bytes=in_use.memory_bytes,
             mode=config.mode if config.mode == "mixed" or not keeps_microbatches else in_use.mode,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
@@ -202,8 +192,6 @@ class AutomaticPlan:
             update=_update(config, in_use),
             microbatches_per_forward=in_use.microbatches_per_forward,
         )
-        if self._share < 1:
-            log.warning("harmony: planning again with %s per GPU", format_nbytes(question.memory_bytes))
         return find_plan(measured, machine, decomposition, question, in_use)
 
     def _stashes(self, in_use: Plan) -> tuple[Literal["device", "host"], ...]:

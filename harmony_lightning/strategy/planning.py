@@ -5,6 +5,7 @@ when steps have shown more: that layers are called in another order than they ar
 nothing but what autocast casts them to.
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -14,6 +15,7 @@ from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.errors import CapacityError
 from harmony_lightning.plan import Plan
 from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given
 from harmony_lightning.runtime.batch.minibatch import Microbatches, split_minibatch
@@ -22,8 +24,12 @@ from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.scheduler import automatic_microbatch_size
 from harmony_lightning.strategy.automatic import AutomaticPlan
 from harmony_lightning.strategy.residency import Residency
+from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)
+
+SMALLER_SHARE = 0.8
+"""Of the memory planned with so far, when memory turned out to be short."""
 
 
 class Planning:
@@ -57,6 +63,14 @@ class Planning:
         self.searched: Plan | None = None
         """The plan that the search has found, while it is in use."""
         self._state_nbytes = state_nbytes
+        self._share = 1.0
+        """Of the memory, what plans are made for."""
+        self._has_failed = False
+        """Whether a forward has run out of memory, whatever gave way."""
+        self._was_short = False
+        """Whether memory was short in a step, which went on as something gave way."""
+        self._has_shrunk_behind = False
+        """Whether a plan for less memory was made behind such a step."""
         self._has_traced = False
         self._call_order: CallOrder | None = None
         self._narrow = Narrow()
@@ -68,11 +82,20 @@ class Planning:
         self._load(Workload(microbatch_size=1, num_microbatches=1))
 
     def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
+        """For the share of the memory, if there is a plan for that: else the smallest, with no more for what may stay."""
         engine, config = self._engine, self._config
+        engine.settle()  # it looks at the optimizer's states
         config = replace(config, mode=mode) if mode is not None else config
-        return prepare(
-            engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()
+        make = functools.partial(
+            prepare, engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()
         )
+        if self._share == 1:
+            return make()
+        try:
+            return make(share=self._share)
+        except CapacityError:
+            decomposition, plan = make()
+            return decomposition, replace(plan, memory_bytes=int(self._share * plan.memory_bytes))
 
     def _load(self, workload: Workload) -> None:
         self.searched = None
@@ -118,7 +141,7 @@ class Planning:
         if has_learned:
             decomposition, plan = self._prepare(workload, former.mode if former is not None else None)
         planned = None
-        if automatic is not None and not automatic.has_shrunk:
+        if automatic is not None and (automatic.chooses_all or not self._has_failed):
             plan = _for_workload(plan, workload)
             planned = automatic.find(
                 batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=True
@@ -136,15 +159,21 @@ class Planning:
     @property
     def may_shrink(self) -> bool:
         """Whether a plan that does not fit may give way to a smaller one."""
-        return self._automatic is not None and self.searched is not None and not self._automatic.has_shrunk
+        return self._given is None and not self._engine.cluster.host_is_device and not self._has_failed
 
     def shrink(self, batch: Any, *arguments: Any) -> None:
         """Find a plan for less memory; from sizes alone if the search finds none, or has chosen nothing but packs."""
-        assert self._automatic is not None
-        self._automatic.shrink()
+        self._has_failed = True
+        self._shrink("the plan does not fit")
         self._is_searched = False
         self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
         self.search(batch, *arguments)
+
+    def _shrink(self, reason: str) -> None:
+        memory_bytes = self._loaded[1].memory_bytes
+        self._share *= SMALLER_SHARE
+        smaller = format_nbytes(int(SMALLER_SHARE * memory_bytes))
+        log.warning("harmony: %s; planning again with %s per GPU, not %s", reason, smaller, format_nbytes(memory_bytes))
 
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
@@ -167,6 +196,7 @@ class Planning:
         """Between steps: take up what has changed in the module, and what the first step has shown."""
         engine = self._engine
         workload = _workload(parts)
+        self._notice_shortage()
         if engine.is_out_of_date():
             self._load(workload)
             self._is_searched = False  # again with the next minibatch
@@ -186,18 +216,29 @@ class Planning:
 
     def before_evaluation(self, stage: str, batches: Sequence[Any]) -> None:
         """Steps of these batches share a pass."""
+        self._notice_shortage()
         if self._residency is not None:
             self._residency.before(stage, batches)
 
     def before_manual(self) -> None:
         """A step comes that nobody measures."""
+        self._notice_shortage()
         if self._residency is not None:
             self._residency.let_go()
+
+    def _notice_shortage(self) -> None:
+        """Memory was short in the former step: the next training step has a plan for less, once in a run."""
+        state = self._engine.state
+        self._was_short |= state.has_lacked_memory
+        state.has_lacked_memory = False
 
     def _learn(self) -> bool:
         """Whether steps have shown something that calls for another plan."""
         engine, uses = self._engine, self._engine.uses
         has_learned = False
+        if self._was_short and not self._has_shrunk_behind:
+            self._has_shrunk_behind = has_learned = True
+            self._shrink("memory was short, and what was to stay on GPUs had to go")
         if not self._has_traced:
             self._has_traced = True
             order, loops = engine.trace.order(), engine.trace.loops()

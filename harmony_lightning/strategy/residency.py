@@ -73,8 +73,8 @@ class Residency:
         self._take_note()
         self._take_note = lambda: None
         extent = extent_of(batches)
-        if self._engine.state.has_lacked_memory:
-            self._engine.state.has_lacked_memory = False
+        if self._engine.state.has_given_way:
+            self._engine.state.has_given_way = False
             self._known.clear()  # a step was not like the measured one
             self._num_failures += 1
             log.warning(

@@ -210,10 +210,13 @@ def updated_there(name, nbytes, states):
 def test_states_come_in_and_leave_where_devices_update():
     there = plan(updated_there("a", 100, 130), pack("b", 200), updated_there("c", 400, 0))
     on_host = plan()
-    assert there.swap_in_bytes_per_step == on_host.swap_in_bytes_per_step + 130
+    # Forward finds new weights of both where they were updated; backward of a does, too, while c lies in its own slot.
+    assert there.swap_in_bytes_per_step == on_host.swap_in_bytes_per_step + 130 - 100 - 400
     assert there.swap_out_bytes_per_step == on_host.swap_out_bytes_per_step + 130
-    assert there.shared_update_slot_nbytes == 448  # of c; a takes 128 for its weights and 192 for states
+    assert there.shared_update_slot_nbytes(0) == 448  # of c; a takes 128 for its weights and 192 for states
     assert there.arena_nbytes() == on_host.arena_nbytes() + 2 * 448
+    only_c = plan(pack("a", 100), pack("b", 200), there.packs[2])
+    assert only_c.arena_nbytes() == on_host.arena_nbytes() + 448 and not only_c.shared_update_slot_nbytes(1)
     assert Plan.from_json(there.to_json()) == there
 
 

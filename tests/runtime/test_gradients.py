@@ -41,7 +41,7 @@ def test_microbatches_are_added_up_and_leave_once(net, engine):
     store, completed = engine.state.gradients, []
     with engine.cluster.activate():
         for value in (1.0, 2.0, 4.0):
-            store.add("1.weight", on(engine, 1, value), 1, 1)
+            store.add({"1.weight": on(engine, 1, value)}, 1, 1)
     drain(engine, 1, on_complete=completed.extend)
     assert torch.equal(net[1].weight.grad, torch.full((4, 4), 7.0))
     assert completed == ["1.weight"]
@@ -50,11 +50,11 @@ def test_microbatches_are_added_up_and_leave_once(net, engine):
 
 def test_what_is_not_complete_waits_for_the_rest(net, engine):
     with engine.cluster.activate():
-        engine.state.gradients.add("1.weight", on(engine, 1, 1.0), 1, 1)
+        engine.state.gradients.add({"1.weight": on(engine, 1, 1.0)}, 1, 1)
     drain(engine, 1, is_complete=lambda name: False)
     assert net[1].weight.grad is None
     with engine.cluster.activate():
-        engine.state.gradients.add("1.weight", on(engine, 0, 2.0), 0, 1)
+        engine.state.gradients.add({"1.weight": on(engine, 0, 2.0)}, 0, 1)
         engine.state.gradients.scale(0.5)
     drain(engine, 1)
     assert torch.equal(net[1].weight.grad, torch.full((4, 4), 1.5))
@@ -64,7 +64,7 @@ def test_held_gradients_become_complete_with_finish_only(net, engine):
     completed, gradients = [], [on(engine, 0, 1.0) for _ in range(2)]
     with engine.cluster.activate():
         for gradient in gradients:
-            engine.state.gradients.add("0.weight", gradient, 0, 0)
+            engine.state.gradients.add({"0.weight": gradient}, 0, 0)
             engine.state.gradients.hold()
         engine.worker.drain()
         assert net[0].weight.grad is None
@@ -78,8 +78,8 @@ def test_sparse_gradients_go_beside_the_slots(net, engine):
     """Emulated GPUs hold dense tensors only, so these come from the host; on CUDA they are the GPU's."""
     sparse = torch.sparse_coo_tensor([[0, 2]], torch.ones(2, 4), (4, 4))
     with engine.cluster.activate():
-        engine.state.gradients.add("0.weight", sparse, 0, 0)
-        engine.state.gradients.add("0.weight", sparse, 0, 0)
+        engine.state.gradients.add({"0.weight": sparse}, 0, 0)
+        engine.state.gradients.add({"0.weight": sparse}, 0, 0)
     drain(engine)
     assert net[0].weight.grad.is_sparse
     assert torch.equal(net[0].weight.grad.to_dense(), 2 * sparse.to_dense())
@@ -93,7 +93,7 @@ def test_hooks_come_between_the_last_microbatch_and_grad(net, engine):
     completed, gradients = [], [on(engine, 0, 1.0) for _ in range(2)]
     with engine.cluster.activate():
         for gradient in gradients:
-            engine.state.gradients.add("0.weight", gradient, 0, 0)
+            engine.state.gradients.add({"0.weight": gradient}, 0, 0)
     drain(engine, 0, on_complete=completed.extend)
     assert (seen, completed) == ([], [])
     with engine.cluster.activate():
@@ -105,7 +105,7 @@ def test_hooks_come_between_the_last_microbatch_and_grad(net, engine):
 def test_discarding_forgets_what_hooks_have_not_seen(net, engine):
     net[0].weight.register_hook(lambda gradient: pytest.fail("discarded"))
     with engine.cluster.activate():
-        engine.state.gradients.add("0.weight", on(engine, 0, 1.0), 0, 0)
+        engine.state.gradients.add({"0.weight": on(engine, 0, 1.0)}, 0, 0)
     drain(engine, 0)
     engine.state.gradients.discard()
     with engine.cluster.activate():
@@ -117,11 +117,11 @@ def test_the_next_pack_s_gradients_do_not_wait_until_those_before_have_left(net,
     store = engine.state.gradients
     ones, twos = on(engine, 1, 1.0), on(engine, 1, 2.0)
     with engine.cluster.activate(continues=True):
-        store.add("1.weight", ones, 1, 1)
+        store.add({"1.weight": ones}, 1, 1)
         memory = {slot.bytes.data_ptr(): slot for slot in store._slots[1]}
         (first,) = (slot for slot in memory.values() if slot.pack == 1)
         store.send(1, lambda name: True, lambda names: None)
-        store.add("3.weight", twos, 1, 3)
+        store.add({"3.weight": twos}, 1, 3)
     assert len(memory) == 2 and first.pack is None and first.left is not None
     drain(engine, 3)
     assert torch.equal(net[1].weight.grad, torch.ones(4, 4))

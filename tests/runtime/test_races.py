@@ -59,6 +59,7 @@ SCENARIOS = {
     "buffers go round": (Chain, {"mode": "pp", "depth": 14}),
     "dp": (Chain, {"mode": "dp"}),
     "stash on the device": (Chain, {"stash": "device"}),
+    "stash on the host": (Chain, {"stash": "host"}),
     "tied": (_Tied, {}),
     "manual": (_Manual, {}),
     "update fails": (_BreakingChain, {}),
@@ -68,6 +69,7 @@ SCENARIOS = {
     "narrow dp": (Chain, {"mode": "dp"}),
     "narrow, in one go": (Chain, {"gradient_wire": "half"}),
     "narrow, first ones stay": (Chain, {"update": "first", "memory": "500KiB"}),
+    "narrow, masters leave": (Chain, {"update": "device"}),
 }
 """Those with narrow weights learn in their first step that they have some, and so take more."""
 

@@ -60,7 +60,7 @@ def calls():
 def noting(calls):
     def dispatch(site, args, kwargs):
         calls.append(site.name)
-        return site.run_plain(args, kwargs)
+        return site.call(*args, **kwargs)
 
     return dispatch
 

@@ -29,15 +29,19 @@ def differentiate(
     values = None if is_without_graph else _values(call, gradients, trained)
     if values is None:
         values = state.with_room(device, lambda: _values_by_second_run(call, gradients, trained))
-    is_on_host = state.cluster.host_is_device
-    ours = _unshared(values, gradients) if is_on_host else [False] * len(values)
     wide = _wide_names(call, trained)
     num_inputs = len(values) - len(trained) - len(wide)
-    of_wide = dict(zip(wide, values[num_inputs + len(trained) :], strict=True))
-    for name, value, is_ours in zip(trained, values[num_inputs:], ours[num_inputs:], strict=False):
-        if (other := of_wide.get(name)) is not None:
-            value = other if value is None else value + other
-        call.segment.add_gradient(name, call.site.pack, value, is_ours, sums_narrow=call.autocast.is_cached)
+    if trained:
+        of_weights = dict(zip(trained, values[num_inputs:], strict=False))
+        for name, other in zip(wide, values[num_inputs + len(trained) :], strict=True):
+            if other is not None:
+                value = of_weights[name]
+                of_weights[name] = other if value is None else value + other
+        owned: Collection[str] = ()
+        if state.cluster.host_is_device and not state.gradients.has_loose(trained, device.index):
+            unshared = _unshared(values, gradients)[num_inputs:]
+            owned = [name for name, is_ours in zip(trained, unshared, strict=False) if is_ours]
+        call.segment.add_gradients(of_weights, call.site.pack, owned, sums_narrow=call.autocast.is_cached)
     by_input = iter(values[:num_inputs])
     return [None if edge is None else next(by_input) for edge in call.input_edges]
 
@@ -53,17 +57,18 @@ def _wide_names(call: LayerCall, trained: tuple[str, ...]) -> list[str]:
 def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients | None:
     """By the graph of the forward; None if memory was short amid it. Then there is room now, but the graph is used up."""
     roots = [(e, g) for e, g in zip(call.result_edges, gradients, strict=True) if e is not None and g is not None]
-    targets = [edge for edge in call.input_edges if edge is not None] + [call.weight_edges[name] for name in trained]
+    targets = [edge for edge in call.input_edges if edge is not None] + (list(call.weight_edges) if trained else [])
     targets += [call.wide_edges[name] for name in _wide_names(call, trained)]
     if not (roots and targets):
         return (None,) * len(targets)
-    call.activations.open(functools.partial(_recompute, call))
+    state, device = call.segment.state, call.segment.device
+    call.activations.open(functools.partial(_recompute, call), functools.partial(state.make_room, device))
     try:
         edges, seeds = zip(*roots, strict=True)
         return gradients_of(edges, seeds, targets, keeps_graph=keeps_graph())
     except OUT_OF_MEMORY:
         call.activations.close()
-        if not call.segment.state.make_room(call.segment.device):
+        if not state.make_room(device):
             raise
         return None
     finally:
@@ -111,7 +116,7 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     """The layer's forward once more, from the stash, with the random, autocast and buffer state of the first time."""
     site, device = call.site, call.segment.device
     state = call.segment.state
-    assert call.stash is not None and call.replay is not None
+    assert call.stash is not None
     stash = [tensor.to(device.torch_device) for tensor in call.stash()]
     weights = state.weights.of_site(site, device, call.trained)
     buffers = [
@@ -119,9 +124,11 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
         for index, place in enumerate(site.buffer_places)
     ]
     autocast = Autocast.capture()
-    call.autocast.apply()
-    torch.set_autocast_cache_enabled(False)
-    present = call.replay.begin(device)
+    is_as_first = autocast[:2] == call.autocast[:2]  # the cache is off in here
+    if not is_as_first:
+        call.autocast.apply()
+        torch.set_autocast_cache_enabled(False)
+    present = None if call.replay is None else call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
     num_arguments = len(stash) - len(call.objects.used)
     try:
@@ -137,13 +144,16 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
             around = Surroundings(arguments)
             result, wide = call.run(weights, buffers, *arguments.build(inner[:num_arguments]), _as_leaf)
     finally:
-        present.begin(device)
-        autocast.apply()
+        if present is not None:
+            present.begin(device)
+        if not is_as_first:
+            autocast.apply()
         refuse_other_writes(site, call.segment, weights)  # here, as the run ends as soon as it has saved what is wanted
     arguments.keep_written()
     result_leaves, _ = flatten_result(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
-    results += around.results(result_leaves, known=[*results, *inner])
+    if around.reach(result_leaves):
+        results += around.results(known=[*results, *inner])
     return _SecondRun(leaves, results + [inner[i] for i in call.mutated], wide)
 
 

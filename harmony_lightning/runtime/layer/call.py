@@ -1,7 +1,7 @@
 """One call of a layer by one microbatch, from its forward to its backward, and the buffers that it may write."""
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -10,10 +10,10 @@ from torch.autograd.graph import GradientEdge
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.activations import Activations
 from harmony_lightning.runtime.layer.joint import Joint, Waiting
-from harmony_lightning.runtime.layer.objects import ObjectTensors
+from harmony_lightning.runtime.layer.objects import NO_OBJECTS, ObjectTensors
 from harmony_lightning.runtime.layer.watching import Begin, run_layer
 from harmony_lightning.runtime.randomness import Replay
-from harmony_lightning.runtime.segment import Segment
+from harmony_lightning.runtime.segment import Segment, Sink
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments
 from harmony_lightning.runtime.thread_state import Autocast
@@ -23,49 +23,51 @@ from harmony_lightning.runtime.weights.residency import Weights
 class LayerCall:
     """One call of a layer by one microbatch, from its forward to its backward."""
 
+    # Class attributes: most calls need but a few, and there are as many as microbatches times layers.
+    given: Sequence[torch.Tensor] = ()
+    """The user's tensors, while the layer's forward runs."""
+    needs: Sequence[bool] = ()
+    """Which of these get a gradient."""
+    sinks: Sequence[Sink | None] = ()
+    """What takes the gradients of these, where they do not go on within the segment."""
+    trained: tuple[str, ...] = ()
+    """Weights that get a gradient from this call."""
+    replay: Replay | None = None
+    """None if nothing was drawn."""
+    buffers_before: Mapping[int, torch.Tensor] = MappingProxyType({})
+    """Values of written buffers in front of the forward, by place."""
+    input_edges: Sequence[GradientEdge | None] = ()
+    weight_edges: Sequence[GradientEdge] = ()
+    wide_edges: Mapping[str, GradientEdge] = MappingProxyType({})
+    """Of float32 versions of narrow weights, where the layer's code has asked for them."""
+    result_edges: Sequence[GradientEdge | None] = ()
+    """Where the layer's own graph begins and ends; None for tensors that are not part of it."""
+    result_spec: Any = None
+    result_leaves: Any = ()
+    tensor_positions: Sequence[int] = ()
+    mutated: Sequence[int] = ()
+    """Input tensors that the layer writes; their new values follow the results."""
+    waiting: Waiting | None = None
+    joint: Joint | None = None
+    """The call for several microbatches that this one is part of, until its part is taken."""
+    is_part = False
+    """The joint call has given the results, so there is no graph of the forward."""
+    stash: Callable[[], tuple[torch.Tensor, ...]] | None = None
+    """The inputs, during backward."""
+    is_over = False
+    """Backward has been here, for good."""
+
     def __init__(self, site: Site, segment: Segment, arguments: Arguments, *, is_kept: bool) -> None:
         self.site = site
         self.segment = segment
         state, device = segment.state, segment.device
-        self.activations = Activations(
-            site.name,
-            is_kept=is_kept,
-            refer=functools.partial(state.weights.refer, device),
-            make_room=functools.partial(state.make_room, device),
-        )
+        self.activations = Activations(site.name, is_kept=is_kept, refer=state.refer[device.index])
         if is_kept:
             state.kept[device.index].add(self.activations)
         self.autocast = Autocast.capture()
-        self.replay: Replay | None = None
-        self.buffers_before: dict[int, torch.Tensor] = {}
-        """Values of written buffers in front of the forward, by place."""
         self.weight_versions = self._read_weight_versions()
-        self.trained: tuple[str, ...] = ()
-        """Weights that get a gradient from this call."""
-        self.stash: Callable[[], tuple[torch.Tensor, ...]] | None = None
-        """The inputs, during backward."""
-        self.input_edges: list[GradientEdge | None] = []
-        self.weight_edges: dict[str, GradientEdge] = {}
-        self.wide_edges: dict[str, GradientEdge] = {}
-        """Of float32 versions of narrow weights, where the layer's code has asked for them."""
-        self.result_edges: list[GradientEdge | None] = []
-        """Where the layer's own graph begins and ends; None for tensors that are not part of it."""
-        self.is_over = False
-        """Backward has been here, for good."""
-        self.result_spec: Any = None
-        self.result_leaves: list[Any] = []
-        self.tensor_positions: list[int] = []
-        self.objects = ObjectTensors(site.name, segment, arguments)
+        self.objects = ObjectTensors(site.name, segment, arguments) if arguments.has_objects else NO_OBJECTS
         self.arguments = self.objects.copy(arguments)
-        self.given: list[torch.Tensor] = []
-        """The user's tensors, while the layer's forward runs."""
-        self.waiting: Waiting | None = None
-        self.joint: Joint | None = None
-        """The call for several microbatches that this one is part of, until its part is taken."""
-        self.is_part = False
-        """The joint call has given the results, so there is no graph of the forward."""
-        self.mutated: list[int] = []
-        """Input tensors that the layer writes; their new values follow the results."""
 
     def run(
         self, weights: Weights, buffers: list[torch.Tensor], args: Any, kwargs: Any, begin: Begin
@@ -94,7 +96,7 @@ class LayerCall:
         """Nobody will differentiate the call again. Whoever keeps its results, as a metric does, keeps the node, but no
         slot with it: leaves of the layer's own graph are weights that lie there."""
         self.is_over = True
-        self.input_edges, self.result_edges, self.weight_edges, self.wide_edges = [], [], {}, {}
+        self.input_edges, self.result_edges, self.weight_edges, self.wide_edges, self.sinks = (), (), (), {}, ()
 
     def check(self) -> None:
         """In front of backward.

@@ -1,7 +1,7 @@
 """Where user code calls a layer: the call becomes one autograd node, or runs as it is if nothing will be differentiated."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -33,48 +33,58 @@ def call_layer(
     arguments = Arguments(args, kwargs)
     originals = arguments.take_tensors()
     with torch._C.DisableTorchFunction():
-        tensors = [segment.bring(segment.state.buffers.come_home(tensor)) for tensor in originals]
+        taken = [segment.take(segment.state.buffers.come_home(tensor)) for tensor in originals]
         call = LayerCall(site, segment, arguments, is_kept=keeps)
         state, objects = segment.state, call.objects
+        tensors = [tensor for tensor, _ in taken]
+        needs = [tensor.requires_grad or sink is not None for tensor, sink in taken]
         # Not a look at the weights, which would wait for their updates.
-        trained = tuple(name for name in site.weight_names if state.parameters[name].requires_grad)
-    if not torch.is_grad_enabled() or not (trained or objects or any(tensor.requires_grad for tensor in tensors)):
+        trained = tuple([name for name in site.weight_names if state.parameters[name].requires_grad])
+    if not torch.is_grad_enabled() or not (trained or objects or any(needs)):
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained
-    call.given = originals
+    call.given, call.needs = originals, needs
+    call.sinks = [sink for _, sink in taken]
     segment.has_graph = True
     if keeps and segment.pack == len(state.plan.packs) - 1:
         segment.on_leave.append(call.activations.drop)
     for name in trained:
         segment.uses[name] += 1
     if join is not None and not objects and _may_join(site):
-        call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, call.autocast)
+        call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, needs, call.autocast)
         call.joint = join(call.waiting)
         if call.joint is None:
             call.waiting = None  # it holds the inputs
-    with state.inside_layer(segment.device, is_watched=bool(objects)), _weighed(call, tensors):
+    weighed = _weighed(call, tensors) if _is_weighed(call) else nullcontext()
+    with state.inside_layer(segment.device, is_watched=bool(objects)), weighed:
         results = apply_own(LayerFunction, state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
-    leaves, given = call.result_leaves, [*originals, *(objects.originals[index] for index in objects.used)]
-    call.result_leaves, call.given = [], []
-    objects.let_go()
+    leaves, call.result_leaves = call.result_leaves, ()
     for position, result in zip(call.tensor_positions, results, strict=False):
         leaves[position] = result
-    for position, value in zip(call.mutated, results[len(results) - len(call.mutated) :], strict=True):
-        segment.replaced[id(given[position])] = (given[position], value)
+    if call.mutated:
+        given = [*originals, *(objects.originals[index] for index in objects.used)]
+        for position, value in zip(call.mutated, results[len(results) - len(call.mutated) :], strict=True):
+            segment.replaced[id(given[position])] = (given[position], value)
+    call.given = ()
+    objects.let_go()
     return unflatten_result(leaves, call.result_spec)
+
+
+def _is_weighed(call: LayerCall) -> bool:
+    """Whether somebody wants to know what the layer's operations save."""
+    segment, measuring = call.segment, call.segment.state.measuring
+    if not segment.is_cut or (measuring.meter is None and measuring.holding is None):
+        return False
+    is_kept = call.activations.is_kept and segment.pack < len(segment.state.plan.packs) - 1
+    return (measuring.meter is not None and measuring.meter.trains) or (measuring.holding is not None and is_kept)
 
 
 @contextmanager
 def _weighed(call: LayerCall, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
-    """If the step is measured, tell what the layer's operations save beside its inputs and weights. It is held until the
-    forward is over, as it would be if it were kept, and as it will be in backward."""
+    """Tell what the layer's operations save beside its inputs and weights. It is held until the forward is over, as it
+    would be if it were kept, and as it will be in backward."""
     segment, layer = call.segment, call.site.name
-    measuring = segment.state.measuring
-    meter, holding = measuring.meter, measuring.holding
-    is_kept = call.activations.is_kept and segment.pack < len(segment.state.plan.packs) - 1
-    if not segment.is_cut or not ((meter is not None and meter.trains) or (holding is not None and is_kept)):
-        yield
-        return
+    meter, holding = segment.state.measuring.meter, segment.state.measuring.holding
     saved = call.activations.weighed = list[torch.Tensor]()
     yield
     call.activations.weighed = None

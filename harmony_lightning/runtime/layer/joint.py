@@ -65,6 +65,8 @@ class Waiting:
     """The tensors among them, as the user's code has them."""
     tensors: list[torch.Tensor]
     """The same on the device."""
+    needs: list[bool]
+    """Which of these get a gradient."""
     autocast: Autocast
 
     @property
@@ -85,6 +87,7 @@ class Waiting:
                 or (self._is_per_sample(one) and other._is_per_sample(another) and _are_like(one, another))
                 for index, (one, another) in enumerate(zip(self.tensors, other.tensors, strict=True))
             )
+            and self.needs == other.needs
         )
 
     def shares(self, index: int, other: "Waiting") -> bool:
@@ -96,12 +99,7 @@ class Waiting:
 
 
 def _are_like(one: torch.Tensor, other: torch.Tensor) -> bool:
-    return (one.dtype, one.layout, one.requires_grad, one.shape[1:]) == (
-        other.dtype,
-        other.layout,
-        other.requires_grad,
-        other.shape[1:],
-    )
+    return (one.dtype, one.layout, one.shape[1:]) == (other.dtype, other.layout, other.shape[1:])
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,7 +175,7 @@ class Joint:
             if kept is not None:
                 each = [one if m == kept else _wild(one, each[kept]) for m, one in enumerate(each)]
             joined.append(torch.cat(each))
-        return [new.requires_grad_(old.requires_grad) for new, old in zip(joined, first.tensors, strict=True)]
+        return [tensor.requires_grad_(needs) for tensor, needs in zip(joined, first.needs, strict=True)]
 
     def _run(self, buffers: Sequence[torch.Tensor], tensors: list[torch.Tensor]) -> list[Part]:
         first = self._members[0]

@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
-from harmony_lightning.runtime.differentiate import keeps_graph
+from harmony_lightning.runtime.differentiate import edge_of, keeps_graph
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
 from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, versions_of
@@ -31,7 +31,7 @@ from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.randomness import Replay
-from harmony_lightning.runtime.segment import Import, add_place, reaches_weights
+from harmony_lightning.runtime.segment import Import, Sink, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
 
 
@@ -57,12 +57,12 @@ class LayerFunction(torch.autograd.Function):
 
         def begin(value: torch.Tensor) -> torch.Tensor:
             with torch.enable_grad():
-                return _begin(value.detach().requires_grad_(), state.anchor, site.writes_objects is not False)
+                return _begin(value, True, state.anchor, site.writes_objects is not False)
 
         def begin_weight(weight: torch.Tensor, trains: bool) -> torch.Tensor:
             may_be_written = not torch.is_grad_enabled()  # its gradient may be asked for all the same
             with torch.enable_grad():
-                return _begin(weight.requires_grad_(trains), state.anchor, may_be_written)
+                return _begin(weight, trains, state.anchor, may_be_written)
 
         start = torch.autograd._get_sequence_nr()  # type: ignore[attr-defined]
         while True:
@@ -71,15 +71,15 @@ class LayerFunction(torch.autograd.Function):
             try:
                 with torch.enable_grad(), _saving(call), objects.opened(begin):
                     inner = [
-                        _begin(tensor, state.anchor, copied is None or index in copied)
-                        for index, tensor in enumerate(tensors)
+                        _begin(tensor, needs, state.anchor, copied is None or index in copied)
+                        for index, (tensor, needs) in enumerate(zip(tensors, call.needs, strict=True))
                     ]
-                    call.input_edges = [get_gradient_edge(t) if t.requires_grad else None for t in inner]
+                    call.input_edges = [edge_of(t) if t.requires_grad else None for t in inner]
                     inner_versions = versions_of(inner)
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights.of_site(site, device, call.trained)
-                    call.weight_edges = {name: weights.edge(name) for name in call.trained}
+                    call.weight_edges = [weights.edge(name) for name in call.trained]
                     weight_versions = versions_of_weights(site, weights)
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
@@ -96,9 +96,10 @@ class LayerFunction(torch.autograd.Function):
                 objects.forget_uses()
         hand_on_written(site, call.segment, weights, weight_versions, wide)
         replay.keep_what_was_drawn(device)
-        call.replay = replay
-        site.draws |= not replay.is_empty
-        call.wide_edges = {name: get_gradient_edge(wide[name]) for name in call.trained if name in wide}
+        if not replay.is_empty:
+            call.replay, site.draws = replay, True
+        if wide:
+            call.wide_edges = {name: get_gradient_edge(wide[name]) for name in call.trained if name in wide}
 
         call.buffers_before = buffers.report_written()
         inner += objects.inner
@@ -117,7 +118,9 @@ class LayerFunction(torch.autograd.Function):
         ]
         results = [leaves[i] for i in call.tensor_positions]
         arguments.keep_written()
-        results += around.results(leaves, known=[*results, *inner, *objects.originals])
+        has_objects = around.reach(leaves)
+        if has_objects:
+            results += around.results(known=[*results, *inner, *objects.originals])
         results += [inner[i] for i in mutated]
         if not site.differentiates:
             call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
@@ -134,11 +137,12 @@ class LayerFunction(torch.autograd.Function):
             leaves[position] = None
         call.result_leaves = leaves
         ctx.save_for_backward(*tensors, *objects.values)
-        ctx.reaches_back = objects.reaches_back
-        users = [*call.given, *(objects.originals[index] for index in objects.used)]
-        outer = {id(inner[i]): users[i] for i in range(len(inner)) if i not in mutated}
-        outer |= {id(results[i]): detached[i] for i in reversed(range(len(results)))}
-        around.place(leaves, outer)
+        ctx.reaches_back = objects.reaches_back or any(call.sinks)
+        if has_objects:
+            users = [*call.given, *(objects.originals[index] for index in objects.used)]
+            outer = {id(inner[i]): users[i] for i in range(len(inner)) if i not in mutated}
+            outer |= {id(results[i]): detached[i] for i in reversed(range(len(results)))}
+            around.place(outer)
         arguments.hand_over()
         follow_kept_results(call, results, detached)
         return tuple(detached)
@@ -147,7 +151,8 @@ class LayerFunction(torch.autograd.Function):
     @first_derivative_only  # the inner graph is not part of the outer: a second derivative must fail, not be wrong
     def backward(ctx: Any, *gradients: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:  # type: ignore[override]
         call: LayerCall = ctx.call
-        trained = call.trained if reaches_weights(ctx) else ()
+        is_for_all = reaches_weights(ctx)
+        trained = call.trained if is_for_all else ()
         call.stash = lambda: ctx.saved_tensors
         state, device = call.segment.state, call.segment.device
         try:
@@ -156,12 +161,13 @@ class LayerFunction(torch.autograd.Function):
                 if call.activations.is_kept:  # else the second run asks for them
                     state.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
                 values = differentiate(call, gradients, trained)
-                num_arguments = len(values) - len(call.objects.used)
+                num_arguments = len(call.needs)
                 with torch._C.DisableTorchFunction():
-                    linked = call.objects.hand_back(values[num_arguments:], is_wanted=reaches_weights(ctx))
+                    linked = call.objects.hand_back(values[num_arguments:], is_wanted=is_for_all)
+                    given = _send_back(values[:num_arguments], call.sinks, is_wanted=is_for_all)
                 if not keeps_graph():
                     call.end()
-                return (None, None, None, *values[:num_arguments], *linked)
+                return (None, None, None, *given, *linked)
         except Exception as error:
             add_place(error, f"in backward of layer {call.site.name}", call.segment)
             raise
@@ -169,31 +175,43 @@ class LayerFunction(torch.autograd.Function):
             call.stash = None
 
 
+def _send_back(
+    gradients: Sequence[torch.Tensor | None], sinks: Sequence[Sink | None], *, is_wanted: bool
+) -> list[torch.Tensor | None]:
+    """Hands gradients of inputs from elsewhere to the engine, if it waits for them, the last one first as autograd would.
+    Returns those of the other inputs."""
+    back = list(gradients)
+    for index in reversed(range(len(back))):
+        if (sink := sinks[index]) is not None:
+            gradient, back[index] = back[index], None
+            if is_wanted and gradient is not None:
+                sink(gradient)
+    return back
+
+
 def _take_part(
     ctx: Any, call: LayerCall, arguments: Arguments, tensors: Sequence[torch.Tensor], part: Part
 ) -> tuple[torch.Tensor, ...]:
     """The results, where a joint call has made them."""
     call.joint, call.waiting, call.is_part = None, None, True
-    state, device = call.segment.state, call.segment.device
-    call.replay = Replay(device)
-    call.replay.keep_what_was_drawn(device)
-    some_edge = get_gradient_edge(state.anchor)
-    call.input_edges = [some_edge if tensor.requires_grad else None for tensor in tensors]
+    some_edge = get_gradient_edge(call.segment.state.anchor)
+    call.input_edges = [some_edge if needs else None for needs in call.needs]
     call.result_spec, call.tensor_positions, call.result_leaves = part.spec, part.positions, part.leaves
     results = part.results
     for position in part.positions:
         part.leaves[position] = None
     ctx.mark_non_differentiable(*(r for r, needs in zip(results, part.need_gradient, strict=True) if not needs))
     ctx.save_for_backward(*tensors)
-    ctx.reaches_back = False
+    ctx.reaches_back = any(call.sinks)
     arguments.hand_over()
     return tuple(results)
 
 
-def _begin(tensor: torch.Tensor, anchor: torch.Tensor, is_copied: bool) -> torch.Tensor:
-    """An input as the layer's own graph begins with it. The graph does not hold the tensor, as a leaf would."""
+def _begin(tensor: torch.Tensor, needs: bool, anchor: torch.Tensor, is_copied: bool) -> torch.Tensor:
+    """An input as the layer's own graph begins with it, if it `needs` a gradient. The graph does not hold the tensor, as a
+    leaf would."""
     source = tensor.detach()
-    if tensor.requires_grad:
+    if needs:
         return apply_own(Import, anchor, source, unreachable, is_copied)  # type: ignore[no-any-return,no-untyped-call]
     return clone_with_strides(source) if is_copied else source
 

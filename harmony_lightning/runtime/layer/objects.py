@@ -10,8 +10,8 @@ stand-ins without memory are in the places of all others.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, cast
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
@@ -83,10 +83,13 @@ class ObjectTensors:
 
     # Within the layer -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def opened(self, begin: Begin) -> Iterator[None]:
+    def opened(self, begin: Begin) -> AbstractContextManager[None]:
         """Within, the layer runs."""
-        self._begin, self._segment.state.objects = begin, self if self.originals else None
+        return self._opened(begin) if self.originals else nullcontext()
+
+    @contextmanager
+    def _opened(self, begin: Begin) -> Iterator[None]:
+        self._begin, self._segment.state.objects = begin, self
         try:
             yield
         finally:
@@ -180,23 +183,33 @@ class ObjectTensors:
         return put
 
 
+NO_OBJECTS = ObjectTensors("", cast(Segment, None), Arguments((), {}))
+"""Of calls that are given no objects."""
+
+
 class Surroundings:
     """The tensors within a call's objects in front of a run. What else is there afterwards, or in objects that the layer
     returns, is a result."""
 
     def __init__(self, arguments: Arguments) -> None:
         self._arguments = arguments
+        self._objects: list[Any] = []
+        """Those that the layer returns."""
         self._before: dict[int, tuple[torch.Tensor, bool]] = {}
-        self._visit(lambda tensor: self._before.setdefault(id(tensor), (tensor, tensor.requires_grad))[0])
+        arguments.place_tensors(lambda tensor: self._before.setdefault(id(tensor), (tensor, tensor.requires_grad))[0])
 
-    def _visit(self, put: Put, leaves: Sequence[Any] = ()) -> None:
+    def reach(self, leaves: Sequence[Any]) -> bool:
+        """Whether there are any objects, those among `leaves` included, which are what the layer has returned."""
+        self._objects = [leaf for leaf in leaves if is_opaque(leaf)]
+        return bool(self._objects) or self._arguments.has_objects or self._arguments.has_containers
+
+    def _visit(self, put: Put) -> None:
         self._arguments.place_tensors(put)
-        for leaf in leaves:
-            if is_opaque(leaf):
-                place_tensors(leaf, put)
+        for found in self._objects:
+            place_tensors(found, put)
 
-    def results(self, leaves: Sequence[Any], known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-        """Those that are not among `known`; `leaves` are what the layer has returned."""
+    def results(self, known: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+        """Those that are not among `known`."""
         seen = {id(tensor) for tensor in known}
         found: list[torch.Tensor] = []
 
@@ -207,9 +220,9 @@ class Surroundings:
                 found.append(tensor)
             return tensor
 
-        self._visit(note, leaves)
+        self._visit(note)
         return found
 
-    def place(self, leaves: Sequence[Any], outer: Mapping[int, torch.Tensor]) -> None:
+    def place(self, outer: Mapping[int, torch.Tensor]) -> None:
         """Put what stands for a tensor outside of the layer in its place."""
-        self._visit(lambda tensor: outer.get(id(tensor), tensor), leaves)
+        self._visit(lambda tensor: outer.get(id(tensor), tensor))

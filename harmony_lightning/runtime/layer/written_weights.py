@@ -19,8 +19,6 @@ def versions_of_weights(site: Site, weights: Mapping[str, torch.Tensor]) -> list
     return [weights[name]._version for name in site.weight_names]
 
 
-@torch.inference_mode(False)
-@torch.no_grad()
 def hand_on_written(
     site: Site,
     segment: Segment,
@@ -33,12 +31,19 @@ def hand_on_written(
     Raises:
         UnsupportedError: several devices have copies, of which each would be written differently.
     """
-    state = segment.state
+    if segment.state.cluster.host_is_device:
+        return
     changed = {name: version for name, version in wide.items() if was_written(version)}
     if versions_of_weights(site, weights) != before:
         changed = {name: changed.get(name, weights[name]) for name in site.weight_names}
-    if not changed or state.cluster.host_is_device:
-        return
+    if changed:
+        _hand_on(site, segment, changed)
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def _hand_on(site: Site, segment: Segment, changed: Mapping[str, torch.Tensor]) -> None:
+    state = segment.state
     state.weights.await_masters(changed)  # they may be newer on the device, which would come over what is written here
     for name, copy in changed.items():
         master, value = state.parameters[name], copy.detach().to("cpu")

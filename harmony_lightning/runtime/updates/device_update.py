@@ -2,7 +2,7 @@
 
     SWAP_IN    | states of p |.
     COMPUTE    | backward of p |'-> a copy of p's weights | step |.
-    SWAP_OUT                                                      '-> weights, states of p |
+    UPDATE_OUT                                                    '-> weights, states of p |
 
 The step works on a copy of the weights, beside the states, so that the weights' own slot is free for the next pack at once,
 while new weights and states leave from here. Each goes to its place on the host in one piece, into the masters and the

@@ -117,19 +117,30 @@ class GradientStore:
         self.with_room: Callable[[Device, Callable[[], torch.Tensor]], torch.Tensor] = lambda device, make: make()
         """Calls a function that needs memory of a device."""
 
-    def add(self, name: str, gradient: torch.Tensor, device: int, pack: int | None, is_ours: bool = False) -> None:
-        """Add one microbatch's gradient of a weight; `pack` None for a weight used by glue. Called without grad mode.
+    def add(
+        self, gradients: dict[str, torch.Tensor], device: int, pack: int | None, owned: Collection[str] = ()
+    ) -> None:
+        """Add one microbatch's gradients of weights; `pack` None for weights used by glue. Called without grad mode.
 
-        The tensor may be kept, but is written only if it `is_ours`: autograd hands the same one to several takers.
+        Args:
+            gradients: are taken from here one by one, so that what is left can be added when memory was short.
+            owned: tensors that may be written. All may be kept, but autograd hands the same one to several takers.
         """
-        is_dense = gradient.layout == torch.strided
-        if pack is None or self._host_is_device or name not in self._layouts[pack] or not is_dense:
-            self._add_loose((name, device), gradient.to(self._parameters[name].dtype), is_ours)
-            return
-        slot = self._slot(pack, device)
+        in_slot = {} if pack is None or self._host_is_device else self._layouts[pack]
+        while gradients:
+            name, gradient = next(iter(gradients.items()))
+            if name in in_slot and gradient.layout == torch.strided:
+                assert pack is not None
+                self._add_to_slot(name, gradient, self._slot(pack, device), in_slot)
+            else:
+                self._add_loose((name, device), gradient, name in owned)
+            del gradients[name]
+
+    @staticmethod
+    def _add_to_slot(name: str, gradient: torch.Tensor, slot: _Slot, layout: Layout) -> None:
         view = slot.written.get(name)
         if view is None:
-            view = slot.written[name] = self._layouts[pack][name].view(slot.bytes)
+            view = slot.written[name] = layout[name].view(slot.bytes)
             view.copy_(gradient)
             if gradient.dtype is not view.dtype:
                 slot.narrow.add(name)
@@ -138,7 +149,9 @@ class GradientStore:
             slot.narrow.discard(name)
 
     def _add_loose(self, key: tuple[str, int], gradient: torch.Tensor, is_ours: bool) -> None:
-        held = self._loose.get(key)
+        held, dtype = self._loose.get(key), self._parameters[key[0]].dtype
+        if gradient.dtype is not dtype:
+            gradient = gradient.to(dtype)
         if held is None:
             self._loose[key] = gradient.detach()
             if not self._host_is_device:
@@ -150,6 +163,10 @@ class GradientStore:
         else:
             self._loose[key] = held + gradient
             self._owned.add(key)
+
+    def has_loose(self, names: Iterable[str], device: int) -> bool:
+        """Whether gradients of all these are here outside of slots, so that the next ones are only added to them."""
+        return all([(name, device) in self._loose for name in names])
 
     def _make_room(self, newest: tuple[str, int]) -> None:
         """Code that goes through many weights makes as many gradients: the oldest go to the host, where later ones are

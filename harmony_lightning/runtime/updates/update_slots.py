@@ -1,9 +1,10 @@
 """Device memory in which packs are updated: new weights, and behind them what the optimizer remembers.
 
-A slot is shared by packs that come one after the other, each of which leaves for the host when it has been updated. Or it
-belongs to one pack that stays: what is newest is then there only, and the host is behind until somebody asks for it
-(`bring_home`). He may write it, too, so that what was here is good no longer. Where other devices need the weights, as in
-dp, they leave all the same, and only the states stay. Narrow weights stay as masters: those come in once, with the states.
+A slot is shared by packs that come one after the other, each of which leaves for the host when it has been updated. The
+next forward need not wait for that: it takes the new weights from here if the slot has none but them. Or a slot belongs to
+one pack that stays: what is newest is then there only, and the host is behind until somebody asks for it (`bring_home`). He
+may write it, too, so that what was here is good no longer. Where other devices need the weights, as in dp, they leave all
+the same, and only the states stay. Of narrow weights the masters come in, with the states.
 """
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
@@ -28,8 +29,9 @@ class UpdateSlot:
     owner: int | None = None
     """The pack that stays here; None if packs share the slot."""
     pack: int | None = None
+    """The last one here."""
     states: StateArena | None = None
-    """Those that lie here now, or are on their way."""
+    """Those that lie here now, or are on their way here; None when they have left."""
     loading: Ticket | None = None
     """Of the job that enqueues the swap-in of the states."""
     ready: Event | None = None
@@ -37,11 +39,11 @@ class UpdateSlot:
     released: Event | None = None
     """Behind the last use of the former content."""
     updated: Event | None = None
-    """Behind the last update of what stays here."""
+    """Behind the last update here."""
     views: dict[str, torch.Tensor] = field(default_factory=dict)
     """The states by their names in the arena."""
     newer: frozenset[str] = frozenset()
-    """Names of weights of which the host has old values; they lie here as in the pack's layout."""
+    """Names of weights of which the host has old values, or had when they left; they lie here as in the pack's layout."""
     newer_states: frozenset[str] = frozenset()
     """Names of weights of whose states the host has old values."""
 
@@ -103,7 +105,7 @@ class UpdateSlots:
         if slot.bytes.numel() < nbytes:
             self._grow(slot, device, nbytes)
         memory = slot.bytes[start:]
-        slot.pack, slot.states, slot.newer_states = pack, states, frozenset()
+        slot.pack, slot.states, slot.newer, slot.newer_states = pack, states, frozenset(), frozenset()
         slot.views = {name: region.view(memory) for name, region in states.layout.items()}
         released, slot.released = slot.released, None
         masters = {name: self._layouts[pack][name].view(slot.bytes) for name in self._narrow(pack)}
@@ -128,11 +130,12 @@ class UpdateSlots:
     def keep_or_leave(self, slot: UpdateSlot, pack: int, device: int, names: frozenset[str]) -> Event | None:
         """These weights have been updated in the slot. Returns the point from which on the host has them; None if the slot
         keeps them."""
+        slot.updated = self._devices[device].record(Lane.COMPUTE)
         if slot.owner is None:
             slot.released = self._swap_out(slot, pack, device, names, names)
-            slot.pack = None
+            slot.states = None
+            slot.newer = names if len(self._plan.devices_of(pack)) == 1 else frozenset()
             return slot.released
-        slot.updated = self._devices[device].record(Lane.COMPUTE)
         slot.newer_states |= names
         if not self._plan.weights_stay(pack):
             return self._swap_out(slot, pack, device, names, frozenset())
@@ -142,11 +145,14 @@ class UpdateSlots:
     # What stays -------------------------------------------------------------------------------------------------------
 
     def newer(self, pack: int, device: int) -> Newer | None:
-        """Weights of a pack that are newer here than on the host; None if there are none."""
-        slot = next((slot for slot in self._slots[device] if slot.owner == pack and slot.newer), None)
+        """Weights of a pack that are newer here than on the host, for a swap-in; None if there are none."""
+        slot = next((slot for slot in self._slots[device] if slot.pack == pack and slot.newer), None)
         if slot is None or slot.updated is None:
             return None
-        return {name: self._layouts[pack][name].view(slot.bytes) for name in slot.newer}, slot.updated
+        names = slot.newer
+        if slot.owner is None:
+            slot.newer = frozenset()  # others may come: whoever needs them again finds them on the host
+        return {name: self._layouts[pack][name].view(slot.bytes) for name in names}, slot.updated
 
     def is_behind(self, names: Iterable[str] | None = None) -> bool:
         """Whether the host has old values of something, or of one of these weights."""
@@ -189,6 +195,9 @@ class UpdateSlots:
     def _leave(self, slot: UpdateSlot, device: int) -> Event:
         """Bring what is newer to the host; returns the point from which on it is there."""
         assert slot.pack is not None
+        if slot.owner is None and slot.released is not None:  # it has left
+            slot.newer = frozenset()
+            return slot.released
         self.arrived(slot, device)
         slot.released = self._swap_out(slot, slot.pack, device, slot.newer, slot.newer_states)
         slot.newer = slot.newer_states = frozenset()
@@ -207,12 +216,12 @@ class UpdateSlots:
             return slots[-1]
         shared = [slot for slot in slots if slot.owner is None]
         if not shared:
-            nbytes = max(nbytes, self._plan.shared_update_slot_nbytes)
-            for _ in range(1 + self._plan.prefetch):
+            nbytes = max(nbytes, self._plan.shared_update_slot_nbytes(device))
+            for _ in range(max(1, self._plan.num_shared_update_slots(device))):
                 # The allocator may hand out memory that compute has freed and still uses.
                 shared.append(UpdateSlot(_device_bytes(nbytes, here), released=here.record(Lane.COMPUTE)))
             slots += shared
-        slot = next((slot for slot in shared if slot.pack is None), shared[0])
+        slot = next((slot for slot in shared if slot.states is None), shared[0])
         slots.remove(slot)
         slots.append(slot)  # least recently used first
         return slot
@@ -223,6 +232,8 @@ class UpdateSlots:
         self.bring_home()
         if slot.released is not None:
             slot.released.synchronize()  # the memory goes back to the allocator
+        for read in self._reads(self._layouts[slot.pack] if slot.pack is not None else ()):
+            read.synchronize()
         slot.views = {}
         slot.bytes = _device_bytes(0, here)
         slot.bytes = _device_bytes(nbytes, here)
@@ -258,9 +269,9 @@ class UpdateSlots:
         here, layout = self._devices[device], self._layouts[pack]
         masters, states = self._store.arenas[pack], slot.states
         for event in (here.record(Lane.COMPUTE), *self._reads(weights)):
-            here.wait(Lane.SWAP_OUT, event)
+            here.wait(Lane.UPDATE_OUT, event)
         start = layout_nbytes(layout)
-        with torch._C.DisableTorchFunction(), here.lane(Lane.SWAP_OUT, f"weights and states of pack {pack}"):
+        with torch._C.DisableTorchFunction(), here.lane(Lane.UPDATE_OUT, f"weights and states of pack {pack}"):
             if layout == masters.layout and len(weights) == len(layout):
                 masters.bytes.copy_(slot.bytes[:start], non_blocking=True)
             else:
@@ -270,7 +281,7 @@ class UpdateSlots:
                 self._swap_out_states(slot, states, start, states_of)
                 self._counters.swap_out_bytes += states.nbytes_of(states_of)
         self._counters.swap_out_bytes += sum(self._parameters[name].nbytes for name in weights)
-        return here.record(Lane.SWAP_OUT)
+        return here.record(Lane.UPDATE_OUT)
 
     @staticmethod
     def _swap_out_states(slot: UpdateSlot, states: StateArena, start: int, weights: Collection[str]) -> None:

@@ -294,7 +294,7 @@ class DeviceWeights:
         """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
         narrow, wide_nbytes = self._store.narrow.arenas[pack], self._store.wide_nbytes[pack]
-        self._await_updates(layout)
+        self._await_updates([name for name in layout if name not in newer])
         if cast is not None:
             cast.wait()
         for event in after:

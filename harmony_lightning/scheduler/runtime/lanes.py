@@ -136,14 +136,15 @@ class RuntimeLanes:
             device.landing = device.landed_nbytes, self.now(d)
 
     def end_step(self) -> None:
-        """Nothing is held or set aside any more, and the controller waits for all copies between devices and host."""
+        """Nothing is held or set aside any more, and the controller waits for all copies between devices and host but those
+        of updates."""
         for device in self._devices:
             for departing in (*device.to_host, *device.to_peers):
                 device.awaited += departing.ends
             device.to_host.clear()
             device.to_peers.clear()
             device.landing = device.landed_nbytes = None
-        self.wait(*self._copied.values())
+        self.wait(*(copied for lane, copied in self._copied.items() if lane % NUM_LANES != Lane.UPDATE_OUT))
 
     def _land(self, d: int, nbytes: float) -> Point:
         """When memory for what comes is free, as `runtime.transfer.Landings`."""

@@ -47,6 +47,7 @@ def _pack(schedule: Schedule, costs: Costs, index: int) -> Pack:
     weights, gradients = round(costs.weight_bytes(span)), round(costs.gradient_bytes(span))
     is_updated_there = index in schedule.updated_there and gradients > 0
     states = round(costs.optimizer_bytes(span)) if is_updated_there else 0
+    narrow = min(gradients, round(costs.narrow_bytes(span)))
     return Pack(
         layers=(),
         parameters=(),
@@ -54,6 +55,7 @@ def _pack(schedule: Schedule, costs: Costs, index: int) -> Pack:
         trainable_nbytes=gradients,
         slot_nbytes=weights,
         gradient_slot_nbytes=gradients,
+        narrow_trainable_nbytes=narrow,
         update="device" if is_updated_there else "host",
         state_nbytes=states,
         state_slot_nbytes=states,

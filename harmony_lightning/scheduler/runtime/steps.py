@@ -5,7 +5,7 @@ is on the same device both ways; every layer recomputes by itself, but for the v
 each copy waits for what was enqueued on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 
 The controller runs ahead of all devices, which is why "enqueued so far" is what orders things. It waits when the gradients
-of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for all copies
+of too many packs are on the host, for the update of a pack that it is about to use, and at the end of a step for copies
 between devices and host.
 """
 
@@ -65,6 +65,8 @@ class RuntimeSteps:
         )
         self._kept = frozenset((*schedule.keep, schedule.num_layers - 1))
         self._backward_seconds = cache(self._sum_backward_seconds)
+        self._enqueued_behind: list[Event] = [None] * len(self.packs)
+        """By pack: the update that its last swap-in has waited for."""
         self.starts: list[Event] = []
         """First computation of each step."""
 
@@ -257,16 +259,18 @@ class RuntimeSteps:
 
     def _swap_in(self, d: int, pack: int, released: Point) -> Event:
         lanes, updates = self.lanes, self.updates
-        waits = (*released, updates.updated[pack], lanes.controller)
-        if (newer := updates.weights_there.get(pack)) is not None:
+        newer = updates.find_there(pack)
+        self._enqueued_behind[pack] = updates.updated[pack] if newer is None else None
+        if newer is not None:
             seconds, lane = updates.device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
-            return lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *waits, newer)
+            return lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *released, lanes.controller, newer)
+        waits = (*released, self._enqueued_behind[pack], lanes.controller)
         return lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, self.plan.packs[pack].nbytes, *waits)
 
     def _finish(self, pack: int) -> None:
-        """A swap-in must have been enqueued, which is done behind the last update of the weights."""
-        if self.updates.updated[pack] is not None:
-            self.lanes.wait(self.updates.updated[pack])
+        """A swap-in must have been enqueued, which is done behind the last update of the weights on the host."""
+        if self._enqueued_behind[pack] is not None:
+            self.lanes.wait(self._enqueued_behind[pack])
 
     def _bring_back(self, visit: tuple[int, int]) -> None:
         """All that a microbatch has stashed in a pack."""

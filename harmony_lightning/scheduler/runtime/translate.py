@@ -26,7 +26,6 @@ def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int,
             decomposition,
             layers[first : last + 1],
             is_updated_there=index in schedule.updated_there,
-            stays=index in schedule.updates_stay and schedule.mode == "pp" and index not in schedule.dealt,
         )
         for index, (first, last) in enumerate(spans)
     )

@@ -23,7 +23,7 @@ class RuntimeUpdates:
 
     Attributes:
         updated: by pack, when the host has its newest weights; None if it has had them from the beginning.
-        weights_there: by pack that stays where it is updated, when its newest weights are there.
+        weights_there: by pack, when its newest weights are where it is updated, while they can be found there.
         jobs: of the host, with their priorities: of those that could go on, the lowest is first.
     """
 
@@ -45,7 +45,7 @@ class RuntimeUpdates:
         self._weights, self._gradients = weights, gradients
         self._states: dict[int, Event] = {}
         """By pack: what the optimizer remembers of it has come to the device that updates it."""
-        self._slots = [deque[Point]([()] * (1 + plan.prefetch)) for _ in range(plan.num_devices)]
+        self._slots = [deque[Point]([()] * plan.num_shared_update_slots(d)) for d in range(plan.num_devices)]
         """By device: when what was in each slot for updates that packs share has left; used least recently first."""
         self._num_buffers = plan.gradient_buffers
         self._on_host: dict[Urgency, deque[tuple[float, Event]]] = {urgency: deque() for urgency in self._num_buffers}
@@ -60,7 +60,7 @@ class RuntimeUpdates:
         d = self._visitors[pack][0]
         slot = () if pack in self._plan.updates_stay else self._slots[d].popleft()
         waits = (*slot, self.updated[pack], self._lanes.controller)
-        nbytes = self._plan.packs[pack].state_nbytes
+        nbytes = self._plan.packs[pack].state_nbytes + self._plan.packs[pack].master_nbytes
         self._states[pack] = self._lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, nbytes, *waits)
 
     def send(self, pack: int, nbytes: float) -> None:
@@ -112,11 +112,17 @@ class RuntimeUpdates:
             return
         stays = pack in self._plan.updates_stay
         nbytes = sizes.trainable_nbytes + (0 if stays else sizes.state_nbytes)
-        left = lanes.copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, done, lanes.controller)
+        left = lanes.copy(d, Lane.UPDATE_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, done, lanes.controller)
         self.updated[pack] = left
         if not stays:
             del self._states[pack]
             self._slots[d].append((left,))
+            if self._plan.is_left(pack):
+                self.weights_there[pack] = done
+
+    def find_there(self, pack: int) -> Event:
+        """When a pack's newest weights are where it is updated, for a swap-in from there; None if they are on the host."""
+        return self.weights_there.get(pack) if pack in self._plan.updates_stay else self.weights_there.pop(pack, None)
 
     def device_seconds(self, pack: int, accesses: int) -> float:
         """In which a device reads or writes the weights that train so many times."""
