@@ -219,7 +219,9 @@ class Segment:
                 return tensor, None
             if tensor.requires_grad and torch.is_grad_enabled():
                 self.has_graph = True
-                return tensor.to(self.device.torch_device), None  # a leaf of the user's own: its gradient goes to its .grad
+                return tensor.to(
+                    self.device.torch_device
+                ), None  # a leaf of the user's own: its gradient goes to its .grad
             return self._move(tensor), None
         if not torch.is_grad_enabled():
             return tensor if is_local else self._move(tensor), None

@@ -120,7 +120,9 @@ class Site:
         # Hooks that want to be called on errors too stay where errors are.
         return bool(self.module._forward_hooks) and not self.module._forward_hooks_always_called
 
-    def _run_hung(self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+    def _run_hung(
+        self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any
+    ) -> Any:
         own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]

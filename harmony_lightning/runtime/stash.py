@@ -165,7 +165,12 @@ class Stash:
         with torch._C.DisableTorchFunction():
             for held in [reference() for group in self._held.values() for reference in group]:
                 value = None if held is None else held.value
-                if held is None or value is None or value.device != device.torch_device or self._is_weight_memory(value):
+                if (
+                    held is None
+                    or value is None
+                    or value.device != device.torch_device
+                    or self._is_weight_memory(value)
+                ):
                     continue
                 held.stashed, held.value, found = self._send_out(value, device)[1], None, True
                 del value

@@ -51,7 +51,9 @@ def call_layer(
     for name in trained:
         segment.uses[name] += 1
     if join is not None and not objects and _may_join(site):
-        call.waiting = Waiting(state, site, segment.device, trained, arguments, originals, tensors, needs, call.autocast)
+        call.waiting = Waiting(
+            state, site, segment.device, trained, arguments, originals, tensors, needs, call.autocast
+        )
         call.joint = join(call.waiting)
         if call.joint is None:
             call.waiting = None  # it holds the inputs
