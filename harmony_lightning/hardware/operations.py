@@ -34,14 +34,20 @@ _TELLS_HOST = {aten.equal.default, aten.nonzero.default, aten.masked_select.defa
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
-    return int(sdpa_flop_count(query.shape, key.shape, value.shape))  # type: ignore[no-untyped-call]
+    return int(sdpa_flop_count(query.shape, *_of_all_heads(query, key, value)))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(
     grad: torch.Tensor, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
 ) -> int:
-    count = sdpa_backward_flop_count(grad.shape, query.shape, key.shape, value.shape)  # type: ignore[no-untyped-call]
-    return int(count)
+    shapes = grad.shape, query.shape, *_of_all_heads(query, key, value)
+    return int(sdpa_backward_flop_count(*shapes))  # type: ignore[no-untyped-call]
+
+
+def _of_all_heads(query: torch.Tensor, *grouped: torch.Tensor) -> list[torch.Size]:
+    """Shapes of keys and values as each head of the query meets them. Several heads may share one (grouped-query
+    attention), which older versions of torch refuse to count."""
+    return [torch.Size((shape[0], query.shape[1], *shape[2:])) for shape in (one.shape for one in grouped)]
 
 
 # The CPU's own attention kernels; on a GPU the same call runs one that the registry knows.
