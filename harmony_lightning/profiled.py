@@ -126,7 +126,7 @@ def step_of(
 
 def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: Any, precision: str) -> Decomposition:
     """The decomposition of a module on the meta device as it is under a precision of Lightning's: with narrow weights, if
-    that is a mixed one. They are found by one step of shapes, up to where that looks at values, as for a log of the loss."""
+    that is a mixed one. They are found by one step of shapes, up to where that looks at values, such as to log the loss."""
     if not precision.endswith("-mixed"):
         return decomposition
     reading = Reading({id(p): name for name, p in root.named_parameters() if p.dtype is torch.float32})
