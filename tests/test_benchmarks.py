@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from small_profiles import FOLDER, published
 
+from harmony_lightning import HarmonyError
+
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
 
@@ -196,6 +198,33 @@ def test_the_model_s_own_kernels_are_those_that_run(modules):
     # The runtime adds a few: seeds of backward, inputs that are brought in.
     assert 0.9 < expected / sum(breakdown.seconds.values()) <= 1
     assert 0.98 < one.sums_per_step(own.num_sums(strategy.plan)) / sums <= 1
+
+
+def test_rows_of_a_sweep_are_measured_once(modules, tmp_path, monkeypatch):
+    """What is in the file is not measured again; what did not fit in one step is not tried in a larger one."""
+    sweep, bounds, main = modules("step_time", "sweep", "bound", "main")
+    tried = []
+
+    def measure(arguments, num_tokens):
+        size = num_tokens // sweep.LENGTH // arguments.microbatches
+        tried.append((num_tokens, size, arguments.update))
+        if size > 2 or arguments.model == "llama-70b":
+            raise HarmonyError("layer embedding needs 9 GiB (weights 3 GiB), but each GPU offers 8 GiB")
+        bound = bounds.Bound(1.5, kernels=2.0, sums=0.1, link_in=0.1, link_out=0.1, update=1.0, host_memory=1.0)
+        return main.Measured(3.0, bound, "a of b", "travel", updated_there=4, peak_bytes=2**30, took=1.0, breakdown="")
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    for tokens in ([8192], [8192, 32768, 65536]):
+        sweep.sweep(["4x3090"], ["llama-8b", "llama-70b"], tokens, tmp_path / "rows")
+    assert tried == [
+        *[(8192, 1, "first"), (8192, 1, "first"), (8192, 1, "host")],
+        *[(32768, 4, "first"), (32768, 2, "first"), (65536, 2, "first")],
+    ]
+    table = sweep.table(tmp_path / "rows").splitlines()
+    assert (
+        table[2] == "| 4x3090 | llama-8b | 8192 | a of b | 4 | 3.000 s | 2.000 s (kernels) | 1.500 | 1.579 | 1.0 GiB |"
+    )
+    assert table[-1].endswith("65536 | does not fit: layer embedding needs 9 GiB | | | | | | |") and len(table) == 8
 
 
 @published

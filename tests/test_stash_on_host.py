@@ -74,6 +74,7 @@ CASES = [
 ]
 
 
+@pytest.mark.usefixtures("devices")
 @pytest.mark.parametrize(("num_gpus", "options"), CASES)
 def test_only_the_first_step_has_no_places_and_nothing_changes(num_gpus, options):
     ours, others = twins_of(Winding)

@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader
 
 from harmony_lightning import HarmonyStrategy
 from harmony_lightning.runtime.engine import Engine
+from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 
 WIDTH, MICROBATCH, WARM_UP = 16, 2, 3
 
@@ -39,10 +40,26 @@ class Layer(nn.Module):
         return x + self.down(nn.functional.gelu(self.up(self.norm(x))))
 
 
-class Deep(L.LightningModule):
-    def __init__(self, num_layers: int, is_checkpointed: bool) -> None:
+class Block(nn.Module):
+    """The same three times over: eighteen weights, as a transformer's block has about."""
+
+    def __init__(self) -> None:
         super().__init__()
-        self.layers = nn.ModuleList(Layer() for _ in range(num_layers))
+        self.parts = nn.ModuleList(Layer() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in self.parts:
+            x = part(x)
+        return x
+
+
+KINDS = {"layer": Layer, "block": Block}
+
+
+class Deep(L.LightningModule):
+    def __init__(self, kind: type[nn.Module], num_layers: int, is_checkpointed: bool) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(kind() for _ in range(num_layers))
         self.is_checkpointed = is_checkpointed
 
     def training_step(self, x: Tensor, batch_idx: int) -> Tensor:
@@ -54,16 +71,16 @@ class Deep(L.LightningModule):
         return torch.optim.SGD(self.parameters(), lr=1e-3)
 
 
-def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., Any]:
-    """The function; what each call takes is noted."""
+def timed(function: Callable[..., Any], seconds: list[float], without: list[float]) -> Callable[..., Any]:
+    """The function; what each call takes is noted, but for what is noted in `without` meanwhile."""
 
     @functools.wraps(function)
     def wrapper(*args: Any, **kwargs: Any) -> Any:
-        start = time.thread_time()
+        num_before, start = len(without), time.thread_time()
         try:
             return function(*args, **kwargs)
         finally:
-            seconds.append(time.thread_time() - start)
+            seconds.append(time.thread_time() - start - sum(without[num_before:]))
 
     return wrapper
 
@@ -71,18 +88,25 @@ def timed(function: Callable[..., Any], seconds: list[float]) -> Callable[..., A
 def measure(options: argparse.Namespace, how: str) -> tuple[float, float]:
     """Microseconds of forward and of backward per layer call."""
     torch.manual_seed(0)
-    module = Deep(options.layers, is_checkpointed=how == "checkpoints")
+    kind = KINDS[options.kind]
+    module = Deep(kind, options.layers, is_checkpointed=how == "checkpoints")
     forward: list[float] = []
     backward: list[float] = []
+    updates: list[float] = []
+    """The optimizer's, just in time within the backward of strategy="harmony"; plainly they come behind it."""
+    places: list[tuple[type, str, list[float]]]
     is_ours = how.startswith("harmony")
     if is_ours:
-        strategy: Any = HarmonyStrategy(microbatch_size=MICROBATCH, one_layer_per_pack=how == "harmony")
-        owner, names = Engine, ("forward", "backward")
+        strategy: Any = HarmonyStrategy(
+            microbatch_size=MICROBATCH, layers=[kind], one_layer_per_pack=how == "harmony", plan="sizes"
+        )
+        places = [(Engine, "forward", forward), (Engine, "backward", backward), (JustInTimeUpdate, "__call__", updates)]
     else:
-        strategy, owner, names = "auto", Deep, ("training_step", "backward")
-    originals = [owner.__dict__.get(name) for name in names]
-    for name, seconds in zip(names, (forward, backward), strict=True):
-        setattr(owner, name, timed(getattr(owner, name), seconds))
+        strategy = "auto"
+        places = [(Deep, "training_step", forward), (Deep, "backward", backward)]
+    originals = [owner.__dict__.get(name) for owner, name, _ in places]
+    for owner, name, seconds in places:
+        setattr(owner, name, timed(getattr(owner, name), seconds, [] if seconds is updates else updates))
     num_batches = 1 if is_ours else options.microbatches
     samples = torch.randn(MICROBATCH * options.microbatches * (WARM_UP + options.steps), WIDTH)
     try:
@@ -97,7 +121,7 @@ def measure(options: argparse.Namespace, how: str) -> tuple[float, float]:
             enable_model_summary=False,
         ).fit(module, DataLoader(samples, batch_size=MICROBATCH * options.microbatches // num_batches))
     finally:
-        for name, original in zip(names, originals, strict=True):
+        for (owner, name, _), original in zip(places, originals, strict=True):
             if original is None:
                 delattr(owner, name)
             else:
@@ -111,6 +135,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in {"layers": 48, "microbatches": 4, "steps": 10, "rounds": 3}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--kind", choices=KINDS, default="layer")
     options = parser.parse_args()
     torch.set_num_threads(1)
     ways = ("plain", "checkpoints", "harmony", "harmony, one pack")

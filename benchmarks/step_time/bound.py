@@ -24,7 +24,7 @@ class Bound:
     """Weights and stashes to the GPUs."""
     link_out: float
     update: float
-    """All parameters at the host's rate of a fused Adam."""
+    """All parameters that the host updates, at its rate of a fused Adam."""
     host_memory: float
     """What copies and updates read and write there."""
 

@@ -83,7 +83,7 @@ def sweep(machines: list[str], models: list[str], tokens: list[int], path: Path)
                 row = failed or measure_row(machine, model, num_tokens, largest)
                 wanted = next(attempts(num_tokens // LENGTH, int(machine.split("x")[0]), largest))[0]
                 limit = row["size"] if int(str(row["size"])) < wanted else None
-                row = {"machine": machine, "model": model, "tokens": num_tokens, **row, "limit": limit}
+                row = {**row, "machine": machine, "model": model, "tokens": num_tokens, "limit": limit}
                 known[machine, model, num_tokens] = row
                 with path.open("a") as file:
                     file.write(json.dumps(row) + "\n")
@@ -104,7 +104,7 @@ HEADER = (
 def line(row: Row) -> str:
     begin = f"| {row['machine']} | {row['model']} | {row['tokens']} |"
     if "does_not_fit" in row:
-        return f"{begin} does not fit | | | | | | |"
+        return f"{begin} does not fit: {str(row['does_not_fit']).split(' (')[0]} | | | | | | |"
     seconds, bound, without = (float(str(row[name])) for name in ("seconds", "bound", "without_sums"))
     return (
         f"{begin} {row['microbatches']} | {row['updated_there'] or 'none'} | {seconds:.3f} s | {bound:.3f} s "
@@ -120,6 +120,34 @@ def table(path: Path) -> str:
     return "\n".join([HEADER, *(line(rows[key]) for key in keys)])
 
 
+def draw(path: Path, picture: Path) -> None:
+    """Ratios over tokens; filled where kernels are what binds."""
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    rows = read(path)
+    machines = [machine for machine in MACHINES if any(key[0] == machine for key in rows)]
+    figure, panels = pyplot.subplots(1, len(machines), figsize=(4 * len(machines), 3.5), sharey=True, squeeze=False)
+    for axes, machine in zip(panels[0], machines, strict=True):
+        for color, model in zip(("C0", "C1", "C2", "C3"), MODELS, strict=True):
+            mine = [rows[key] for key in sorted(rows) if key[:2] == (machine, model) and "seconds" in rows[key]]
+            tokens = [row["tokens"] for row in mine]
+            ratios = [float(str(row["seconds"])) / float(str(row["bound"])) for row in mine]
+            axes.plot(tokens, ratios, color=color, label=model)
+            for row, ratio in zip(mine, ratios, strict=True):
+                face = color if row["resource"] == "kernels" else "white"
+                axes.plot(row["tokens"], ratio, "o", color=color, markerfacecolor=face)
+        axes.set(title=machine, xlabel="tokens per step", xscale="log", ylim=(1, 1.3))
+        axes.set_xscale("log", base=2)
+        axes.grid(alpha=0.3)
+    panels[0][0].set_ylabel("step / bound")
+    panels[0][0].legend()
+    figure.tight_layout()
+    figure.savefig(picture)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--machines", nargs="+", default=list(MACHINES), help="number and preset of GPUs")
@@ -127,7 +155,11 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=list(TOKENS))
     parser.add_argument("--rows", type=Path, default=ROWS)
     parser.add_argument("--table", action="store_true", help="print what is there")
+    parser.add_argument("--picture", type=Path, help="draw what is there; needs matplotlib")
     arguments = parser.parse_args()
+    if arguments.picture is not None:
+        draw(arguments.rows, arguments.picture)
+        return
     if arguments.table:
         print(table(arguments.rows))
         return

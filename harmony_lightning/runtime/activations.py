@@ -9,15 +9,17 @@ of a transformer block is never computed again, nor any of an embedding's or a h
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
-from torch.autograd.graph import saved_tensors_hooks
 
 from harmony_lightning.errors import DeviceOutOfMemoryError, UnsupportedError
 
+_hooks = torch._C._autograd
+
 Position = int
+Kind = tuple[torch.Size, torch.dtype]
 Restore = Callable[[], torch.Tensor]
 """Finds a weight where it is then."""
 Recompute = Callable[[Callable[[torch.Tensor], Position]], None]
@@ -53,7 +55,7 @@ class Activations:
         self._layer = layer
         self._recompute: Recompute | None = None
         """Known while the layer's backward runs."""
-        self._kinds: list[tuple[torch.Size, torch.dtype]] = []
+        self._kinds: list[Kind] = []
         self._is_in_forward = False
         self._ready: dict[Position, tuple[torch.Tensor, int] | Restore] = {}
         """Tensors that backward has not asked for yet, with their versions."""
@@ -94,22 +96,28 @@ class Activations:
         else:  # not kept, or written since
             made = self._make(self._recompute)
             tensor, _ = made.pop(position)
-            self._ready = {**made}
+            self._ready = cast(dict[Position, tuple[torch.Tensor, int] | Restore], made)
         self._handed_out[position] = weakref.ref(tensor)
         return tensor
 
-    @contextlib.contextmanager
-    def in_forward(self) -> Iterator[None]:
-        """Within, the hooks are in force."""
+    def __enter__(self) -> None:
+        """The forward begins: the hooks are in force."""
         self._is_in_forward = True
-        try:
-            with saved_tensors_hooks(self.save, self.load):
-                yield
-        finally:
-            self._is_in_forward = False
+        _hooks._push_saved_tensors_default_hooks(self.save, self.load)
+
+    def __exit__(self, *_: object) -> None:
+        _hooks._pop_saved_tensors_default_hooks()
+        self._is_in_forward = False
+
+    def share_kinds(self, known: list[Kind]) -> list[Kind]:
+        """What kinds of tensors the forward has saved: `known` itself if it is the same, as it is for all calls of most
+        layers. So they need not each keep a list for the garbage collector to go through."""
+        if self._kinds == known:
+            self._kinds = known
+        return self._kinds
 
     def open(self, recompute: Recompute, make_room: Callable[[], bool] = lambda: False) -> None:
-        """The layer's backward begins: its operations may load. `make_room`: of a device that has run out of memory; returns
+        """The layer's backward begins: its operations may load. `make_room`: of a device that has run out of memory; tells
         whether it could."""
         self._recompute, self._make_room = recompute, make_room
 
@@ -121,7 +129,7 @@ class Activations:
 
     def restart(self) -> None:
         """The forward begins anew."""
-        self._kinds.clear()
+        self._kinds = []
         self._ready = {}
         if self.weighed is not None:
             self.weighed.clear()

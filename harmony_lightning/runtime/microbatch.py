@@ -202,8 +202,9 @@ class Microbatch:
                     edges = [edge for edge, _ in arrived]
                     del arrived
                     accumulate(edges, gradients)
-            with torch._C.DisableTorchFunction(), torch.no_grad():
-                segment.add_partial_gradients()
+            if segment.partial:
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    segment.add_partial_gradients()
         finally:
             self._in_backward = None
 

@@ -219,8 +219,8 @@ class Replay:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was drawn."""
-        kept = (self._torch, self._python, self._numpy, self._device_state)
-        return all(state is None for state in kept)
+        on_host = self._torch is not None or self._python is not None or self._numpy is not None
+        return not on_host and self._device_state is None
 
     def begin(self, device: Device) -> "Replay":
         """Set the kept states; returns the present ones, whose own `begin` undoes it."""

@@ -16,6 +16,7 @@ average, a metric) is written where it lives; anything else is written as an imp
 in the rest of the microbatch.
 """
 
+import functools
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Collection, Mapping
@@ -261,8 +262,10 @@ class Segment:
 
     def sink(self, tensor: torch.Tensor) -> Sink:
         """Takes the gradient of a tensor of an older segment."""
-        edge, deposit, home = get_gradient_edge(tensor), self._deposit, tensor.device
-        return lambda gradient: deposit(edge, self.send_home(gradient, home))
+        return functools.partial(self._hand_back, get_gradient_edge(tensor), tensor.device)
+
+    def _hand_back(self, edge: GradientEdge, home: torch.device, gradient: torch.Tensor) -> None:
+        self._deposit(edge, self.send_home(gradient, home))
 
     def send_home(self, gradient: torch.Tensor, home: torch.device) -> Arrival:
         """A gradient, on its way to where the tensor is that it belongs to."""

@@ -63,6 +63,8 @@ class Site:
         """Whether a forward was seen to take derivatives by itself."""
         self.has_functions: bool | None = None
         """Whether Python autograd functions of the user's were seen in a forward's graph."""
+        self.saved_kinds: list[tuple[torch.Size, torch.dtype]] = []
+        """Of the tensors that operations of the last forward have saved."""
         self.draws = False
         """Whether a forward was seen to draw random numbers."""
         self.joins: bool | None = None
@@ -84,10 +86,10 @@ class Site:
     def has_own_weights(self, parameters: Mapping[str, nn.Parameter]) -> bool:
         """Whether the masters hang in their places. `torch.func.functional_call` hangs others there for one call, and the
         module must be run with those."""
-        for owner, attribute, name in self._weights:
-            if owner._parameters.get(attribute) is not parameters[name]:
-                return False
-        return True
+        others = [
+            name for owner, attribute, name in self._weights if owner._parameters.get(attribute) is not parameters[name]
+        ]
+        return not others
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)

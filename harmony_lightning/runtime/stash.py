@@ -5,18 +5,19 @@ hooks. With the stash on the host, a tensor leaves on the SWAP_OUT lane when it 
 asks for it. Slot memory is never stashed, and neither is anything of the fused last pack, whose backward is next. Of a
 weight only a reference is kept (`glue_weights`).
 
-On the host they have planned places (`stash_places`). On devices they have none: each takes memory when it sets out for the
-device, and so waits for the compute enqueued by then, in whose place it may come. That costs next to nothing, as it sets
-out when the visit in front of its own begins and only then could have come in two halves of an area, too. On the emulated
-clock, steps are at most 0.2 % shorter if such copies wait for no compute at all, as if each found memory of its own (8B and
-70B models on 3090s, GPT-2 XL on 1080 Tis: `benchmarks/step_time`, `--travelling --stash host`). An area would hold all of a
-visit until its end, where memory goes back layer by layer now.
+On the host stashes have planned places (`stash_places`). On devices they have none: each takes memory when it sets out
+for the device, and so waits for the compute enqueued by then, in whose place it may come. It sets out when the visit in
+front of its own begins; before that an area with two halves would have no room for it, either. Steps on the emulated
+clock (`benchmarks/step_time --travelling --stash host`) are at most 0.2 % shorter if such copies wait for no compute at
+all, as if memory had no end: 8B and 70B models on 3090s, GPT-2 XL on 1080 Tis. They are 2.3 % shorter where four 3090s
+share the uplink of a desktop, but to ask for stashes two visits ahead gains nothing there. And an area would hold all
+that a visit needs until its end, where memory goes back layer by layer now.
 """
 
 import contextlib
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -42,9 +43,9 @@ class Stashed:
     shape: torch.Size
     stride: tuple[int, ...]
     device: Device
-    left: Event
-    """Behind the copy to the host."""
     stay: Stay
+    left: Event = field(init=False)
+    """Behind the copy to the host."""
     back: Arrival | None = None
     """On its way back, before anybody has asked for it."""
 
@@ -108,10 +109,12 @@ class Stash:
         """What is on its way back."""
 
     def pack(self, tensor: torch.Tensor) -> Any:
-        with torch._C.DisableTorchFunction(), torch.no_grad():
+        with torch._C.DisableTorchFunction():
             return self._leave(tensor)
 
     def unpack(self, held: Any) -> torch.Tensor:
+        if isinstance(held, _Held) and held.value is not None:
+            return held.value
         with torch._C.DisableTorchFunction(), torch.no_grad():
             return self._return(held)
 
@@ -146,12 +149,13 @@ class Stash:
         """What is read on the device, and where it waits; `visit` in which it is saved."""
         source = without_repetition(tensor.detach())
         host, stay = self._places.take(source, device, visit)
+        stashed = Stashed(host, tensor.shape, source.stride(), device, stay)
         device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
         with device.lane(Lane.SWAP_OUT, "stash"):
             host.copy_(source, non_blocking=True)
         self._counters.stash_out_bytes += host.nbytes
-        left = self._departures.hold(device, Lane.SWAP_OUT, source)
-        return source, Stashed(host, tensor.shape, source.stride(), device, left, stay)
+        stashed.left = self._departures.hold(device, Lane.SWAP_OUT, source)
+        return source, stashed
 
     @torch.no_grad()
     def spill(self, device: Device) -> bool:
@@ -179,8 +183,6 @@ class Stash:
 
     def _return(self, held: Any) -> torch.Tensor:
         if isinstance(held, _Held):
-            if held.value is not None:
-                return held.value
             held = held.stashed
         if isinstance(held, WeightReference):
             return self._restore(held)

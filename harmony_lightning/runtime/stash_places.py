@@ -1,9 +1,10 @@
 """Where stashes lie on the host: in one arena per device, at offsets planned from what steps before have done.
 
-torch's own allocator of pinned memory gives each tensor a power of two, and never gives it back: for activations that are
-1600, 5120 or 6656 wide that is 1.2 to 1.6 times what they hold. An arena has the exact size, like those of weights. Which
-tensors leave for the host, how large they are and how long they wait is not known before a step has been run; so those of
-the first steps, and whatever comes later that was not foreseen, get memory of their own, and are counted.
+torch's own allocator of pinned memory gives each tensor a power of two, and never gives it back: 3840 MiB for the 3000 of
+GPT-2 XL and 10240 tokens in float32, 1.2 to 1.6 times as much for activations that are 1600, 5120 or 6656 wide, as much for
+4096 or 8192. An arena has the exact size, like those of weights. Which tensors leave for the host, how large they are and
+how long they wait is not known before a step has been run; so those of the first steps, and whatever comes later that was
+not foreseen, get memory of their own, and are counted.
 
 A place is given out again when what waited there is gone, be it steps later, as with a graph that the user keeps. No copy
 has to be waited for then: compute has waited for what came back from there, and what leaves next waits for compute.

@@ -191,7 +191,7 @@ class TrainingStep:
 
     def _is_complete(self, name: str) -> bool:
         """Whether no segment's backward will use the weight any more."""
-        return not any([self._segments_left[pack] for pack in self._users.get(name, ())])
+        return not any(self._segments_left[pack] for pack in self._users.get(name, ()))
 
     def _rescale(self, ratio: float) -> None:
         self._state.gradients.scale(ratio)

@@ -259,9 +259,9 @@ class Arguments:
 def _flatten(args: Any, kwargs: Any) -> tuple[list[Any], Any]:
     """As `pytree` does, which takes ten times as long for what most layers are given."""
     flat = [*args, *kwargs.values()]
-    if all(isinstance(leaf, _LEAVES) for leaf in flat):
-        return flat, (len(args), tuple(kwargs))
-    return pytree.tree_flatten((args, kwargs))
+    if [leaf for leaf in flat if not isinstance(leaf, _LEAVES)]:
+        return pytree.tree_flatten((args, kwargs))
+    return flat, (len(args), tuple(kwargs))
 
 
 def _batch_sizes(arguments: Any, flat: list[Any]) -> frozenset[int]:

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from harmony_lightning import EmulatedCluster, HarmonyConfig
+from harmony_lightning import DeviceOutOfMemoryError, EmulatedCluster, HarmonyConfig
 from harmony_lightning.prepare import Workload, prepare
 from harmony_lightning.runtime.engine import Engine
 
@@ -46,6 +46,28 @@ def test_microbatches_are_added_up_and_leave_once(net, engine):
     assert torch.equal(net[1].weight.grad, torch.full((4, 4), 7.0))
     assert completed == ["1.weight"]
     assert engine.counters.swap_out_bytes == 64
+
+
+def test_what_was_added_before_memory_ran_short_is_not_added_again(net, engine):
+    store, narrow = engine.state.gradients, torch.ones(4, 4, dtype=torch.bfloat16)
+
+    class Full:
+        layout, dtype = torch.strided, torch.bfloat16
+
+        def to(self, dtype):
+            raise DeviceOutOfMemoryError("full")
+
+    with engine.cluster.activate():
+        gradients = {"0.weight": on(engine, 0, 1.0), "1.weight": Full()}  # the second in no slot of pack 0
+        with pytest.raises(DeviceOutOfMemoryError):
+            store.add(gradients, 0, 0)
+        assert list(gradients) == ["1.weight"]
+        gradients["1.weight"] = narrow.to(engine.cluster.devices[0].torch_device)
+        store.add(gradients, 0, 0)
+        assert not gradients
+    drain(engine, 0)
+    for weight in (net[0].weight, net[1].weight):
+        assert torch.equal(weight.grad, torch.ones(4, 4))
 
 
 def test_what_is_not_complete_waits_for_the_rest(net, engine):

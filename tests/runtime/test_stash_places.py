@@ -1,5 +1,6 @@
 """Host memory of stashes: nobody's place is given to another, and there is as much as was in use at once."""
 
+import contextlib
 import random
 
 import pytest
@@ -7,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from harmony_lightning import EmulatedCluster, RaceError
+from harmony_lightning.hardware.device import Lane
 from harmony_lightning.hardware.host import HostCluster
 from harmony_lightning.plan import Lifetime, aligned
 from harmony_lightning.plan.offsets import most_alive
@@ -150,3 +153,35 @@ def test_a_place_lies_in_memory_as_the_device_s_tensor_does(source):
         stay.end()
         places.end_step()
     assert host.untyped_storage().nbytes() == aligned(source.nbytes)
+
+
+@pytest.mark.parametrize("compute_waits", [True, False])
+def test_a_place_that_is_still_being_read_is_not_written(compute_waits):
+    """Compute has waited for what came back, and what leaves waits for compute; else the race check tells."""
+    cluster = EmulatedCluster(1)
+    (device,) = cluster.devices
+    places = StashPlaces(cluster, Counters(), lambda: None)
+
+    def step():
+        tensor = torch.zeros(100, device=device.torch_device)
+        host, stay = places.take(tensor, device, (0, 0))
+        device.wait(Lane.SWAP_OUT, device.record(Lane.COMPUTE))
+        with device.lane(Lane.SWAP_OUT):
+            host.copy_(tensor, non_blocking=True)
+        left = device.record(Lane.SWAP_OUT)
+        device.wait(Lane.COMPUTE, left)
+        back = torch.empty(100, device=device.torch_device)
+        for event in (left, device.record(Lane.COMPUTE)):
+            device.wait(Lane.STASH_IN, event)
+        with device.lane(Lane.STASH_IN):
+            back.copy_(host, non_blocking=True)
+        if compute_waits:
+            device.wait(Lane.COMPUTE, device.record(Lane.STASH_IN))
+        stay.end()
+        places.end_step()
+        return back
+
+    with cluster.activate(continues=True):
+        held = [step(), step()]  # the first one has no place
+        with contextlib.nullcontext() if compute_waits else pytest.raises(RaceError, match="copy"):
+            held.append(step())

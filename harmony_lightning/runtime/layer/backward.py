@@ -37,8 +37,8 @@ def differentiate(
             if other is not None:
                 value = of_weights[name]
                 of_weights[name] = other if value is None else value + other
-        owned: Collection[str] = ()
-        if state.cluster.host_is_device and not state.gradients.has_loose(trained, device.index):
+        owned: list[str] = []
+        if state.cluster.host_is_device and not state.gradients.has_loose(trained[0], device.index):
             unshared = _unshared(values, gradients)[num_inputs:]
             owned = [name for name, is_ours in zip(trained, unshared, strict=False) if is_ours]
         call.segment.add_gradients(of_weights, call.site.pack, owned, sums_narrow=call.autocast.is_cached)
@@ -51,7 +51,7 @@ _Gradients = tuple[torch.Tensor | None, ...]
 
 
 def _wide_names(call: LayerCall, trained: tuple[str, ...]) -> list[str]:
-    return [name for name in trained if name in call.wide_edges]
+    return [name for name in trained if name in call.wide_edges] if call.wide_edges else []
 
 
 def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients | None:
@@ -148,7 +148,8 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
             present.begin(device)
         if not is_as_first:
             autocast.apply()
-        refuse_other_writes(site, call.segment, weights)  # here, as the run ends as soon as it has saved what is wanted
+        if site.writes_weights:  # here, as the run ends as soon as it has saved what is wanted
+            refuse_other_writes(site, call.segment, weights)
     arguments.keep_written()
     result_leaves, _ = flatten_result(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]

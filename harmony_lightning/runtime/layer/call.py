@@ -118,8 +118,8 @@ class LayerCall:
             )
 
 
-def versions_of(buffers: list[torch.Tensor]) -> list[int]:
-    return [0 if buffer.is_inference() else buffer._version for buffer in buffers]
+def version_of(tensor: torch.Tensor) -> int:
+    return 0 if tensor.is_inference() else tensor._version
 
 
 class CallBuffers:
@@ -135,7 +135,7 @@ class CallBuffers:
         self._store = call.segment.state.buffers
         self._device = call.segment.device
         self.tensors = [self._store.fetch(place, self._device) for place in self._site.buffer_places]
-        self._held, self._versions = list(self.tensors), versions_of(self.tensors)
+        self._held, self._versions = list(self.tensors), [version_of(tensor) for tensor in self.tensors]
         self._flags = self._site.training_flags()
         self._known = self._site.written_buffers.get(self._flags)
         self._before = {i: b.clone() for i, b in enumerate(self.tensors) if self._known is None or i in self._known}
@@ -150,7 +150,7 @@ class CallBuffers:
         """Tell the store what the forward wrote; returns the values in front of it, by place."""
         written = set(self._known or ())
         for index, (before, version, after) in enumerate(zip(self._held, self._versions, self.tensors, strict=True)):
-            is_replaced = after is not before or versions_of([after]) != [version]
+            is_replaced = after is not before or version_of(after) != version
             if is_replaced or (self._known is None and not torch.equal(self._before[index], after)):
                 written.add(index)
         for index in written:

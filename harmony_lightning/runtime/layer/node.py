@@ -25,7 +25,7 @@ from harmony_lightning.runtime.derivatives import first_derivative_only
 from harmony_lightning.runtime.differentiate import edge_of, keeps_graph
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
-from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, versions_of
+from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version_of
 from harmony_lightning.runtime.layer.graph import follow_kept_results, outlive_slots, refuse_strangers
 from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
@@ -75,7 +75,7 @@ class LayerFunction(torch.autograd.Function):
                         for index, (tensor, needs) in enumerate(zip(tensors, call.needs, strict=True))
                     ]
                     call.input_edges = [edge_of(t) if t.requires_grad else None for t in inner]
-                    inner_versions = versions_of(inner)
+                    inner_versions = [version_of(tensor) for tensor in inner]
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights.of_site(site, device, call.trained)
@@ -95,6 +95,7 @@ class LayerFunction(torch.autograd.Function):
                 arguments = call.arguments.snapshot(objects.original)
                 objects.forget_uses()
         hand_on_written(site, call.segment, weights, weight_versions, wide)
+        site.saved_kinds = call.activations.share_kinds(site.saved_kinds)
         replay.keep_what_was_drawn(device)
         if not replay.is_empty:
             call.replay, site.draws = replay, True
@@ -105,7 +106,7 @@ class LayerFunction(torch.autograd.Function):
         inner += objects.inner
         inner_versions += objects.versions
         call.input_edges += objects.edges
-        mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if versions_of([t]) != [v]]
+        mutated = [i for i, (t, v) in enumerate(zip(inner, inner_versions, strict=True)) if version_of(t) != v]
         site.mutated_inputs = (copied or frozenset()) | frozenset(i for i in mutated if i < len(tensors))
         if objects.used:
             site.writes_objects = bool(site.writes_objects) or any(i >= len(tensors) for i in mutated)
@@ -218,4 +219,4 @@ def _begin(tensor: torch.Tensor, needs: bool, anchor: torch.Tensor, is_copied: b
 
 def _saving(call: LayerCall) -> AbstractContextManager[Any]:
     """What happens to tensors that operations of the forward save."""
-    return saved_tensors_hooks(keep_detached, hand_out) if call.site.differentiates else call.activations.in_forward()
+    return saved_tensors_hooks(keep_detached, hand_out) if call.site.differentiates else call.activations

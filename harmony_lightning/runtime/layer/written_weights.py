@@ -68,7 +68,7 @@ def refuse_other_writes(site: Site, segment: Segment, weights: Mapping[str, torc
     Raises:
         UnsupportedError: it has not.
     """
-    for name in site.weight_names if site.writes_weights else ():
+    for name in site.weight_names:
         master = segment.state.parameters[name]
         value = weights[name].detach().to("cpu")
         if value.dtype is master.dtype and not torch.equal(value, master):

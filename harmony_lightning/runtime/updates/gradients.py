@@ -127,11 +127,12 @@ class GradientStore:
             owned: tensors that may be written. All may be kept, but autograd hands the same one to several takers.
         """
         in_slot = {} if pack is None or self._host_is_device else self._layouts[pack]
-        while gradients:
-            name, gradient = next(iter(gradients.items()))
-            if name in in_slot and gradient.layout == torch.strided:
-                assert pack is not None
-                self._add_to_slot(name, gradient, self._slot(pack, device), in_slot)
+        slot: _Slot | None = None
+        for name in list(gradients):
+            gradient = gradients[name]
+            if pack is not None and name in in_slot and gradient.layout == torch.strided:
+                slot = slot or self._slot(pack, device)
+                self._add_to_slot(name, gradient, slot, in_slot)
             else:
                 self._add_loose((name, device), gradient, name in owned)
             del gradients[name]
@@ -140,8 +141,8 @@ class GradientStore:
     def _add_to_slot(name: str, gradient: torch.Tensor, slot: _Slot, layout: Layout) -> None:
         view = slot.written.get(name)
         if view is None:
-            view = slot.written[name] = layout[name].view(slot.bytes)
-            view.copy_(gradient)
+            view = layout[name].view(slot.bytes)
+            slot.written[name] = view.copy_(gradient)
             if gradient.dtype is not view.dtype:
                 slot.narrow.add(name)
         else:
@@ -164,9 +165,9 @@ class GradientStore:
             self._loose[key] = held + gradient
             self._owned.add(key)
 
-    def has_loose(self, names: Iterable[str], device: int) -> bool:
-        """Whether gradients of all these are here outside of slots, so that the next ones are only added to them."""
-        return all([(name, device) in self._loose for name in names])
+    def has_loose(self, name: str, device: int) -> bool:
+        """Whether a gradient of the weight is here outside of slots: the next one is only added to it."""
+        return (name, device) in self._loose
 
     def _make_room(self, newest: tuple[str, int]) -> None:
         """Code that goes through many weights makes as many gradients: the oldest go to the host, where later ones are

@@ -210,7 +210,11 @@ def _bound(schedule: Schedule, costs: Costs, *, stays: bool) -> float:
     kept = sum(costs.weight_bytes(span) for span in packs[-active:]) if schedule.mode == "pp" else nbytes / len(packs)
     if stays:
         kept = nbytes
-    links = (2 * nbytes - kept) / (active * machine.host_share(active))
+    # Forward may find new weights where they were updated.
+    entering = (
+        sum(costs.weight_bytes(span) for p, span in enumerate(packs) if p not in schedule.updated_there) * visitors
+    )
+    links = max(0.0, entering + nbytes - kept) / (active * machine.host_share(active))
     updates = sum(costs.update_seconds(span) for p, span in enumerate(packs) if p not in schedule.updated_there)
     return 0.98 * max(compute, links, updates)
 
