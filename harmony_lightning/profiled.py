@@ -27,6 +27,7 @@ from harmony_lightning.profiler.topology import machine_at_hand
 from harmony_lightning.profiler.visits import Step
 from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.checkpointing import transparent_checkpoints
+from harmony_lightning.runtime.weights.narrow import Reading
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
@@ -121,6 +122,24 @@ def step_of(
             return loss_of(function(batch, *more))
 
     return step
+
+
+def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: Any, precision: str) -> Decomposition:
+    """The decomposition of a module on the meta device as it is under a precision of Lightning's: with narrow weights, if
+    that is a mixed one. They are found by one step of shapes, up to where that looks at values, such as to log the loss."""
+    if not precision.endswith("-mixed"):
+        return decomposition
+    reading = Reading({id(p): name for name, p in root.named_parameters() if p.dtype is torch.float32})
+    try:
+        with torch.no_grad(), torch.device("meta"), reading:
+            step_of()(root, pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch))
+    except Exception as error:  # the user's code looks at values, say
+        log.info("harmony profile: weights are taken to be used as they were until a step of shapes ended: %s", error)
+    narrow = frozenset(reading.cast - reading.others)
+    return replace(
+        decomposition.narrowed({layer.name: narrow for layer in decomposition.layers}),
+        narrow_dtype="bfloat16" if precision.startswith("bf16") else "float16",
+    )
 
 
 def update_seconds(machine: Machine) -> Callable[[int], float]:
@@ -268,4 +287,6 @@ def host_bytes(planned: Planned) -> float:
     buffers = min(costs.gradient_bytes(everything), planned.plan.num_gradient_buffers * largest)
     last = schedule.packs_backward[-1][0]
     stash = costs.stash_bytes(schedule.minibatch, (0, last - 1)) if schedule.stash == "host" and last else 0.0
-    return costs.weight_bytes(everything) + costs.profile.glue_bytes + states + buffers + stash
+    masters = sum(costs.profile.kind(layer).weight_bytes for layer in range(costs.num_layers))
+    casts = masters - costs.weight_bytes(everything)  # of narrow weights, which are half as large
+    return masters + casts + costs.profile.glue_bytes + states + buffers + stash

@@ -86,6 +86,31 @@ def test_forward_takes_less_time_where_launches_are_dear():
     assert joint_step < 0.4 * single_step
 
 
+class Swell(nn.Module):
+    """Its forward needs much more for a moment than goes in and out."""
+
+    def forward(self, x):
+        return nn.functional.gelu(x.repeat(1, 64)).unflatten(1, (64, WIDTH)).mean(1)
+
+
+class Swelling(Chain):
+    def __init__(self):
+        super().__init__()
+        for block in self.net:
+            block.append(Swell())
+
+
+@pytest.mark.parametrize(("memory", "told_sizes"), [("140KiB", [4, 2]), ("206KiB", [4]), ("500KiB", [])])
+def test_fewer_microbatches_go_together_where_memory_is_short(memory, told_sizes, caplog):
+    """A call for one swells to 64 times its input, and one for several does for each."""
+    strategy = joint(memory=memory, microbatches_per_forward=4)
+    ours = fit(strategy, Swelling)
+    assert difference(ours, fit(make=Swelling)) < 1e-4
+    assert (strategy.statistics().joint_forwards == 0) == (told_sizes == [4, 2])
+    told = [record.args[1] for record in caplog.records if "go together" in record.msg]
+    assert told == told_sizes
+
+
 class Dropping(Chain):
     def __init__(self):
         super().__init__()

@@ -46,7 +46,7 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     """The profile of the module that the arguments name, its decomposition, and the machine."""
     from harmony_lightning.decomposer.discover import decompose
     from harmony_lightning.errors import UnsupportedError
-    from harmony_lightning.profiled import profile, step_of
+    from harmony_lightning.profiled import profile, step_of, with_narrow_weights
     from harmony_lightning.scheduler import unit_nbytes
 
     batch = parse_batch(arguments.batch)
@@ -77,7 +77,7 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
             f"{error}. With --gpus a step is followed by shapes alone, which torch does not know for every operation and "
             f"dtype: try another --precision, or measure on real GPUs without --gpus"
         ) from error
-    return measured, decomposition, machine
+    return measured, with_narrow_weights(decomposition, module, batch.of(smallest), arguments.precision), machine
 
 
 def _show(profile: Profile, arguments: argparse.Namespace) -> None:

@@ -46,6 +46,11 @@ def _rows(machine: Machine) -> list[tuple[str, str]]:
         ("host link of one GPU alone", rate(machine.host_share(1))),
         ("of each when all copy", rate(machine.host_share(machine.gpus))),
         ("GPU to GPU", rate(machine.peer_bytes_per_second) + (" by the host" if machine.peers_by_host else "")),
+        *(
+            [("memory of a GPU", rate(machine.gpu_memory_bytes_per_second))]
+            if machine.gpu_memory_bytes_per_second
+            else []
+        ),
         ("copies in host memory", rate(machine.host_message_bytes_per_second)),
     ]
     if machine.host_memory_bytes:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,6 +35,8 @@ class Decomposition:
     weights: tuple[Weight, ...]
     has_batch_statistics: bool
     """Whether some module needs two samples or more in training (batch normalisation)."""
+    narrow_dtype: Literal["bfloat16", "float16"] | None = None
+    """What autocast casts narrow weights to, where somebody has told."""
 
     @property
     def nbytes(self) -> int:

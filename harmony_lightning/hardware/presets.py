@@ -148,6 +148,13 @@ def gpu_model(preset: str | GpuModel) -> GpuModel:
     return found
 
 
+def find_gpu_model(name: str) -> GpuModel | None:
+    """By what its driver calls a GPU, such as "NVIDIA GeForce RTX 3090"; None where a data sheet of that very one is not
+    here."""
+    words = name.lower().split()
+    return GPUS.get("".join(word for word in words if word not in ("nvidia", "geforce", "gtx", "rtx")))
+
+
 def host_model(preset: str | HostModel) -> HostModel:
     """Raises ConfigurationError for a name that is not in `HOSTS`."""
     if isinstance(preset, HostModel):

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Self
 
 from harmony_lightning.errors import ConfigurationError
-from harmony_lightning.hardware.presets import GpuModel, HostModel, gpu_model
+from harmony_lightning.hardware.presets import GpuModel, HostModel, find_gpu_model, gpu_model
 from harmony_lightning.profiler.fields import Fields, read_text
 from harmony_lightning.record import Record
 
@@ -55,7 +55,8 @@ class Machine(Record):
     def from_json(cls, text: str) -> Self:
         """The inverse of `to_json`; fields that we do not know are left aside.
 
-        `host_link_shared_by` is all GPUs and `release_seconds` is 0 where the text does not say.
+        Where the text does not say, `host_link_shared_by` is all GPUs, `release_seconds` is 0, and
+        `gpu_memory_bytes_per_second` is that of the data sheet of a `gpu` that is known.
 
         Raises:
             ConfigurationError: a field is missing, is no number, or is out of range.
@@ -77,7 +78,8 @@ class Machine(Record):
             update_parameters_per_second=_optional(fields, "update_parameters_per_second"),
             host_memory_bytes=fields.count("host_memory_bytes") if fields.tells("host_memory_bytes") else None,
             gpu=fields.text("gpu"),
-            gpu_memory_bytes_per_second=_optional(fields, "gpu_memory_bytes_per_second"),
+            gpu_memory_bytes_per_second=_optional(fields, "gpu_memory_bytes_per_second")
+            or _rate_of(fields.text("gpu")),
         )
 
     def host_share(self, num_active: int) -> float:
@@ -88,6 +90,12 @@ class Machine(Record):
 
 def _optional(fields: Fields, name: str) -> float | None:
     return fields.number(name, above=0) if fields.tells(name) else None
+
+
+def _rate_of(gpu: str) -> float | None:
+    """Memory rate of a GPU by its data sheet; None for one that is not known. Drivers say "NVIDIA GeForce RTX 3090"."""
+    known = find_gpu_model(gpu)
+    return None if known is None else known.memory_bytes_per_second
 
 
 def preset_machine(num_gpus: int, gpu: GpuModel, host: HostModel, memory_bytes: int | None = None) -> Machine:

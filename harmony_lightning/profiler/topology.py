@@ -1,8 +1,8 @@
 """What the machine at hand offers: GPUs, links, host memory, the rate of updates on the host.
 
 What NVML and the system know is asked for; what they do not know is measured in a second or two: copies between the host
-and one GPU, all GPUs at once (which shows a shared uplink), and from GPU to GPU; copies within host memory; steps of a
-fused Adam on the host.
+and one GPU, all GPUs at once (which shows a shared uplink), from GPU to GPU, and within one; copies within host memory;
+steps of a fused Adam on the host.
 """
 
 import os
@@ -18,6 +18,7 @@ from harmony_lightning.profiler.cache import cached, fingerprint
 from harmony_lightning.profiler.machine import Machine
 
 _COPIED_BYTES = 256 * 2**20
+_NUM_COPIES = 8
 _NUM_UPDATED = 2**22
 _NUM_RUNS = 3
 
@@ -37,7 +38,7 @@ def machine_at_hand(*, is_fresh: bool = False, progress: Progress = lambda what:
     names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     if is_fresh:
         return _measure(names, progress), False
-    key = fingerprint("machine", platform.node(), str(os.cpu_count()), torch.__version__, *names, *_uuids())
+    key = fingerprint("machine 2", platform.node(), str(os.cpu_count()), torch.__version__, *names, *_uuids())
     return cached(Machine, key, lambda: _measure(names, progress))
 
 
@@ -86,6 +87,8 @@ def _measure(names: Sequence[str], progress: Progress) -> Machine:
     is_shared = together < 0.85 * len(devices) * alone
     progress("links between GPUs")
     peer = _peer_rate(devices[0], devices[1]) if len(devices) > 1 else alone
+    progress("memory of the GPUs")
+    memory_rate = min(gpu_memory_bytes_per_second(device) for device in devices)
     return Machine(
         name=platform.node(),
         gpus=len(devices),
@@ -100,6 +103,7 @@ def _measure(names: Sequence[str], progress: Progress) -> Machine:
         update_parameters_per_second=update_rate,
         host_memory_bytes=host_memory_bytes(),
         gpu=names[0],
+        gpu_memory_bytes_per_second=memory_rate,
         note=f"measured with torch {torch.__version__}",
     )
 
@@ -122,6 +126,20 @@ def _peer_rate(source: torch.device, target: torch.device) -> float:
     return _COPIED_BYTES / _least_seconds(
         lambda: other.copy_(block, non_blocking=True), lambda: _wait([source, target])
     )
+
+
+def gpu_memory_bytes_per_second(device: torch.device, wait: Callable[[], Any] | None = None) -> float:
+    """Bytes that a device reads and writes of its own memory per second: a copy does both. Several follow each other, as
+    one takes little longer than its launch."""
+    source = torch.zeros(_COPIED_BYTES, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+
+    def copy() -> None:
+        for _ in range(_NUM_COPIES):
+            target.copy_(source)
+
+    seconds = _least_seconds(copy, wait or (lambda: _wait([device])))
+    return 2 * _NUM_COPIES * _COPIED_BYTES / seconds
 
 
 def _wait(devices: Sequence[torch.device]) -> None:

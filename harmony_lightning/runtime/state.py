@@ -7,6 +7,7 @@ from visit to visit.
 
 import dataclasses
 import functools
+import logging
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,6 +34,8 @@ from harmony_lightning.runtime.worker import HostWorker
 if TYPE_CHECKING:
     from harmony_lightning.runtime.measuring import Measuring
 
+log = logging.getLogger(__name__)
+
 Result = TypeVar("Result")
 
 
@@ -45,6 +48,7 @@ class RuntimeState:
             they give way to the next: code between layers may go through all weights.
         travelling_nbytes: what tensors may take on a device that are on their way to or from others, beyond those of the
             running microbatch and its neighbours.
+        num_together: microbatches in one call of a layer, at most.
         weights: those of layers, on all devices.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
@@ -111,6 +115,7 @@ class RuntimeState:
         self.has_given_way = False
         """Whether something has gone that was to stay."""
         self.has_lacked_memory = False
+        self.num_together = plan.microbatches_per_forward
         """Whether that was because memory was short."""
         self.spill: Callable[[Device], bool] = lambda device: False
         """Lets stashes leave a device; returns whether there were any."""
@@ -318,6 +323,17 @@ class RuntimeState:
         self.counters.short_of_memory += found and not self.has_lacked_memory
         self.has_lacked_memory |= found
         return found
+
+    def join_fewer(self, device: Device) -> None:
+        """There is no room for so many microbatches in one call of a layer."""
+        before, self.num_together = self.num_together, max(1, self.num_together // 2)
+        log.warning(
+            "harmony: %s has no room for %d microbatches in one call of a layer: from here on at most %d go together; "
+            "lower microbatches_per_forward or the microbatch size to begin with what fits",
+            device.name,
+            before,
+            self.num_together,
+        )
 
     def _give_way(self, device: Device) -> bool:
         found = self.weights.let_go_idle(device)

@@ -135,7 +135,7 @@ class UserCode:
             joins = (
                 is_forward
                 and not keeps
-                and plan.microbatches_per_forward > 1
+                and self.state.num_together > 1
                 and site.pack is not None
                 and site.pack + 1 < len(plan.packs)
             )

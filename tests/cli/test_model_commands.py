@@ -6,9 +6,13 @@ import subprocess
 import sys
 
 import pytest
-from chain import WIDTH
+import torch
+from chain import WIDTH, Chain
+from wide import on_meta
 
 from harmony_lightning.cli import main
+from harmony_lightning.decomposer.discover import decompose
+from harmony_lightning.profiled import with_narrow_weights
 from harmony_lightning.profiler import Machine, Profile
 
 CHAIN = ["chain:Chain", "--batch", f"32,{WIDTH}", "--batch", "32", "--gpus", "2x3090", "--memory", "300KiB"]
@@ -51,6 +55,19 @@ def test_estimate_tells_whether_it_fits_and_how_fast(capsys, init):
     assert answer["parameters"] == (12 if init else 8) * (WIDTH * WIDTH + WIDTH) + WIDTH + 1
     assert answer["host_bytes"] > 3 * 4 * answer["parameters"]
     assert "reasons" not in answer
+
+
+def test_under_autocast_weights_travel_in_half_the_bytes(capsys):
+    """The chain's are all for matrix products; the host has both kinds, and two states and gradients in four bytes."""
+    root = on_meta(lambda: Chain(depth=6))
+    decomposition = decompose(root, 2**14)
+    batch = torch.zeros(4, WIDTH), torch.zeros(4)
+    narrow = with_narrow_weights(decomposition, root, batch, "bf16-mixed")
+    assert 2 * narrow.travelling_nbytes == decomposition.travelling_nbytes == narrow.nbytes
+    assert narrow.narrow_dtype == "bfloat16"
+    assert with_narrow_weights(decomposition, root, batch, "32-true") is decomposition
+    answer = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "dp", "--json", "--precision", "bf16-mixed"))
+    assert answer["host_bytes"] > (4 + 2 + 2 * 4) * answer["parameters"]
 
 
 def test_mixed_is_told_by_what_is_dealt(capsys):

@@ -1,6 +1,10 @@
 """Machines: by the data sheets of presets, and as far as the host at hand can be measured."""
 
+import itertools
+from dataclasses import replace
+
 import pytest
+import torch
 
 from harmony_lightning import ConfigurationError
 from harmony_lightning.hardware.presets import host_model
@@ -35,6 +39,25 @@ def test_the_host_can_be_measured(monkeypatch):
     assert topology.host_memory_bytes() > 2**30
 
 
+def test_a_copy_within_a_gpu_reads_and_writes(monkeypatch):
+    """On a clock on which everything takes two seconds, with the host in the place of a GPU."""
+    monkeypatch.setattr(topology, "_COPIED_BYTES", 2**10)
+    now = itertools.count(0, 2)
+    monkeypatch.setattr(topology.time, "perf_counter", lambda: next(now))
+    waits = []
+    rate = topology.gpu_memory_bytes_per_second(torch.device("cpu"), lambda: waits.append(0))
+    assert rate == 2 * 8 * 2**10 / 2
+    assert len(waits) == 2 * 4  # around each of the runs
+
+
+def test_a_machine_file_without_the_memory_rate_has_that_of_the_data_sheet():
+    machine = replace(preset_machine(*parse_gpus("2x3090"), host_model("server")), gpu="NVIDIA GeForce RTX 3090")
+    older = replace(machine, gpu_memory_bytes_per_second=None)
+    assert Machine.from_json(older.to_json()) == machine
+    unknown = replace(older, gpu="NVIDIA GeForce RTX 3090 Ti")
+    assert Machine.from_json(unknown.to_json()) == unknown
+
+
 def test_without_a_gpu_the_machine_must_be_named(monkeypatch):
     monkeypatch.setattr(topology.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="--gpus 4x3090"):
@@ -48,3 +71,4 @@ def test_the_machine_at_hand():
     machine, _ = topology.machine_at_hand(is_fresh=True)
     assert machine.gpus == topology.torch.cuda.device_count()
     assert 1e9 < machine.host_share(1) < 1e12
+    assert machine.host_share(1) < machine.gpu_memory_bytes_per_second < 1e14

@@ -11,6 +11,8 @@ concatenation, and each gets its part of the result. Only layers that treat samp
                operation ranks or counts elements, as routers with a limited capacity do. There, who shares the call may
                decide what becomes of a sample, though it did not in the probe.
 
+Where memory is short for a joint call, half as many go together from then on.
+
 A joint call leaves no graph. Backward runs the layer again, whole, on each microbatch, and differentiates that run.
 """
 
@@ -25,6 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmony_lightning.hardware.device import Device
+from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 from harmony_lightning.runtime.layer.watching import run_layer
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.site import Site
@@ -128,10 +131,14 @@ class Joint:
     def part_of(self, member: Waiting, buffers: Sequence[torch.Tensor]) -> Part | None:
         """Called within the layer: the microbatch's part; None if it must call the layer itself, be it for the probe."""
         if self._parts is None:
-            parts = self._call(buffers)
+            try:
+                parts = self._call(buffers)
+                if not parts:
+                    self._site.joins = False
+            except OUT_OF_MEMORY:
+                parts = []
+                member.state.join_fewer(member.device)
             self._parts = dict(zip(self._members, parts, strict=True)) if parts else {}
-            if not parts:
-                self._site.joins = False
         return None if self._is_probe else self._parts.pop(member, None)
 
     def compare(self, member: Waiting, results: Sequence[torch.Tensor]) -> None:
@@ -204,6 +211,8 @@ class Joint:
     def _is_same(self, buffers: Sequence[torch.Tensor], parts: list[Part], kept: int) -> bool:
         try:
             others = self._run(buffers, self._tensors(kept))
+        except OUT_OF_MEMORY:
+            raise
         except Exception:  # user code that looks at its inputs
             return False
         return bool(others) and all(map(torch.equal, parts[kept].results, others[kept].results))

@@ -165,6 +165,37 @@ class Probe(Watch):
                 uses.note(layer, name, is_cast=True)
 
 
+class Reading(Watch):
+    """Learns from a whole step what functions are given, without autocast: of shapes, which it does not cast.
+
+    Attributes:
+        others: names of weights that more is done with than autocast's casts, or that are cast twice.
+        cast: names of those that functions have got which it casts for.
+    """
+
+    def __init__(self, weights: Mapping[int, str]) -> None:
+        super().__init__(weights)
+        self.cast: set[str] = set()
+        self.others: set[str] = set()
+
+    @override
+    def _cast(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        for value in (*args, *kwargs.values()):
+            if (name := self._weights.get(id(value))) is not None:
+                (self.others if name in self.cast else self.cast).add(name)
+        return func(*args, **kwargs)
+
+    @override
+    def take(self, tensor: torch.Tensor) -> torch.Tensor:
+        if (name := self._weights.get(id(tensor))) is not None:
+            self.others.add(name)
+        return tensor
+
+    @override
+    def conclude(self, uses: WeightUses, layer: str, *, sums_narrow: bool) -> None:
+        raise NotImplementedError  # it does not know layers
+
+
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, see: Callable[[Any, Any, Any], None]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

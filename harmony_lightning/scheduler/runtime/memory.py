@@ -14,18 +14,17 @@ All of these change evenly from microbatch to microbatch, so the most is at the 
 device updates the pack, behind the last one.
 """
 
-from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.packing import STEP_TEMPORARIES
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
+from harmony_lightning.scheduler.runtime.visitors import place, visitors_of
 
-STEP_TEMPORARIES = 2
-"""Tensors of a weight's size that an optimizer makes for a moment while a device steps the weight, as Adam does for the
-root of the second moment and its quotient. Weights are stepped one by one there, small ones together."""
 _TRAVELLING = 16
 """Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""
 
@@ -71,51 +70,6 @@ def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
             yield from _Device(schedule, costs, index, sizes, updates[index]).visits()
 
 
-class _Here:
-    """The microbatches of a pack that come to a device."""
-
-    def __init__(self, schedule: Schedule, device: int, pack: int, sizes: tuple[int, ...]) -> None:
-        count, last = len(sizes), len(schedule.packs_backward) - 1
-        deals = [p for p in (pack - 1, pack, pack + 1) if p in schedule.dealt]
-        if deals:
-            present = [m for m in range(count) if _place(schedule, pack, m) == device]
-            arriving = [m for m in present if pack and _place(schedule, pack - 1, m) != device]
-            leaving = [m for m in present if pack < last and _place(schedule, pack + 1, m) != device]
-        else:
-            step = schedule.num_devices if schedule.mode == "dp" else 1
-            present = list(range(device if schedule.mode == "dp" else 0, count, step))
-            goes = schedule.mode == "pp" and schedule.num_devices > 1
-            arriving, leaving = present if goes and pack else [], present if goes and pack < last else []
-        self.sizes = [sizes[m] for m in present]
-        self.count = len(present)
-        self.all = sum(self.sizes) / sizes[0]
-        """Microbatches, the last one by its share where it is smaller."""
-        self.arriving = sum(sizes[m] for m in arriving) / sizes[0]
-        """Those of them that are on other devices in the pack before."""
-        self.leaving = sum(sizes[m] for m in leaving) / sizes[0]
-        """And in the next one."""
-        self.group = min(self.count, schedule.microbatches_per_forward if pack < last else 1)
-        """Those that go through it together."""
-        self.moments = sorted({0, max(0, self.count - 2), self.count - 1})
-        self._present, self._arriving, self._leaving = present, arriving, leaving
-
-    def left(self, m: int) -> float:
-        """Microbatches behind the m-th one here."""
-        return self.all - 1 - m if m < self.count - 1 else 0.0
-
-    def stayed(self, m: int) -> int:
-        """Of those in front of it, how many are here in the pack before, too."""
-        return m - bisect_left(self._arriving, self._present[m])
-
-    def gone(self, m: int) -> int:
-        """How many of those that leave are in front of microbatch m of all."""
-        return bisect_left(self._leaving, m)
-
-    def index(self, m: int) -> int:
-        """Among all microbatches."""
-        return self._present[m]
-
-
 class _Device:
     """One device under one schedule, and the microbatches that come there."""
 
@@ -127,18 +81,30 @@ class _Device:
         self._has_peers = schedule.mode == "pp" and schedule.num_devices > 1
         self._size, self._count = sizes[0], len(sizes)
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
-        self._here = {p: _Here(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
-        self._here = {p: here for p, here in self._here.items() if here.count}
+        visitors = {p: visitors_of(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
+        self._here = {p: here for p, here in visitors.items() if here.count}
+        self._before: dict[int, int | None] = dict(zip(self._here, (None, *self._here), strict=False))
+        """The pack that is visited here in front of another."""
         self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
         gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in _packs_on(schedule, index)])
         self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
-        self._updated = {p for p in schedule.updated_there if _place(schedule, p, 0) == index}
+        self._updated = {p for p in schedule.updated_there if place(schedule, p, 0) == index}
         self._summed = set(schedule.dealt) & self._updated
         if schedule.mode == "dp" and schedule.num_devices > 1:
             self._summed = set(self._here)
         """Packs of which sums of other devices come here, weight by weight."""
         self._reruns = schedule.microbatches_per_forward > 1
+        # These are asked for many times.
+        self._in_layers = cache(self._most_in_layers)
+        self._kept, self._sent_behind = dict[int, float](), dict[int, float]()
+        kept = sent = 0.0
+        for p in self._here:
+            self._kept[p] = 0.0 if self._leaves else kept
+            kept += self._here[p].all * self._stashes[p]
+        for p in reversed(self._here):
+            self._sent_behind[p] = sent
+            sent += self._here[p].arriving
 
     def visits(self) -> Iterator[VisitBytes]:
         for pack in self._here:
@@ -148,22 +114,20 @@ class _Device:
             yield VisitBytes(device=self._index, pack=pack, is_backward=True, nbytes=self._fixed + self._backward(pack))
 
     def _forward(self, pack: int) -> float:
-        here, leaving = self._here[pack], self._boundary(pack + 1)
+        here, leaving, last = self._here[pack], self._boundary(pack + 1), self._packs[pack][1]
 
         def at(m: int) -> float:
+            if here.group == 1:
+                working, left = self._in_layers(pack, here.sizes[m], False), self._stashes[pack]
+            else:
+                working, left = self._in_joint_layers(pack, m), self._costs.stash_bytes(self._size, (last, last))
             former = m * self._stashes[pack]
             if self._leaves:
-                former = self._stash_before(pack)
-                if m:
-                    last = self._packs[pack][1]
-                    former = (
-                        self._stashes[pack] if here.group == 1 else self._costs.stash_bytes(self._size, (last, last))
-                    )
-            working = self._in_layers(pack, m, backward=False) if here.group == 1 else self._in_joint_layers(pack, m)
+                former = left if m else self._stash_before(pack)
             return working + self._inputs_waiting(pack, m) + m * leaving + former + self._travelling(pack, m)
 
         moments = {m - m % here.group for m in here.moments}
-        return self._kept(pack) + self._landing(self._boundary(pack)) + max(map(at, moments))
+        return self._kept[pack] + self._landing(self._boundary(pack)) + max(map(at, moments))
 
     def _fused(self, pack: int) -> float:
         """A microbatch that ends goes back at once: its gradient takes the place of its input."""
@@ -174,10 +138,10 @@ class _Device:
             )
 
         here = self._here[pack]
-        most = max(at(m, max(self._in_layers(pack, m, backward=w) for w in (False, True))) for m in here.moments)
+        most = max(at(m, max(self._in_layers(pack, here.sizes[m], w) for w in (False, True))) for m in here.moments)
         most = max(most, at(here.count - 1, self._in_update(pack)))
         former = self._stash_before(pack) if self._leaves else 0.0
-        return former + self._kept(pack) + self._landing(self._boundary(pack)) + most
+        return former + self._kept[pack] + self._landing(self._boundary(pack)) + most
 
     def _backward(self, pack: int) -> float:
         here, leaving = self._here[pack], self._boundary(pack + 1)
@@ -191,19 +155,19 @@ class _Device:
             following = self._stashes[pack] if left else self._stash_before(pack)
             return waiting + self._is_ahead * following + self._left_last(pack, m)
 
-        most = max(at(m, self._in_layers(pack, m, backward=True)) for m in here.moments)
+        most = max(at(m, self._in_layers(pack, here.sizes[m], True)) for m in here.moments)
         most = max(most, at(here.count - 1, self._in_update(pack)))
         if pack in self._summed:
             layers = range(self._packs[pack][0], self._packs[pack][1] + 1)
             most = max(most, here.all * self._boundary(pack) + max(self._costs.gradient_bytes((i, i)) for i in layers))
-        return most + self._kept(pack) + self._landing(leaving)
+        return most + self._kept[pack] + self._landing(leaving)
 
     # Of one microbatch, or of those that go together ------------------------------------------------------------------
 
-    def _in_layers(self, pack: int, m: int, *, backward: bool) -> float:
+    def _most_in_layers(self, pack: int, size: int, backward: bool) -> float:
         """In the layer that needs most."""
         first, last = self._packs[pack]
-        costs, size, most = self._costs, self._here[pack].sizes[m], 0.0
+        costs, most = self._costs, 0.0
         way = "backward" if backward else "forward"
         comes_alone = backward and pack != self._last and self._leaves and not self._is_ahead
         for layer in range(first, last + 1):
@@ -246,25 +210,15 @@ class _Device:
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 
-    def _kept(self, pack: int) -> float:
-        """Stashes of packs in front of this one that wait here."""
-        if self._leaves:
-            return 0.0
-        return sum(here.all * self._stashes[p] for p, here in self._here.items() if p < pack)
-
-    def _before(self, pack: int) -> int | None:
-        """The pack that is visited here in front of this one."""
-        return max((p for p in self._here if p < pack), default=None)
-
     def _stash_before(self, pack: int) -> float:
-        before = self._before(pack)
+        before = self._before[pack]
         return 0.0 if before is None else self._stashes[before]
 
     def _left_last(self, pack: int, m: int) -> float:
         """The last stash that has left in forward is held until something is sent from here in another turn."""
-        newest = max((p for p in self._here if p != self._last), default=pack)
-        sent = sum(here.arriving for p, here in self._here.items() if p > pack) + m - self._here[pack].stayed(m)
-        return 0.0 if sent else self._stashes[newest]
+        if self._sent_behind[pack] or m > self._here[pack].stayed(m):
+            return 0.0
+        return self._stashes[max((p for p in self._here if p != self._last), default=pack)]
 
     def _inputs_waiting(self, pack: int, m: int) -> float:
         """Of microbatches behind this one, and those that go with it: all if they are made here, else as many as are sent
@@ -295,7 +249,7 @@ class _Device:
         if not self._has_peers:
             return 0.0
         longest = max(_TURNS_HELD, self._count)
-        total, age = 0.0, 1
+        total, age = 0.0, 1.0
         for turns, nbytes in self._turns(pack, m, backward):
             if nbytes:
                 room = max(int((self._limit - total) // nbytes), _TURNS_HELD - age)
@@ -316,23 +270,15 @@ class _Device:
         if backward:
             for p in [p for p in self._here if p > pack]:
                 yield self._here[p].arriving, self._boundary(p)
-        for p in reversed([p for p in self._here if p < pack or (backward and p != self._last)]):
+        for p in reversed(self._here):
+            if p >= pack and not (backward and p != self._last):
+                continue
             leaving = self._here[p].leaving * self._boundary(p + 1)
             if self._leaves:
                 yield 1, leaving
                 yield self._here[p].count - 1, 0.0
             elif leaving:
                 yield 1, leaving
-
-
-def _place(schedule: Schedule, pack: int, m: int) -> int:
-    """As `Plan.device`."""
-    if schedule.mode == "dp":
-        return m % schedule.num_devices
-    if pack not in schedule.dealt:
-        return pack % schedule.num_devices
-    order = schedule.dealt_order
-    return order[m % len(order)] if order else (pack + m) % schedule.num_devices
 
 
 def _packs_on(schedule: Schedule, device: int) -> list[int]:

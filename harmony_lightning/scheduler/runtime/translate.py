@@ -43,7 +43,7 @@ def plan_of(schedule: Schedule, decomposition: Decomposition, memory_bytes: int,
         dealt=schedule.dealt,
         dealt_order=schedule.dealt_order,
         updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),
-        narrow_dtype=like.narrow_dtype if like is not None else None,
+        narrow_dtype=like.narrow_dtype if like is not None else decomposition.narrow_dtype,
         gradient_wire=like.gradient_wire if like is not None else "exact",
     )
 
