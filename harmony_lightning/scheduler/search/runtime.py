@@ -26,9 +26,8 @@ from harmony_lightning.units import format_nbytes
 MAX_COMPUTATIONS = 8_000
 """Microbatches times packs that a search simulates at most: about a second."""
 MAX_FAIR_COMPUTATIONS = 400
+"""Of all schedules that are looked at closer: about a second. Larger ones are not."""
 NUM_FINALISTS = 3
-MAX_HOPEFUL_COMPUTATIONS = 800
-"""Of schedules that are looked at closer because they might be fastest, if links are never shared."""
 FINE = 12
 """Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
 
@@ -120,25 +119,29 @@ def search_runtime(
 
 def _closer(found: list[Candidate], costs: Costs) -> list[Candidate]:
     """What may be fastest, with seconds as they are when links are shared fairly; best first."""
-    finalists = _finalists(found)
+    finalists, budget = _within(_finalists(found), MAX_FAIR_COMPUTATIONS)
+    if not finalists:
+        return _finalists(found)  # too large, all of them
     refined = [_refined(each, costs) for each in finalists]
-    if costs.machine.host_link_shared_by > 1 and found:
+    if costs.machine.host_link_shared_by > 1:
         alone = costs.on(replace(costs.machine, host_link_shared_by=1))
         least = min(candidate.seconds for candidate in refined)
-        others = [each for each in found if each not in finalists]
-        others = [each for each in others if num_computations(each.schedule) <= MAX_FAIR_COMPUTATIONS]
-        hopeful = sorted(
-            ((runtime_seconds(each.schedule, alone, 2), index, each) for index, each in enumerate(others)),
-            key=lambda entry: entry[:2],
-        )
-        num_computed = 0
-        for seconds, _, each in hopeful:
-            num_computed += num_computations(each.schedule)
-            if seconds >= least or num_computed > MAX_HOPEFUL_COMPUTATIONS:
-                break
-            refined.append(_refined(each, costs))
-            least = min(least, refined[-1].seconds)
+        others = [each for each in found if each not in finalists and num_computations(each.schedule) <= budget]
+        in_best_case = [(runtime_seconds(each.schedule, alone, 2), index) for index, each in enumerate(others)]
+        hopeful = [others[index] for seconds, index in sorted(in_best_case) if seconds < least]
+        refined += [_refined(each, costs) for each in _within(hopeful, budget)[0]]
     return sorted(refined, key=lambda candidate: candidate.seconds)
+
+
+def _within(candidates: list[Candidate], budget: int) -> tuple[list[Candidate], int]:
+    """The first ones, as many as the budget of computations allows, and what is left of it."""
+    chosen: list[Candidate] = []
+    for candidate in candidates:
+        if num_computations(candidate.schedule) > budget:
+            break
+        chosen.append(candidate)
+        budget -= num_computations(candidate.schedule)
+    return chosen, budget
 
 
 def _refined(candidate: Candidate, costs: Costs) -> Candidate:
