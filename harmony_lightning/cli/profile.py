@@ -71,10 +71,10 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
                 progress=lambda size: tell(f"microbatches of {size}"),
             )
     except UnsupportedError as error:
-        if arguments.gpus is None:
+        if arguments.gpus is None or "on shapes alone" not in str(error):
             raise
         raise UnsupportedError(
-            f"{error}. With --gpus a step is followed by shapes alone, which torch does not know for every operation and "
+            f"{error}. With --gpus a step is followed so, which torch does not know for every operation and "
             f"dtype: try another --precision, or measure on real GPUs without --gpus"
         ) from error
     return measured, with_narrow_weights(decomposition, module, batch.of(smallest), arguments.precision), machine

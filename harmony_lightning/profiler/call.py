@@ -59,7 +59,7 @@ class _Activations:
 
     def load(self, position: int) -> torch.Tensor:
         if not self._is_open:
-            raise UnsupportedError("a layer that takes derivatives in its forward cannot be profiled")
+            raise UnsupportedError("a layer takes derivatives in its forward")
         if position not in self._made:
             self._made = self._make()
         return self._made.pop(position)

@@ -96,10 +96,12 @@ def measure_profile(
             return visit_layers(twin, names, batch, step, device, stopwatch, cache)
         except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
             log.info("harmony profile: microbatches of %d do not fit: %s", size, str(error).splitlines()[0])
-        except UnsupportedError:
-            raise
         except Exception as error:
-            what = f"{type(error).__name__}: {error}".splitlines()[0]
+            what = (
+                str(error)
+                if isinstance(error, UnsupportedError)
+                else f"{type(error).__name__}: {error}".splitlines()[0]
+            )
             raise UnsupportedError(f"the training step cannot be profiled: {what}") from error
         gc.collect()
         return None
