@@ -9,6 +9,8 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from harmony_lightning.runtime import stash_places
+
 LAYERS = ["net.*", "head"]
 BATCH = 8
 NUM_STEPS = 3
@@ -203,3 +205,18 @@ def test_fifty_steps_with_evaluation_between_take_no_more_than_two():
     assert counting.unplaced == [counting.unplaced[0]] * 50
     assert len({*counting.nbytes[1:]}) == 1
     assert max(holding.nbytes[2:]) <= holding.nbytes[1]
+
+
+def test_a_host_without_so_much_memory_in_one_piece_goes_on_in_pieces(monkeypatch, caplog):
+    class Full:
+        def host_buffer(self, nbytes):
+            raise RuntimeError("cannot allocate memory")
+
+    plan = stash_places._Arena.plan
+    monkeypatch.setattr(stash_places._Arena, "plan", lambda arena, cluster: plan(arena, Full()))
+    ours, others = twins_of(Winding)
+    _, counting = fit(ours, 1)
+    fit(others, 1, options={"stash": "device"})
+    assert counting.each_unplaced() == [counting.unplaced[0]] * NUM_STEPS and counting.unplaced[0] > 0
+    assert same_weights(ours, others)
+    assert sum("in one piece" in record.message for record in caplog.records) == 1

@@ -10,6 +10,7 @@ A place is given out again when what waited there is gone, be it steps later, as
 has to be waited for then: compute has waited for what came back from there, and what leaves next waits for compute.
 """
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -21,6 +22,9 @@ from harmony_lightning.hardware.device import Cluster, Device
 from harmony_lightning.plan import Lifetime, aligned, lay_at_offsets
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.weights.arena import lay_out
+from harmony_lightning.units import format_nbytes
+
+log = logging.getLogger(__name__)
 
 _WORTH_IT = 8
 """Places are planned anew when one byte in so many had none: to pin memory takes longer than to do without."""
@@ -132,6 +136,8 @@ class _Arena:
         self._places: dict[_Key, _Place] = {}
         self._known: dict[_Key, Lifetime] = {}
         """What places have been planned from."""
+        self._is_refused = False
+        """Whether there was no memory for so much at once."""
         self.begin_step()
 
     def begin_step(self) -> None:
@@ -156,7 +162,9 @@ class _Arena:
 
     @property
     def is_worth_planning(self) -> bool:
-        return self._missed_nbytes * _WORTH_IT > sum(stay.nbytes for stay in self._stays.values())
+        return not self._is_refused and self._missed_nbytes * _WORTH_IT > sum(
+            stay.nbytes for stay in self._stays.values()
+        )
 
     def plan(self, cluster: Cluster) -> None:
         """Places for all that has left in this step, and in those from which places have been planned before."""
@@ -170,8 +178,17 @@ class _Arena:
         total = max((place.offset + place.nbytes for place in places), default=0)
         if total > self.memory.numel() or is_in_use:
             self.memory = torch.empty(0, dtype=torch.uint8, device="cpu")  # the former memory goes first
-            self.memory = cluster.host_buffer(total)
-        self._places = dict(zip(self._known, places, strict=True))
+            try:
+                self.memory = cluster.host_buffer(total)
+            except (MemoryError, RuntimeError) as error:
+                log.warning(
+                    "harmony: the host has not %s in one piece for what waits there from forward to backward, which goes "
+                    "on in pieces: %s",
+                    format_nbytes(total),
+                    str(error).splitlines()[0],
+                )
+                self._is_refused, places = True, []
+        self._places = dict(zip(self._known, places, strict=False))
 
 
 def _find_overlapping(places: Sequence[_Place]) -> None:
