@@ -130,14 +130,21 @@ def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: An
     if not precision.endswith("-mixed"):
         return decomposition
     reading = Reading({id(p): name for name, p in root.named_parameters() if p.dtype is torch.float32})
+    hooks = []
+    for layer in decomposition.layers:
+        module = root.get_submodule(layer.name)
+        hooks.append(module.register_forward_pre_hook(lambda *_, name=layer.name: reading.enter(name)))
+        hooks.append(module.register_forward_hook(lambda *_: reading.enter(None)))
     try:
         with torch.no_grad(), torch.device("meta"), reading:
             step_of()(root, pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch))
     except Exception as error:  # the user's code looks at values, say
         log.info("harmony profile: weights are taken to be used as they were until a step of shapes ended: %s", error)
-    narrow = frozenset(reading.cast - reading.others)
+    finally:
+        for hook in hooks:
+            hook.remove()
     return replace(
-        decomposition.narrowed({layer.name: narrow for layer in decomposition.layers}),
+        decomposition.narrowed(reading.uses.narrow()),
         narrow_dtype="bfloat16" if precision.startswith("bf16") else "float16",
     )
 

@@ -10,6 +10,7 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
 from harmony_lightning import DeviceOutOfMemoryError
+from harmony_lightning.strategy.training import PLAN_FILE
 
 LAYERS = ["net.*", "head"]
 NUM_STEPS = 5
@@ -127,15 +128,18 @@ class Hungry(Odd):
 
 
 @pytest.mark.parametrize(("needs_in", "training"), [(1, {}), (4, {}), (4, {"accumulate_grad_batches": 2})])
-def test_a_forward_that_does_not_fit_begins_again_under_a_smaller_plan(needs_in, training, caplog):
+def test_a_forward_that_does_not_fit_begins_again_under_a_smaller_plan(needs_in, training, caplog, tmp_path):
     torch.manual_seed(0)
     module = Hungry(needs_in)
     undisturbed = copy.deepcopy(module)
     undisturbed.needs_in = None
     taking = Taking()
-    fit(module, taking, 1, training)
+    logger = L.pytorch.loggers.CSVLogger(tmp_path)
+    fit(module, taking, 1, {**training, "logger": logger})
+    assert not list(tmp_path.rglob(PLAN_FILE))  # which is for plans that a search has found
     told = [message for message in caplog.messages if "planning again" in message]
     assert told == ["harmony: the plan does not fit; planning again with 240 KiB per GPU, not 300 KiB"]
     assert len(taking.plans[-1].packs) > 4
+    assert {(plan.microbatch_size, plan.num_microbatches) for plan in taking.plans} == {(2, 4)}
     fit(undisturbed, Taking(), 1, training)
     assert same_weights(module, undisturbed)

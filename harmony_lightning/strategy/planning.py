@@ -166,7 +166,8 @@ class Planning:
         self._has_failed = True
         self._shrink("the plan does not fit")
         self._is_searched = False
-        self._load(Workload(microbatch_size=1, num_microbatches=num_samples(batch) or 1))
+        self.searched = None
+        self._load(_workload(self.split(batch)))
         self.search(batch, *arguments)
 
     def _shrink(self, reason: str) -> None:

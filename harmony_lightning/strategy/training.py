@@ -104,11 +104,13 @@ class Training(Session):
         return with_loss(output, self._root_loss * 1)
 
     def _shrink_plan(self, batch: Any, *args: Any) -> None:
-        """The plan was found by search and does not fit after all: take another one, for less memory."""
+        """The plan does not fit after all: take another one, for less memory."""
         assert self._planning is not None
+        found = self._planning.searched
         with self._in_step():
             self._planning.shrink(batch, *args)
-        self._keep_plan()
+        if self._planning.searched is not found:
+            self._keep_plan()
 
     def _keep_plan(self) -> None:
         """The plan that the search has found goes where the run's logs go."""

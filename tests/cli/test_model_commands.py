@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from chain import WIDTH, Chain
+from torch import nn
 from wide import on_meta
 
 from harmony_lightning.cli import main
@@ -68,6 +69,27 @@ def test_under_autocast_weights_travel_in_half_the_bytes(capsys):
     assert with_narrow_weights(decomposition, root, batch, "32-true") is decomposition
     answer = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "dp", "--json", "--precision", "bf16-mixed"))
     assert answer["host_bytes"] > (4 + 2 + 2 * 4) * answer["parameters"]
+
+
+class Shared(Chain):
+    """Layers that are called twice, and a weight of two layers, one of which does more with it."""
+
+    def __init__(self):
+        super().__init__(depth=3)
+        self.table = nn.Embedding(WIDTH, WIDTH)
+        self.table.weight = self.net[0][0].weight
+
+    def training_step(self, batch, batch_idx):
+        x = self.net(self.net(self.table(batch[0])))
+        return self.head(x).mean() + self.head.bias.sum()  # for which code between layers fetches it
+
+
+def test_layers_that_share_weights_use_them_each_in_its_way():
+    root = on_meta(Shared)
+    layers = decompose(root, 2**10)
+    narrow = with_narrow_weights(layers, root, (torch.zeros(4, dtype=torch.long), torch.zeros(4)), "bf16-mixed")
+    wide = {(layer.name, name) for layer in narrow.layers for name in layer.weights if name not in layer.narrow}
+    assert wide == {("table", "net.0.0.weight")}
 
 
 def test_mixed_is_told_by_what_is_dealt(capsys):

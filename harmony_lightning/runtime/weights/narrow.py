@@ -169,31 +169,42 @@ class Reading(Watch):
     """Learns from a whole step what functions are given, without autocast: of shapes, which it does not cast.
 
     Attributes:
-        others: names of weights that more is done with than autocast's casts, or that are cast twice.
-        cast: names of those that functions have got which it casts for.
+        uses: what was seen in calls of layers; code between them fetches weights for itself.
     """
 
     def __init__(self, weights: Mapping[int, str]) -> None:
         super().__init__(weights)
-        self.cast: set[str] = set()
-        self.others: set[str] = set()
+        self.uses = WeightUses()
+        self._layer: str | None = None
+        self._is_used: set[str] = set()
+        """Names of weights that the running call has given to functions."""
+
+    def enter(self, layer: str | None) -> None:
+        """A call of a layer begins; None: it ends."""
+        self._layer = layer
+        self._is_used.clear()
 
     @override
     def _cast(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         for value in (*args, *kwargs.values()):
             if (name := self._weights.get(id(value))) is not None:
-                (self.others if name in self.cast else self.cast).add(name)
+                self._note(name, is_cast=name not in self._is_used)
+                self._is_used.add(name)
         return func(*args, **kwargs)
 
     @override
     def take(self, tensor: torch.Tensor) -> torch.Tensor:
         if (name := self._weights.get(id(tensor))) is not None:
-            self.others.add(name)
+            self._note(name, is_cast=False)
         return tensor
+
+    def _note(self, name: str, *, is_cast: bool) -> None:
+        if self._layer is not None:
+            self.uses.note(self._layer, name, is_cast=is_cast)
 
     @override
     def conclude(self, uses: WeightUses, layer: str, *, sums_narrow: bool) -> None:
-        raise NotImplementedError  # it does not know layers
+        raise NotImplementedError  # it looks at all layers
 
 
 class _Operations(TorchDispatchMode):  # type: ignore[no-untyped-call]
