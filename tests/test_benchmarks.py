@@ -1,6 +1,7 @@
 """The benchmarks that need no GPU, or that must say so: their formulas, their bounds, and that they start."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
@@ -148,10 +149,11 @@ def test_the_automatic_plan_is_nearly_the_best_of_a_sweep(modules, monkeypatch):
 def test_memory_buys_throughput(modules):
     (main,) = modules("memory_curve", "main")
     arguments = main.argparse.Namespace(depth=3, width=256, length=128, minibatch=8, gpu="3090", host="server")
-    main.FACTORS = (1, 2)
+    main.FACTORS = (1, 2, 3, 4, 6, 8)
     curve = main.measure(arguments)
-    most, least = curve["rows"]
-    assert least["seconds"] >= most["seconds"] * 0.99 and 0 < least["share"] <= most["share"] < 1
+    seconds, shares = ([row[key] for row in curve["rows"]] for key in ("seconds", "share"))
+    assert all(less >= 0.99 * more for more, less in itertools.pairwise(seconds)) and seconds[-1] > seconds[0]
+    assert 0 < min(shares) <= max(shares) < 1
     assert all(row["peak_bytes"] <= row["memory_bytes"] for row in curve["rows"])
 
 
