@@ -558,3 +558,24 @@ def test_narrow_gradients_of_which_some_have_been_used_on_the_device():
     ours = fit(strategy, Penalised, precision="bf16-mixed", num_parts=1)
     assert updates(strategy)
     assert_same(ours, fit(make=Penalised, precision="bf16-mixed", num_parts=1))
+
+
+class WrittenWithoutTorch(Chain):
+    """NumPy arrays in the weights' memory are written where nobody sees it."""
+
+    def on_fit_start(self):
+        self.arrays = [parameter.detach().numpy() for parameter in self.net.parameters()]
+        self.num_batches = 0
+
+    def on_train_batch_start(self, *_):
+        if self.num_batches % self.trainer.accumulate_grad_batches == 0:
+            for array in self.arrays:
+                array *= 0.5
+        self.num_batches += 1
+
+
+@pytest.mark.parametrize("stay", [(), "all"])
+def test_memory_that_is_known_outside_of_torch_may_be_written_between_steps(stay):
+    strategy = on_devices(stay=stay)
+    assert_same(fit(strategy, WrittenWithoutTorch), fit(make=WrittenWithoutTorch))
+    assert updates(strategy)

@@ -262,3 +262,33 @@ def test_an_error_in_a_joint_call_names_the_layer():
 def test_impossible_sizes_are_refused(size):
     with pytest.raises(ConfigurationError, match="microbatches_per_forward"):
         HarmonyStrategy(microbatches_per_forward=size)
+
+
+class Late(Swell):
+    """It drops, and swells, from the third step on."""
+
+    is_on = False
+
+    def forward(self, x):
+        return super().forward(nn.functional.dropout(x, 0.3)) if self.is_on else x
+
+
+class SwellingLate(Chain):
+    def __init__(self):
+        super().__init__()
+        for block in self.net:
+            block.append(Late())
+
+    def training_step(self, batch, batch_idx):
+        for module in self.modules():
+            if isinstance(module, Late):
+                module.is_on = self.trainer.global_step >= 2
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize(("memory", "stash"), [("140KiB", "auto"), ("200KiB", "host")])
+def test_layers_that_need_more_memory_later_than_the_plan_knows(memory, stash):
+    """What they keep goes, if that is all that can; what they draw in a call that fails is drawn again."""
+    options = {"memory": memory, "stash": stash, "one_layer_per_pack": True}
+    joint_fit, alone = (fit(joint(microbatches_per_forward=size, **options), SwellingLate) for size in (4, 1))
+    assert difference(joint_fit, alone) < 1e-4

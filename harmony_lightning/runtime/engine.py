@@ -282,6 +282,9 @@ class Engine:
             self.state.buffers.flush()
             self._end()
             self.measuring.end()
+        if self.state.weights.has_leaked:  # nothing will tell when they are written
+            self.settle()
+            self.rest.bring_home()
 
     def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code

@@ -115,8 +115,8 @@ class RuntimeState:
         self.has_given_way = False
         """Whether something has gone that was to stay."""
         self.has_lacked_memory = False
-        self.num_together = plan.microbatches_per_forward
         """Whether that was because memory was short."""
+        self.num_together = plan.microbatches_per_forward
         self.spill: Callable[[Device], bool] = lambda device: False
         """Lets stashes leave a device; returns whether there were any."""
         self._wanted: frozenset[str] = frozenset()

@@ -166,6 +166,11 @@ class SwappedWeights:
             store.has_leaked |= leaks
             store.expect_writes()
 
+    @property
+    def has_leaked(self) -> bool:
+        """Whether somebody may write masters without torch."""
+        return self._store is not None and self._store.has_leaked
+
     def is_master_memory(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor of the host lies in the memory of masters."""
         in_arena = self._store is not None and self._store.holds(tensor)

@@ -158,8 +158,13 @@ class Joint:
         first = self._members[0]
         own = Replay(first.device)
         ranking = _Ranking()
-        with ranking if self._is_probe else nullcontext():
-            parts = self._run(buffers, self._tensors())
+        try:
+            with ranking if self._is_probe else nullcontext():
+                parts = self._run(buffers, self._tensors())
+        except OUT_OF_MEMORY:
+            own.keep_what_was_drawn(first.device)
+            own.begin(first.device)
+            raise
         own.keep_what_was_drawn(first.device)
         if not own.is_empty:
             own.begin(first.device)

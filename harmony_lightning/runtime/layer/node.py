@@ -86,8 +86,10 @@ class LayerFunction(torch.autograd.Function):
             except (TakesDerivative, *OUT_OF_MEMORY) as reason:
                 if isinstance(reason, TakesDerivative):
                     site.differentiates = True
-                elif not state.make_room(device):
-                    raise
+                else:
+                    kept, call.activations.is_kept = call.activations.is_kept, False  # else each try had that to let go
+                    if not (state.make_room(device) or kept):
+                        raise
                 call.activations.restart()
                 buffers.take_back()
                 replay.keep_what_was_drawn(device)
