@@ -91,7 +91,8 @@ def test_what_is_looked_at_is_that_of_the_end_of_the_step(look, place):
     assert len(plain.seen) == len(ours.seen) == NUM_STEPS - 1
     assert (place == "host") == (strategy.statistics().updates_on_devices == 0)
     assert bool(strategy.plan.updates_stay) == (place == "stays")
-    assert ours.num_in_flight == NUM_STEPS - 2  # the first update makes the optimizer's states
+    # The first update makes the optimizer's states. Who has an array of weights may write it whenever no step is running.
+    assert ours.num_in_flight == (0 if look == "numpy" else NUM_STEPS - 2)
     for expected, found in zip(plain.seen, ours.seen, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
 
