@@ -25,7 +25,15 @@ _VALUES = (
     *("num_training_batches", "num_sanity_val_batches", "num_val_batches", "num_test_batches", "num_predict_batches"),
     *("training", "testing", "validating", "predicting", "evaluating", "sanity_checking"),
     *("is_global_zero", "global_rank", "local_rank", "node_rank", "world_size", "num_nodes"),
-    *("num_devices", "device_ids", "precision", "interrupted", "received_sigterm", "train_dataloader", "val_dataloaders"),
+    *(
+        "num_devices",
+        "device_ids",
+        "precision",
+        "interrupted",
+        "received_sigterm",
+        "train_dataloader",
+        "val_dataloaders",
+    ),
     *("checkpoint_callback", "checkpoint_callbacks", "early_stopping_callback", "early_stopping_callbacks"),
 )
 """Properties of the trainer that compute nothing but what they return."""
