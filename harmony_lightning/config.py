@@ -44,10 +44,12 @@ class HarmonyConfig:
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
-    searches: Literal["packs", "all", "nothing"] = "packs"
-    """What is searched, by profiling the module, instead of made from sizes alone. "packs": which layers form a pack, and
-    how many packs come ahead; results do not depend on that, so they are the same on GPUs of any size and speed. "all", by
-    `HarmonyStrategy(plan="auto")`: microbatch size and mode, too, where they are "auto". "nothing": `plan="sizes"`."""
+    searches: Literal["packs", "all", "nothing"] = "all"
+    """What is searched, by profiling the module, instead of made from sizes alone. "all", by `plan="auto"` of the strategy,
+    its default: packs, how many come ahead, and microbatch size and mode where they are "auto"; the latter two stay where
+    the module computes statistics of microbatches, or `Trainer(deterministic=True)` wants the same numbers in every run.
+    "packs", by `plan="packs"`: results do not depend on these, so they are the same on GPUs of any size and speed.
+    "nothing", by `plan="sizes"`."""
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
@@ -109,7 +111,7 @@ class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
     HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names, and
-    HARMONY_PLAN the argument `plan` of the strategy: "auto", "sizes" or a file;
+    HARMONY_PLAN the argument `plan` of the strategy: "auto", "packs", "sizes" or a file;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
     check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each, which
     are not strict; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
@@ -124,8 +125,10 @@ class Planning:
         samples = sum(parts.num_samples) if parts.reason is None else 0
         decomposition, plan = self._loaded
         plan = _for_workload(plan, _workload(parts))
+        # Statistics depend on a microbatch's size, and what is to be repeatable must not depend on how fast GPUs are.
+        keeps = decomposition.has_batch_statistics or torch.are_deterministic_algorithms_enabled()
         planned = self._automatic.find(
-            batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=False
+            batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=keeps
         )
         if planned is not None:
             self.searched = planned.plan
