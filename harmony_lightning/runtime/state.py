@@ -90,12 +90,20 @@ class RuntimeState:
             plan,
             cluster,
             counters,
-            lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
+            lambda reads: GradientStore(
+                self.parameters,
+                plan,
+                cluster,
+                counters,
+                worker,
+                reads=reads,
+                with_room=self.with_room,
+                limit_nbytes=self.spare_nbytes,
+            ),
         )
         self.refer = [functools.partial(self.weights.refer, device) for device in cluster.devices]
         """By device: what finds a tensor in its slot memory again; None for others."""
         self.gradients = self.weights.gradients
-        self.gradients.with_room = self.with_room
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
