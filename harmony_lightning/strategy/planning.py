@@ -22,7 +22,7 @@ from harmony_lightning.runtime.batch.minibatch import Microbatches, split_miniba
 from harmony_lightning.runtime.batch.rows import num_samples
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.scheduler import automatic_microbatch_size
-from harmony_lightning.strategy.automatic import AutomaticPlan
+from harmony_lightning.strategy.automatic import AutomaticPlan, Request
 from harmony_lightning.strategy.residency import Residency
 from harmony_lightning.units import format_nbytes
 
@@ -120,32 +120,34 @@ class Planning:
         if self._automatic is None or not self._automatic.chooses_all or self._is_searched:
             return
         self._is_searched = True
-        parts = self.split(batch)
-        samples = sum(parts.num_samples) if parts.reason is None else 0
-        decomposition, plan = self._loaded
-        plan = _for_workload(plan, _workload(parts))
-        planned = self._automatic.find(
-            batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=False
-        )
+        request = self._request(*self._loaded, self.split(batch), keeps_microbatches=False)
+        planned = self._automatic.find(request, batch, arguments)
         if planned is not None:
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
 
-    def _search_again(
-        self, batch: Any, arguments: tuple[Any, ...], workload: Workload, samples: int, *, has_learned: bool
-    ) -> None:
+    def _request(
+        self, decomposition: Decomposition, plan: Plan, parts: Microbatches, *, keeps_microbatches: bool
+    ) -> Request:
+        return Request(
+            samples=sum(parts.num_samples) if parts.reason is None else 0,
+            min_samples=self._min_samples,
+            decomposition=decomposition,
+            in_use=_for_workload(plan, _workload(parts)),
+            keeps_microbatches=keeps_microbatches,
+        )
+
+    def _search_again(self, batch: Any, arguments: tuple[Any, ...], parts: Microbatches, *, has_learned: bool) -> None:
         """Behind the first step, when everything is known: let the search improve on the plan made from sizes, with the
         same microbatches."""
         automatic, former = self._automatic, self.searched
         decomposition, plan = self._loaded
         if has_learned:
-            decomposition, plan = self._prepare(workload, former.mode if former is not None else None)
+            decomposition, plan = self._prepare(_workload(parts), former.mode if former is not None else None)
         planned = None
         if automatic is not None and (automatic.chooses_all or not self._has_failed):
-            plan = _for_workload(plan, workload)
-            planned = automatic.find(
-                batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=True
-            )
+            request = self._request(decomposition, plan, parts, keeps_microbatches=True)
+            plan, planned = request.in_use, automatic.find(request, batch, arguments)
         if planned is not None and (planned.plan is not plan or former is not None):
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
@@ -206,8 +208,7 @@ class Planning:
             chooses = self._automatic is not None and self._automatic.chooses_all
             if has_learned or not (self._is_searched or chooses):
                 self._is_searched = True
-                samples = sum(parts.num_samples) if parts.reason is None else 0
-                self._search_again(batch, arguments, workload, samples, has_learned=has_learned)
+                self._search_again(batch, arguments, parts, has_learned=has_learned)
         if not engine.trace.is_complete:
             if self._residency is not None:
                 self._residency.forget()
