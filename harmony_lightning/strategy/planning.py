@@ -165,18 +165,24 @@ class Planning:
 
     def shrink(self, batch: Any, *arguments: Any) -> None:
         """Find a plan for less memory; from sizes alone if the search finds none, or has chosen nothing but packs."""
+        former = self._loaded[1]
         self._has_failed = True
-        self._shrink("the plan does not fit")
+        self._share *= SMALLER_SHARE
         self._is_searched = False
         self.searched = None
         self._load(_workload(self.split(batch)))
         self.search(batch, *arguments)
+        log.warning("harmony: %s", self._outcome(former))
 
-    def _shrink(self, reason: str) -> None:
-        memory_bytes = self._loaded[1].memory_bytes
-        self._share *= SMALLER_SHARE
-        smaller = format_nbytes(int(SMALLER_SHARE * memory_bytes))
-        log.warning("harmony: %s; planning again with %s per GPU, not %s", reason, smaller, format_nbytes(memory_bytes))
+    def _outcome(self, former: Plan) -> str:
+        """What has come of planning again."""
+        plan = self._loaded[1]
+        if plan is former:
+            return "the plan stays, as no other was found"
+        budget = ""
+        if plan.memory_bytes != former.memory_bytes:
+            budget = f" with {format_nbytes(plan.memory_bytes)} per GPU, not {format_nbytes(former.memory_bytes)}"
+        return f"planned again{budget}{', in the same packs' if plan.packs == former.packs else ''}"
 
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
@@ -204,11 +210,14 @@ class Planning:
             self._load(workload)
             self._is_searched = False  # again with the next minibatch
         if engine.trace.is_complete and self._given is None:
-            has_learned = self._learn()
+            share, former, learned = self._share, self._loaded[1], self._learn()
             chooses = self._automatic is not None and self._automatic.chooses_all
-            if has_learned or not (self._is_searched or chooses):
+            if learned or not (self._is_searched or chooses):
                 self._is_searched = True
-                self._search_again(batch, arguments, parts, has_learned=has_learned)
+                self._search_again(batch, arguments, parts, has_learned=bool(learned))
+            if learned:
+                level = logging.WARNING if self._share < share else logging.INFO
+                log.log(level, "harmony: %s; %s", " and ".join(learned), self._outcome(former))
         if not engine.trace.is_complete:
             if self._residency is not None:
                 self._residency.forget()
@@ -234,27 +243,25 @@ class Planning:
         self._was_short |= state.has_lacked_memory
         state.has_lacked_memory = False
 
-    def _learn(self) -> bool:
-        """Whether steps have shown something that calls for another plan."""
+    def _learn(self) -> list[str]:
+        """What steps have shown that calls for another plan."""
         engine, uses = self._engine, self._engine.uses
-        has_learned = False
+        learned = []
         if self._was_short and not self._has_shrunk_behind:
-            self._has_shrunk_behind = has_learned = True
-            self._shrink("memory was short, and what was to stay on GPUs had to go")
+            self._has_shrunk_behind = True
+            self._share *= SMALLER_SHARE
+            learned.append("memory was short, and what was to stay on GPUs had to go")
         if not self._has_traced:
             self._has_traced = True
             order, loops = engine.trace.order(), engine.trace.loops()
             if not engine.plan.follows(order, loops):
-                log.info("harmony: layers are called in another order than they are registered; planning again")
                 self._call_order = CallOrder(layers=order, loops=loops)
-                has_learned = True
+                learned.append("layers are called in another order than they are registered")
         if (narrow := uses.narrow()) != self._narrow.weights:
             num_weights = len(frozenset[str]().union(*narrow.values()))
-            dtype = uses.dtype_name
-            log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, dtype)
-            self._narrow = Narrow(weights=narrow, dtype=dtype)
-            has_learned = True
-        return has_learned
+            self._narrow = Narrow(weights=narrow, dtype=uses.dtype_name)
+            learned.append(f"{num_weights} weights are used in {uses.dtype_name} alone")
+        return learned
 
 
 def _workload(parts: Microbatches) -> Workload:
