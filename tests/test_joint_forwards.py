@@ -292,3 +292,10 @@ def test_layers_that_need_more_memory_later_than_the_plan_knows(memory, stash):
     options = {"memory": memory, "stash": stash, "one_layer_per_pack": True}
     joint_fit, alone = (fit(joint(microbatches_per_forward=size, **options), SwellingLate) for size in (4, 1))
     assert difference(joint_fit, alone) < 1e-4
+
+
+def test_a_backward_that_needs_more_memory_than_the_forward_has_told():
+    """The sums of gradients go, too, for as long as a layer is differentiated, and come back as they were."""
+    short, roomy = (joint(memory=memory, microbatches_per_forward=1) for memory in ("170KiB", "1MiB"))
+    assert is_bitwise_equal(fit(short, SwellingLate), fit(roomy, SwellingLate))
+    assert short.statistics().short_of_memory == 1

@@ -308,14 +308,15 @@ class RuntimeState:
             self.with_room(device, functools.partial(self.weights.allocate, device))
         self.gradients.allocate()
 
-    def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
+    def with_room(self, device: Device, function: Callable[[], Result], *, adds_later: bool = False) -> Result:
         """What the function returns, which needs memory of the device: if there is none, it is called again when what was
-        to stay there has gone."""
-        try:
-            return function()
-        except OUT_OF_MEMORY:
-            if not self.make_room(device):
-                raise
+        to stay there has gone. `adds_later`: it adds no gradients itself, so that the sums of others may go, too."""
+        for _ in range(1 + adds_later):
+            try:
+                return function()
+            except OUT_OF_MEMORY:
+                if not self.make_room(device, adds_later=adds_later):
+                    raise
         return function()
 
     def let_nothing_stay(self) -> None:
@@ -325,9 +326,10 @@ class RuntimeState:
             self._give_way(device)
         self.has_given_way = True
 
-    def make_room(self, device: Device) -> bool:
-        """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
-        found = self._give_way(device)
+    def make_room(self, device: Device, *, adds_later: bool = False) -> bool:
+        """The device has run out of memory: let go of what it can do without. Returns whether there was anything.
+        `adds_later`: who has asked is not adding gradients, and needs none that are there."""
+        found = self._give_way(device) or (adds_later and self.gradients.leave(device))
         self.counters.short_of_memory += found and not self.has_lacked_memory
         self.has_lacked_memory |= found
         return found

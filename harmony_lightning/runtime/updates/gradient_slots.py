@@ -2,10 +2,11 @@
 
 Slots lie in one piece of memory, at offsets by which packs that are differentiated at the same time do not overlap
 (`Plan.gradient_offsets`). Where user code visits packs in another order, the one in the way leaves with what it has so far:
-`Counters.out_of_turn`.
+`Counters.out_of_turn`. Where memory is so short that a layer cannot be differentiated, sums wait on the host until the next
+gradient is added, to the bit the same.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -68,6 +69,15 @@ class GradientSlot:
         self.narrow.clear()
 
 
+@dataclass(frozen=True, slots=True)
+class _Waiting:
+    """What was in a slot, on the host."""
+
+    pack: int
+    sums: dict[str, torch.Tensor]
+    narrow: set[str]
+
+
 class GradientSlots:
     """Those of all devices, made when they are first needed.
 
@@ -93,14 +103,18 @@ class GradientSlots:
         self._counters = counters
         self._swap_out_part = swap_out_part
         self._slots: list[list[GradientSlot]] = [[] for _ in devices]
+        self._waiting: dict[int, list[_Waiting]] = {}
+        """By device whose slots have left: what was in them."""
 
     def acquire(self, pack: int, device: int) -> GradientSlot:
         """The pack's slot; compute enqueued from now on may write it."""
-        self._allocate(device)
-        slot = next((slot for slot in self._slots[device] if slot.pack == pack), None)
+        self.bring_back(device)
+        slots = self._slots[device] = self._slots[device] or self._make(device)
+        slot = _find(slots, pack)
         if slot is None:  # a pack that should be on other devices
             self._counters.out_of_turn += 1
-            slot = self._add_slot(pack, device, self._make_memory(device, layout_nbytes(self.layouts[pack])), 0)
+            slot = self._make_own(pack, device)
+            slots.append(slot)
         if not slot.is_in_use:
             for other in self._slots[device]:
                 if other.overlaps(slot):
@@ -115,6 +129,47 @@ class GradientSlots:
         if slot.left is not None:
             self._devices[slot.device].wait(Lane.COMPUTE, slot.left)
             slot.left = None
+
+    @torch.no_grad()
+    def leave(self, device: int) -> bool:
+        """Memory of the device is short: its slots go, and what is in them waits on the host. Nobody may hold a slot.
+        Returns whether there were any."""
+        slots, self._slots[device] = self._slots[device], []
+        if not slots:
+            return False
+        waiting = self._waiting[device] = []
+        for slot in slots:
+            if slot.left is not None:
+                slot.left.synchronize()
+            if slot.is_in_use:
+                sums = {name: view.cpu() for name, view in slot.written.items()}
+                self._counters.swap_out_bytes += sum(gradient.nbytes for gradient in sums.values())
+                waiting.append(_Waiting(slot.pack, sums, slot.narrow))
+        return True
+
+    @torch.inference_mode(False)
+    @torch.no_grad()
+    def bring_back(self, device: int) -> None:
+        """Make the slots again that have left, with what was in them."""
+        if device not in self._waiting:
+            return
+        slots = self._make(device)
+        for waiting in self._waiting[device]:
+            slot = _find(slots, waiting.pack)
+            if slot is None:
+                slot = self._make_own(waiting.pack, device)
+                slots.append(slot)
+            slot.is_in_use = True
+            for name, gradient in waiting.sums.items():
+                slot.add(name, gradient, is_narrow=name in waiting.narrow)
+                self._counters.swap_in_bytes += gradient.nbytes
+        self._slots[device] = slots
+        del self._waiting[device]
+
+    @property
+    def devices_without(self) -> list[int]:
+        """Those whose slots have left. Nothing but `acquire` and `bring_back` knows what was in them."""
+        return list(self._waiting)
 
     def holders(self, pack: int) -> list[GradientSlot]:
         """Slots with gradients of the pack, in the order in which its microbatches visit devices."""
@@ -141,36 +196,41 @@ class GradientSlots:
         for slots in self._slots:
             for slot in slots:
                 slot.empty()
+        self._waiting.clear()
 
     def close(self) -> None:
         """Free the memory."""
-        for slots in self._slots:
-            slots.clear()
+        self._slots = [[] for _ in self._slots]
+        self._waiting.clear()
 
     def allocate(self) -> None:
         """Make the slots of all devices now."""
-        for device in range(len(self._devices)):
-            if self._plan.packs_on(device):
-                self._allocate(device)
+        for device, slots in enumerate(self._slots):
+            if not slots and device not in self._waiting and self._plan.packs_on(device):
+                self._slots[device] = self._make(device)
 
     def _in_use(self) -> list[GradientSlot]:
         return [slot for slots in self._slots for slot in slots if slot.is_in_use]
 
-    def _allocate(self, device: int) -> None:
-        if self._slots[device]:
-            return
-        if offsets := self._plan.gradient_offsets(device):
-            memory = self._make_memory(device, self._plan.gradient_slots_nbytes(device))
-            for pack, start in offsets.items():
-                self._add_slot(pack, device, memory, start)
+    def _make(self, device: int) -> list[GradientSlot]:
+        """All slots of a device that the plan knows of."""
+        if not (offsets := self._plan.gradient_offsets(device)):
+            return []
+        memory = self._make_memory(device, self._plan.gradient_slots_nbytes(device))
+        return [self._make_slot(pack, device, memory, start) for pack, start in offsets.items()]
+
+    def _make_own(self, pack: int, device: int) -> GradientSlot:
+        return self._make_slot(pack, device, self._make_memory(device, layout_nbytes(self.layouts[pack])), 0)
 
     @torch.inference_mode(False)
     def _make_memory(self, device: int, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device=self._devices[device].torch_device)
 
     @torch.inference_mode(False)
-    def _add_slot(self, pack: int, device: int, memory: torch.Tensor, start: int) -> GradientSlot:
+    def _make_slot(self, pack: int, device: int, memory: torch.Tensor, start: int) -> GradientSlot:
         layout = self.layouts[pack]
-        slot = GradientSlot(pack, device, layout, memory, start, memory[start : start + layout_nbytes(layout)])
-        self._slots[device].append(slot)
-        return slot
+        return GradientSlot(pack, device, layout, memory, start, memory[start : start + layout_nbytes(layout)])
+
+
+def _find(slots: Iterable[GradientSlot], pack: int) -> GradientSlot | None:
+    return next((slot for slot in slots if slot.pack == pack), None)

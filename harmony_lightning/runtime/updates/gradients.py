@@ -9,6 +9,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -22,8 +23,13 @@ from harmony_lightning.runtime.updates.gradient_swap_out import GradientSwapOut,
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.worker import HostWorker
 
-WithRoom = Callable[[Device, Callable[[], torch.Tensor]], torch.Tensor]
-"""Calls a function that needs memory of a device."""
+Result = TypeVar("Result")
+
+
+class WithRoom(Protocol):
+    """Calls a function that needs memory of a device."""
+
+    def __call__(self, device: Device, function: Callable[[], Result], /) -> Result: ...
 
 
 class GradientStore:
@@ -42,7 +48,7 @@ class GradientStore:
         worker: HostWorker,
         *,
         reads: Callable[[Iterable[str]], Sequence[Event]] = lambda names: (),
-        with_room: WithRoom = lambda device, make: make(),
+        with_room: WithRoom = lambda device, function: function(),
         limit_nbytes: int = sys.maxsize,
     ) -> None:
         """`reads` tells the points behind the last swap-ins of weights, which must come before an update though no compute
@@ -124,6 +130,7 @@ class GradientStore:
     @torch.no_grad()
     def scale(self, factor: float) -> None:
         """Multiply everything that has been added since the last completion."""
+        self._bring_back()
         self._slots.scale(factor)
         for name, gradient in self._loose.items():
             self._loose[name] = gradient * factor
@@ -134,6 +141,15 @@ class GradientStore:
         if not self._host_is_device:
             self._slots.allocate()
 
+    def leave(self, device: Device) -> bool:
+        """Memory of the device is short, and nobody is adding anything: sums in slots wait on the host until somebody does.
+        Returns whether there were slots."""
+        return self._slots.leave(device.index)
+
+    def _bring_back(self) -> None:
+        for device in self._slots.devices_without:
+            self._with_room(self._devices[device], functools.partial(self._slots.bring_back, device))
+
     # Out --------------------------------------------------------------------------------------------------------------
 
     def send(self, pack: int | None, is_complete: Callable[[str], bool], on_complete: OnComplete) -> None:
@@ -141,6 +157,7 @@ class GradientStore:
 
         Those for which `is_complete` holds become `Parameter.grad`, added to what is there; others wait for more.
         """
+        self._bring_back()
         held: dict[str, list[tuple[int, torch.Tensor]]] = {}
         for (name, device), gradient in sorted(self._loose.items(), key=lambda item: item[0][1]):
             is_ours = not self._host_is_device or (name, device) in self._owned
@@ -224,6 +241,7 @@ class GradientStore:
 
     def hold(self) -> None:
         """Bring everything to the host; nothing becomes complete."""
+        self._bring_back()
         for pack in self._slots.packs():
             self.send(pack, lambda name: False, _ignore)
         self.send(None, lambda name: False, _ignore)
