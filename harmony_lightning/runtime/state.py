@@ -334,6 +334,13 @@ class RuntimeState:
         self.has_lacked_memory |= found
         return found
 
+    def let_go_idle(self, device: Device) -> bool:
+        """The device has no room for what need not be: let go of slots alone that nobody uses yet, or any more. Returns
+        whether there were any."""
+        found = self.weights.let_go_idle(device)
+        self.has_given_way |= found
+        return found
+
     def join_fewer(self, device: Device) -> None:
         """There is no room for so many microbatches in one call of a layer."""
         before, self.num_together = self.num_together, max(1, self.num_together // 2)
@@ -346,7 +353,7 @@ class RuntimeState:
         )
 
     def _give_way(self, device: Device) -> bool:
-        found = self.weights.let_go_idle(device)
+        found = self.let_go_idle(device)
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
