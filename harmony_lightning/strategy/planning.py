@@ -5,7 +5,7 @@ when steps have shown more: that layers are called in another order than they ar
 nothing but what autocast casts them to.
 """
 
-import functools
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +17,7 @@ from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import CapacityError
 from harmony_lightning.plan import Plan
-from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given
+from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given, tell
 from harmony_lightning.runtime.batch.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.batch.rows import num_samples
 from harmony_lightning.runtime.engine import Engine
@@ -83,19 +83,24 @@ class Planning:
 
     def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
         """For the share of the memory, if there is a plan for that: else the smallest, with no more for what may stay."""
+        try:
+            return self._prepare_for(self._share, workload, mode)
+        except CapacityError:
+            if self._share == 1:
+                raise
+            decomposition, plan = self._prepare_for(1.0, workload, mode)
+            return decomposition, replace(plan, memory_bytes=int(self._share * plan.memory_bytes))
+
+    def _prepare_for(
+        self, share: float, workload: Workload, mode: Literal["pp", "dp"] | None = None
+    ) -> tuple[Decomposition, Plan]:
         engine, config = self._engine, self._config
         engine.settle()  # it looks at the optimizer's states
         config = replace(config, mode=mode) if mode is not None else config
-        make = functools.partial(
-            prepare, engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()
+        states = self._state_nbytes()
+        return prepare(
+            engine.root, engine.cluster, config, workload, self._call_order, self._narrow, states, share=share
         )
-        if self._share == 1:
-            return make()
-        try:
-            return make(share=self._share)
-        except CapacityError:
-            decomposition, plan = make()
-            return decomposition, replace(plan, memory_bytes=int(self._share * plan.memory_bytes))
 
     def _load(self, workload: Workload) -> None:
         self.searched = None
@@ -103,6 +108,7 @@ class Planning:
             plan, decomposition = self._given, prepare_given(self._engine.root, self._engine.cluster, self._given)
         else:
             decomposition, plan = self._prepare(workload)
+            tell(plan)
         self._take_up(plan, decomposition)
 
     def _take_up(self, plan: Plan, decomposition: Decomposition) -> None:
@@ -152,6 +158,7 @@ class Planning:
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
         elif has_learned and former is None:
+            tell(plan)
             self._take_up(plan, decomposition)
 
     def stop_searching(self) -> None:
@@ -160,14 +167,29 @@ class Planning:
 
     @property
     def may_shrink(self) -> bool:
-        """Whether a plan that does not fit may give way to a smaller one."""
-        return self._given is None and not self._engine.cluster.host_is_device and not self._has_failed
+        """Whether a plan that does not fit may give way to another: for less memory, and if that does not fit either, to
+        that whose packs take least."""
+        if self._given is not None or self._engine.cluster.host_is_device:
+            return False
+        return not self._has_failed or self._smallest_share() is not None
+
+    def _smallest_share(self) -> float | None:
+        """Of the memory: that for which packs take least; None if they take no less than in the present plan."""
+        plan, share = self._loaded[1], self._share
+        workload = Workload(microbatch_size=plan.microbatch_size, num_microbatches=plan.num_microbatches)
+        least, found = plan.arena_nbytes(), None
+        with contextlib.suppress(CapacityError):
+            while True:
+                share *= SMALLER_SHARE
+                if (nbytes := self._prepare_for(share, workload)[1].arena_nbytes()) < least:
+                    least, found = nbytes, share
+        return found
 
     def shrink(self, batch: Any, *arguments: Any) -> None:
         """Find a plan for less memory; from sizes alone if the search finds none, or has chosen nothing but packs."""
         former = self._loaded[1]
+        self._share = (self._smallest_share() if self._has_failed else None) or SMALLER_SHARE * self._share
         self._has_failed = True
-        self._share *= SMALLER_SHARE
         self._is_searched = False
         self.searched = None
         self._load(_workload(self.split(batch)))
