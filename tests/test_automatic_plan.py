@@ -150,6 +150,19 @@ def test_microbatches_are_not_searched_where_numbers_must_not_depend_on_speed(ki
     assert kind is _Normed or plans[1].microbatch_size > 2
 
 
+def test_a_plan_that_stays_though_memory_was_short_is_not_said_to_be_another(told, monkeypatch):
+    class Short(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.strategy._engine.state.has_lacked_memory = True
+            monkeypatch.delattr(automatic, "find_plan", raising=False)  # the search fails from here on
+
+    strategy = automatic_strategy()
+    trainer(strategy, callbacks=[Short()]).fit(Chain(), loader(16, 48))
+    said = [message for message in told.messages if "memory was short" in message]
+    assert len(said) == 1 and said[0].endswith("had to go; the plan stays, as no other was found")
+    assert "planned again" not in told.text and strategy.plan.memory_bytes == 160 * 1024
+
+
 def test_the_second_run_finds_the_profile_in_the_cache(told, monkeypatch):
     plans = []
     for _ in range(2):
@@ -228,7 +241,7 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
     trainer(strategy).fit(module, loader(16, 48))
     assert budgets == [130 * 1024, int(0.8 * 130 * 1024)]
     assert "the plan does not fit: gpu0 (emulated CUDA) out of memory" in told.text
-    assert "planning again with 104 KiB per GPU" in told.text
+    assert "planned again with 104 KiB per GPU" in told.text
     assert stays_within(strategy.statistics(), 130 * 1024)
     assert same_weights(module, trained_plainly(reference, strategy.plan.microbatch_size))
 
