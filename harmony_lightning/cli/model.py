@@ -183,13 +183,13 @@ def build_module(arguments: argparse.Namespace) -> Any:
     is_inherited = _package_of(getattr(step, "__module__", None)) in _LIGHTNING
     if not isinstance(module, torch.nn.Module) or step is None or is_inherited:
         raise ConfigurationError(
-            f"{arguments.module} makes a {type(module).__name__}, which has no training_step of its own: without one there is "
-            f"no step to plan"
+            f"{arguments.module} makes a {type(module).__name__}, which has no training_step of its own: there is no "
+            f"step to plan"
         )
     if not getattr(module, "automatic_optimization", True):
         raise ConfigurationError(
-            f"{type(module).__name__} steps its optimizers itself (automatic_optimization=False); its minibatches run in one "
-            f"piece and are not planned for"
+            f"{type(module).__name__} steps its optimizers itself (automatic_optimization=False); its minibatches run "
+            f"in one piece and are not planned for"
         )
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}.get(arguments.precision)
     return module.train() if dtype is None else module.train().to(dtype)
