@@ -27,7 +27,8 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
-from harmony_lightning.cli.model import add_model_arguments, console, parse_batch
+from harmony_lightning.cli.console import console
+from harmony_lightning.cli.model import add_model_arguments, parse_batch
 from harmony_lightning.cli.profile import profile_for
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.scheduler.explain import break_down, describe, explain

@@ -55,15 +55,6 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     add_machine_arguments(parser)
 
 
-def console() -> Console:
-    """For tables: what is no terminal has room for all columns."""
-    terminal = Console()
-    return terminal if terminal.is_terminal else Console(width=max(terminal.width, _WIDTH))
-
-
-_WIDTH = 120
-
-
 @contextmanager
 def telling(what: str) -> Iterator[Callable[[str], None]]:
     """A line on the terminal that tells what is going on, as long as it goes on."""

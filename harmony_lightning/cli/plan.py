@@ -30,7 +30,7 @@ from typing import Any
 
 from rich.table import Table
 
-from harmony_lightning.cli.model import console
+from harmony_lightning.cli.console import console
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import bound_seconds, describe, explain

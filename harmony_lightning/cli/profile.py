@@ -6,11 +6,11 @@ import warnings
 
 from rich.table import Table
 
+from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import (
     add_model_arguments,
     build_module,
     cluster_for,
-    console,
     context_of,
     machine_for,
     parse_batch,

@@ -4,7 +4,8 @@ import argparse
 
 from rich.table import Table
 
-from harmony_lightning.cli.model import add_machine_arguments, console, machine_for
+from harmony_lightning.cli.console import console
+from harmony_lightning.cli.model import add_machine_arguments, machine_for
 from harmony_lightning.profiler import Machine
 from harmony_lightning.units import format_nbytes
 
