@@ -31,6 +31,7 @@ def test_memory_is_a_size(memory):
         ({"microbatch_size": 2.0}, r"got 2\.0"),
         ({"microbatch_size": "2"}, r"got '2'"),
         ({"microbatch_size": True}, r"got True"),
+        ({"planner": "swarm"}, r"planner must be 'bounds' or 'genetic', got 'swarm'"),
         ({"gradient_wire": "bf16"}, r"gradient_wire must be 'exact' or 'half', got 'bf16'"),
         ({"evaluation_batches": 0}, r"evaluation_batches must be a positive integer, got 0"),
         ({"evaluation_batches": "auto"}, r"got 'auto'"),
