@@ -48,9 +48,6 @@ class HarmonyConfig:
     """What is searched, by profiling the module, instead of made from sizes alone. "packs": which layers form a pack, and
     how many packs come ahead; results do not depend on that, so they are the same on GPUs of any size and speed. "all", by
     `HarmonyStrategy(plan="auto")`: microbatch size and mode, too, where they are "auto". "nothing": `plan="sizes"`."""
-    planner: Literal["bounds", "genetic"] = "bounds"
-    """Who searches: "bounds" looks at packs of about equal time or weights, in the order of lower bounds; "genetic" breeds
-    packs of any layers, which takes some seconds more. What both found is told in the log."""
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
@@ -78,8 +75,6 @@ class HarmonyConfig:
             raise ConfigurationError(f"update must be 'auto', 'host', 'device' or 'first', got {self.update!r}")
         if self.searches not in ("packs", "all", "nothing"):
             raise ConfigurationError(f"searches must be 'packs', 'all' or 'nothing', got {self.searches!r}")
-        if self.planner not in ("bounds", "genetic"):
-            raise ConfigurationError(f"planner must be 'bounds' or 'genetic', got {self.planner!r}")
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")

@@ -56,7 +56,6 @@ class HarmonyMixin(Training, Evaluation):
         evaluation_batches: int | None = None,
         gradient_wire: Literal["exact", "half"] | None = None,
         plan: Plan | str | Path | None = None,
-        planner: Literal["bounds", "genetic"] = "bounds",
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
     ) -> None:
@@ -103,7 +102,6 @@ class HarmonyMixin(Training, Evaluation):
             layers=tuple(_as_sequence(layers)),
             split_batch=split_batch,
             searches=searches or "nothing",
-            planner=planner,
             loss_weight=loss_weight,
         )
         if cluster is None and environment.emulated_gpus is not None:

@@ -122,14 +122,6 @@ def test_microbatches_are_not_larger_than_the_minibatch_and_tables_whole(capsys)
     assert "0.000 s" not in reasons and "billion" not in reasons
 
 
-def test_a_bred_plan_is_told_beside_the_default(capsys):
-    asked = ("estimate", *CHAIN, "--init", "depth=3", "--mode", "dp", "--microbatch", "8", "--json")
-    bred, default = (json.loads(told(capsys, *asked, "--planner", name)) for name in ("genetic", "bounds"))
-    assert (bred["planner"], default["planner"]) == ("genetic", "bounds") and "default" not in default
-    assert bred["default"]["step_seconds"] == default["step_seconds"] and not bred["is_proved"]
-    assert bred["step_seconds"] <= 1.02 * default["step_seconds"]
-
-
 class Shared(Chain):
     """Layers that are called twice, and a weight of two layers, one of which does more with it."""
 

@@ -3,14 +3,13 @@
 After SwapAdvisor (Huang et al., ASPLOS 2020), which breeds execution order, memory placement and swap decisions together.
 In a layer-major step these follow from where packs begin and how large microbatches are: a pack's borders say what is
 swapped together and what lies on a device at the same time, and the round of the devices gives the order. So a genome is
-the borders of the forward and of the backward packs, anywhere, and the two microbatch sizes; for the runtime, which has the
-same packs both ways, `bred_plans` adds what may stay on the devices and where stashes wait. It knows no bounds and no
+the borders of the forward and of the backward packs, anywhere, and the two microbatch sizes. It knows no bounds and no
 balance; where it beats the default search, that search's family of packings is too small.
 """
 
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -45,27 +44,6 @@ class Genome:
     backward_borders: tuple[int, ...]
 
 
-Scored = tuple[float, float, Schedule]
-"""Seconds and peak bytes of a schedule that fits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rearing:
-    """What schedules are bred for."""
-
-    score: Callable[[Schedule], Iterator[Scored]]
-    """A schedule that was bred, in the variants that fit; none if it does not."""
-    excess_bytes: Callable[[Schedule], float]
-    """By how much one that does not fit is too large."""
-    forward_sizes: Sequence[int]
-    backward_sizes: Sequence[int]
-    is_joint: bool = False
-    """Packs and sizes are the same both ways."""
-    uncut: tuple[frozenset[int], ...] = ()
-    """Layers that must share a pack."""
-    max_computations: int = MAX_COMPUTATIONS
-
-
 @dataclass(frozen=True, slots=True)
 class Fitness:
     """Smaller is better: what fits before what does not, then the faster, or the one that nearly fits."""
@@ -85,26 +63,7 @@ def breed(
     """
     started = time.perf_counter()
     modes: tuple[Literal["pp", "dp"], ...] = ("pp", "dp") if mode == "auto" else (mode,)
-
-    def score(schedule: Schedule) -> Iterator[Scored]:
-        for variant, peak in fitting_variants(schedule, costs, rules, memory_bytes):
-            yield seconds(variant, costs, rules), peak, variant
-
-    breeds = []
-    for one in modes:
-        samples = -(-minibatch // costs.machine.gpus) if one == "dp" else minibatch
-        rearing = Rearing(
-            score=score,
-            excess_bytes=lambda schedule: peak_bytes(schedule, costs, rules) - memory_bytes,
-            forward_sizes=choose_sizes(costs, "forward", samples),
-            backward_sizes=choose_sizes(costs, "backward", samples),
-        )
-        breeds.append(Breed(costs, minibatch, one, rearing, random.Random(seed)))
-    return best_of(breeds, rules, memory_bytes, started)
-
-
-def best_of(breeds: "Sequence[Breed]", rules: Rules, memory_bytes: float, started: float) -> Found:
-    """Let all of them evolve. `started` is when the search did. Raises CapacityError if nothing that evolved fits."""
+    breeds = [_Breed(costs, minibatch, one, memory_bytes, rules, random.Random(seed)) for one in modes]
     found = sorted((candidate for one in breeds for candidate in one.run()), key=lambda candidate: candidate.seconds)
     if not found:
         raise CapacityError(
@@ -122,23 +81,31 @@ def best_of(breeds: "Sequence[Breed]", rules: Rules, memory_bytes: float, starte
     )
 
 
-class Breed:
+class _Breed:
     """Evolution in one mode."""
 
     def __init__(
-        self, costs: Costs, minibatch: int, mode: Literal["pp", "dp"], rearing: Rearing, dice: random.Random
+        self,
+        costs: Costs,
+        minibatch: int,
+        mode: Literal["pp", "dp"],
+        memory_bytes: float,
+        rules: Rules,
+        dice: random.Random,
     ) -> None:
         self.costs, self.minibatch, self.mode = costs, minibatch, mode
-        self.rearing, self.dice = rearing, dice
-        self.forward_sizes, self.backward_sizes = rearing.forward_sizes, rearing.backward_sizes
-        self.known: dict[Genome, tuple[Fitness, Candidate | None]] = {}
+        self.memory_bytes, self.rules, self.dice = memory_bytes, rules, dice
+        samples = -(-minibatch // costs.machine.gpus) if mode == "dp" else minibatch
+        self.forward_sizes = choose_sizes(costs, "forward", samples)
+        self.backward_sizes = choose_sizes(costs, "backward", samples)
+        self.known: dict[Genome, tuple[Fitness, Schedule]] = {}
         self.num_simulated = self.num_computations = 0
 
     def run(self) -> list[Candidate]:
         """Candidates that fit, best first."""
         population = [self._founder() for _ in range(POPULATION)]
         best, idle = None, 0
-        while idle < PATIENCE and self.num_computations < self.rearing.max_computations:
+        while idle < PATIENCE and self.num_computations < MAX_COMPUTATIONS:
             population = sorted(dict.fromkeys(population), key=self._key)
             champion = self._key(population[0])
             idle = idle + 1 if champion == best else 0
@@ -146,8 +113,16 @@ class Breed:
             population = population[:POPULATION]
             children = [self._mutated(self._crossed(*self._parents(population))) for _ in range(POPULATION - ELITE)]
             population = [*population[:ELITE], *children, self._founder()]
-        fitting = (candidate for _, candidate in self.known.values() if candidate is not None)
-        return sorted(fitting, key=lambda candidate: candidate.seconds)[:4]
+        fitting = sorted(
+            ((fitness, schedule) for fitness, schedule in self.known.values() if not fitness.excess_bytes),
+            key=lambda entry: entry[0].seconds,
+        )
+        return [
+            Candidate(
+                schedule=schedule, seconds=fitness.seconds, peak_bytes=peak_bytes(schedule, self.costs, self.rules)
+            )
+            for fitness, schedule in fitting[:4]
+        ]
 
     # Fitness ----------------------------------------------------------------------------------------------------------
 
@@ -158,15 +133,17 @@ class Breed:
     def _fitness(self, genome: Genome) -> Fitness:
         if genome not in self.known:
             schedule = self._schedule(genome)
-            scored = list(self.rearing.score(schedule))
-            self.num_simulated += len(scored)
-            self.num_computations += sum(num_computations(variant) for _, _, variant in scored)
+            scored = []
+            for variant, _ in fitting_variants(schedule, self.costs, self.rules, self.memory_bytes):
+                scored.append((seconds(variant, self.costs, self.rules), variant))
+                self.num_simulated += 1
+                self.num_computations += num_computations(variant)
             if scored:
-                taken, peak, variant = min(scored, key=lambda one: one[0])
-                candidate = Candidate(schedule=variant, seconds=taken, peak_bytes=peak)
-                self.known[genome] = Fitness(0.0, taken), candidate
+                taken, schedule = min(scored, key=lambda one: one[0])
+                self.known[genome] = Fitness(0.0, taken), schedule
             else:
-                self.known[genome] = Fitness(self.rearing.excess_bytes(schedule), 0.0), None
+                excess = peak_bytes(schedule, self.costs, self.rules) - self.memory_bytes
+                self.known[genome] = Fitness(excess, 0.0), schedule
         return self.known[genome][0]
 
     def _schedule(self, genome: Genome) -> Schedule:
@@ -256,10 +233,6 @@ class Breed:
         self, forward_size: int, forward: tuple[int, ...], backward_size: int, backward: tuple[int, ...]
     ) -> Genome:
         """Forward packs end where the fused pack begins, and forward microbatches are at least those of backward."""
-        for layers in self.rearing.uncut:
-            backward = tuple(border for border in backward if not min(layers) < border <= max(layers))
-        if self.rearing.is_joint:
-            return Genome(backward_size, backward[:-1], backward_size, backward)
         fused = backward[-1] if backward else 0
         if forward_size < backward_size:
             larger = [size for size in self.forward_sizes if size >= backward_size]
