@@ -124,7 +124,9 @@ def step_of(
     return step
 
 
-def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: Any, precision: str) -> Decomposition:
+def with_narrow_weights(
+    decomposition: Decomposition, root: nn.Module, batch: Any, precision: str, step: Step | None = None
+) -> Decomposition:
     """The decomposition of a module on the meta device as it is under a precision of Lightning's: with narrow weights, if
     that is a mixed one. They are found by one step of shapes, up to where that looks at values, such as to log the loss."""
     if not precision.endswith("-mixed"):
@@ -137,7 +139,7 @@ def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: An
         hooks.append(module.register_forward_hook(lambda *_: reading.enter(None)))
     try:
         with torch.no_grad(), torch.device("meta"), reading:
-            step_of()(root, pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch))
+            (step or step_of())(root, pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch))
     except Exception as error:  # the user's code looks at values, say
         log.info("harmony profile: weights are taken to be used as they were until a step of shapes ended: %s", error)
     finally:

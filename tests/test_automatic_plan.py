@@ -188,24 +188,18 @@ def test_the_plan_is_kept_with_the_run_and_in_the_checkpoint(tmp_path):
     path = tmp_path / "run.ckpt"
     found = Plan.from_json((tmp_path / "lightning_logs" / "version_0" / PLAN_FILE).read_text())
     assert found == dataclasses.replace(strategy.plan, resident=(), stash_stays=(), keep=found.keep, peak_bytes=())
-    again = automatic_strategy()
-    run = trainer(again, max_steps=1)
-    module = Chain(depth=6)
-    run.fit(module, loader(16, 16))
-
-    class Save(L.Callback):
-        def on_train_end(self, trainer, module):
-            trainer.save_checkpoint(path)
-
-    trainer(automatic_strategy(), max_steps=1, callbacks=[Save()]).fit(Chain(depth=6), loader(16, 16))
+    run.save_checkpoint(path)  # behind the run
     checkpoint = torch.load(path, weights_only=True)
     assert Plan.from_json(checkpoint[PLAN_KEY]).packs == found.packs
     trainer("auto", max_steps=2).fit(Chain(depth=6), loader(16, 32), ckpt_path=path)  # any other strategy takes it
     file = tmp_path / "plan.json"
     file.write_text(checkpoint[PLAN_KEY])
     given = HarmonyStrategy(plan=file, cluster=EmulatedCluster(2, "160KiB"))
-    trainer(given, max_steps=1).fit(Chain(depth=6), loader(16, 16))
+    run = trainer(given, max_steps=1)
+    run.fit(Chain(depth=6), loader(16, 16))
     assert given.plan.packs == found.packs
+    run.save_checkpoint(path)
+    assert Plan.from_json(torch.load(path, weights_only=True)[PLAN_KEY]) == given.plan
 
 
 def test_a_plan_that_was_made_for_other_memory_is_carried_out():

@@ -25,12 +25,13 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
 from harmony_lightning.cli.command import Commands, add_command
+from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import add_model_arguments, parse_batch
 from harmony_lightning.cli.profile import profile_for
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.scheduler.explain import break_down, describe, explain
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
@@ -63,12 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
     from harmony_lightning.profiled import Question, find_plan, host_bytes
 
     minibatch = parse_batch(arguments.batch).samples
+    microbatch_size = arguments.microbatch
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ConfigurationError(f"--microbatch must be at least 1, got {microbatch_size}")
     measured, decomposition, machine = profile_for(arguments)
     question = Question(
         minibatch=minibatch,
         memory_bytes=machine.memory_bytes,
         mode=arguments.mode,
-        microbatch_size=arguments.microbatch,
+        microbatch_size=None if microbatch_size is None else min(microbatch_size, minibatch),
         stays=True,
     )
     planned = find_plan(measured, machine, decomposition, question)
@@ -114,7 +118,7 @@ def run(arguments: argparse.Namespace) -> int:
         print(json.dumps({**fields, **({"reasons": reasons} if reasons else {})}))
         return 0
     table = Table(title=f"{measured.profile.model} on {machine.name}", show_header=False)
-    table.add_row("weights", f"{measured.num_parameters / 1e9:.4g} billion")
+    table.add_row("weights", _count(measured.num_parameters))
     table.add_row("plan", describe(schedule) + f", stashes on the {schedule.stash}")
     table.add_row(
         "stays",
@@ -126,11 +130,19 @@ def run(arguments: argparse.Namespace) -> int:
     table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
     table.add_row("host memory", format_nbytes(host_bytes(planned)))
     table.add_row("what binds", ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts if seconds > 0))
-    console = Console()
-    console.print(table)
+    output = console()
+    output.print(table)
     for sentence in reasons:
-        console.print(f"- {sentence}", highlight=False)
+        output.print(f"- {sentence}", highlight=False)
     return 0
+
+
+def _count(number: int) -> str:
+    """Four digits, and a word."""
+    for factor, word in ((10**9, " billion"), (10**6, " million")):
+        if number >= factor:
+            return f"{number / factor:.4g}{word}"
+    return f"{number:,}"
 
 
 def _mixed(

@@ -5,6 +5,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 `SingleDeviceStrategy`. That base makes one process with world size 1; all GPUs reach it through `parallel_devices`.
 """
 
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,10 @@ log = logging.getLogger(__name__)
 
 _SEARCHES: dict[str, Literal["packs", "all", "nothing"]] = {"auto": "all", "packs": "packs", "sizes": "nothing"}
 """By the argument `plan`; anything else is a plan."""
+
+
+_OF_LIGHTNING = {"device", "accelerator", "checkpoint_io", "precision_plugin"}
+"""Arguments of Lightning's `SingleDeviceStrategy`."""
 
 
 class HarmonyMixin(Training, Evaluation):
@@ -67,6 +72,13 @@ class HarmonyMixin(Training, Evaluation):
         Raises:
             ConfigurationError: a knob has an impossible value.
         """
+        if unknown := sorted(set(lightning) - _OF_LIGHTNING):
+            known = [
+                name
+                for name in inspect.signature(HarmonyMixin.__init__).parameters
+                if name not in ("self", "lightning")
+            ]
+            raise TypeError(f"HarmonyStrategy has no argument {unknown[0]!r}; it has {', '.join(known)}")
         environment = Environment.read()
         if environment.log_level is not None:
             _log_to_stderr(environment.log_level)

@@ -17,7 +17,7 @@ from torchmetrics import Metric
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import CapacityError
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, order_fault
 from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given, tell
 from harmony_lightning.runtime.batch.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.batch.rows import num_samples
@@ -234,6 +234,10 @@ class Planning:
         if engine.is_out_of_date():
             self._load(workload)
             self._is_searched = False  # again with the next minibatch
+        if engine.trace.is_complete and self._given is not None and not self._has_traced:
+            self._has_traced = True
+            if (fault := order_fault(self._given, engine.trace.order())) is not None:
+                log.warning("harmony: the plan's packs are in another order than they are called: %s", fault)
         if engine.trace.is_complete and self._given is None:
             share, former, learned = self._share, self._loaded[1], self._learn()
             chooses = self._automatic is not None and self._automatic.chooses_all

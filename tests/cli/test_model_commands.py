@@ -4,7 +4,9 @@ import json
 import resource
 import subprocess
 import sys
+import warnings
 
+import lightning as L
 import pytest
 import torch
 from chain import WIDTH, Chain
@@ -69,6 +71,55 @@ def test_under_autocast_weights_travel_in_half_the_bytes(capsys):
     assert with_narrow_weights(decomposition, root, batch, "32-true") is decomposition
     answer = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "dp", "--json", "--precision", "bf16-mixed"))
     assert answer["host_bytes"] > (4 + 2 + 2 * 4) * answer["parameters"]
+
+
+class Looking(Chain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss * (1 + self.current_epoch / self.trainer.max_epochs)
+
+
+class Manual(Looking):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Stepless(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 1)
+
+
+def test_modules_that_look_at_their_trainer_are_estimated_in_silence(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, looking = (
+            json.loads(told(capsys, "estimate", f"{name}:{kind}", *CHAIN[1:], "--json"))
+            for name, kind in (("chain", "Chain"), (__name__, "Looking"))
+        )
+    assert looking["packs"] == plain["packs"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((f"{__name__}:Stepless",), "makes a Stepless, which has no training_step of its own"),
+        ((f"{__name__}:Manual",), "Manual steps its optimizers itself"),
+        (("chain:Chain", "--microbatch", "0"), "--microbatch must be at least 1, got 0"),
+    ],
+)
+def test_steps_that_cannot_be_planned_are_refused(capsys, arguments, what):
+    assert main(["estimate", *arguments, *CHAIN[1:]]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_microbatches_are_not_larger_than_the_minibatch_and_tables_whole(capsys):
+    assert json.loads(told(capsys, "estimate", *CHAIN, "--microbatch", "100", "--json"))["microbatch_size"] <= 32
+    assert "\u2026" not in told(capsys, "profile", *CHAIN)
+    reasons = told(capsys, "explain", *CHAIN)
+    assert "0.000 s" not in reasons and "billion" not in reasons
 
 
 class Shared(Chain):
