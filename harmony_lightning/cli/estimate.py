@@ -17,6 +17,8 @@ With --json one object is printed:
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
     search_seconds       what the search took
+    planner              "bounds", or "genetic", which breeds the plan
+    default              with --planner genetic: step_seconds and search_seconds of the default planner
     reasons              with `explain`: what binds, why others lost, what would help
 """
 
@@ -59,6 +61,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         add_model_arguments(parser)
         parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
+        parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
         parser.add_argument("--json", action="store_true", help="print one JSON object")
         parser.set_defaults(run=run, is_explained=name == "explain")
 
@@ -75,11 +78,13 @@ def run(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         microbatch_size=arguments.microbatch,
         stays=True,
+        planner=arguments.planner,
     )
     planned = find_plan(measured, machine, decomposition, question)
     is_told = arguments.json or arguments.is_explained
     mixed = _mixed(measured, machine, decomposition, question, planned) if is_told else None
     best, schedule = planned.found.best, planned.found.best.schedule
+    default = planned.default if planned.default is not planned.found else None
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
     if arguments.is_explained:
@@ -113,6 +118,12 @@ def run(arguments: argparse.Namespace) -> int:
         "binds": [name for name, seconds in parts if seconds > 0],
         "is_proved": planned.found.is_proved,
         "search_seconds": planned.found.search_seconds,
+        "planner": arguments.planner,
+        **(
+            {"default": {"step_seconds": default.best.seconds, "search_seconds": default.search_seconds}}
+            if default is not None
+            else {}
+        ),
         "machine": machine.name,
     }
     if arguments.json:
@@ -127,6 +138,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{fields['kept_layers']} layers",
     )
     table.add_row("step", f"{best.seconds:.4g} s for {minibatch} samples")
+    if default is not None:
+        table.add_row("default planner", f"{default.best.seconds:.4g} s, {describe(default.best.schedule)}")
     table.add_row("samples/s", f"{minibatch / best.seconds:.4g}")
     table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
     table.add_row("host memory", format_nbytes(host_bytes(planned)))
