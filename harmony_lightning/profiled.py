@@ -265,11 +265,11 @@ def find_plan(
         "microbatch_size": question.microbatch_size,
         "together": tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
         "abilities": abilities,
-        "stay": stay if question.stays else None,
         "in_use": present,
     }
-    default = search_runtime(costs, **asked)
-    found = breed_runtime(costs, **asked) if question.planner == "genetic" else default
+    stays = stay if question.stays else None
+    default = search_runtime(costs, **asked, stay=stays)
+    found = breed_runtime(costs, **asked, stay=stays) if question.planner == "genetic" else default
     plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)
     if present is not None and _is_same(found.best.schedule, present):
         assert in_use is not None

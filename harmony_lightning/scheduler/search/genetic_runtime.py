@@ -31,7 +31,7 @@ from harmony_lightning.scheduler.search.breeding import (
     evolve,
     packs_between,
 )
-from harmony_lightning.scheduler.search.runtime import MARGIN, MAX_FAIR_COMPUTATIONS
+from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
@@ -45,6 +45,9 @@ MAX_SHARE = 0.25
 MAX_SIMULATED = 600
 """Of small schedules: their plans take longer to make than to simulate."""
 NUM_FINALISTS = 4
+"""So many, as far as they are small enough, are simulated with links that are shared fairly."""
+MARGIN = 0.03
+"""By so much of its seconds another plan must be faster than the one in use: predictions are about as much off."""
 
 Mode = Literal["pp", "dp"]
 Place = Literal["device", "host"]
@@ -79,8 +82,15 @@ def breed_runtime(
     in_use: Schedule | None = None,
     seed: int = 0,
 ) -> Found:
-    """The fastest plan that evolves, whose peak is at most `memory_bytes` on each GPU. Arguments are those of
-    `search_runtime`; the same seed gives the same plan.
+    """The fastest plan that evolves, whose peak is at most `memory_bytes` on each GPU. The same seed gives the same plan.
+
+    Args:
+        stashes: where inputs of layers may wait.
+        microbatch_size: the only one to try; None tries many.
+        together: layers that must share a pack.
+        abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
+        stay: what a step that was measured will let stay; None if nothing will.
+        in_use: a schedule that fits; it is found unless another one is faster by `MARGIN`.
 
     Raises:
         CapacityError: nothing that evolved fits.
