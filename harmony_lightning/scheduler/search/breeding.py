@@ -13,6 +13,10 @@ from harmony_lightning.plan.schedule import Span
 
 ELITE = 8
 """One in so many, of the best, lives on unchanged."""
+STAGE = 4
+"""Each stage has so many times the samples of the one before."""
+FEW_SAMPLES = 16
+"""The first one has at least so many, if there are."""
 PATIENCE = 25
 """Generations without a better one after which it ends."""
 
@@ -67,6 +71,15 @@ def evolve(breed: Breed[Genome], dice: random.Random, is_spent: Callable[[], boo
         best = champion
         children = [breed.mutated(breed.crossed(parent(population), parent(population))) for _ in range(size - elite)]
         population = [*population[:elite], *children, breed.founder()]
+
+
+def stages(minibatch: int) -> list[int]:
+    """Samples of the steps for which to breed, one after the other: on few samples many genomes are simulated in the time
+    of one on all of them, and what is good there is good to begin with."""
+    found = [minibatch]
+    while found[0] >= STAGE * FEW_SAMPLES:
+        found.insert(0, found[0] // STAGE)
+    return found
 
 
 class Bordering:

@@ -28,6 +28,7 @@ from harmony_lightning.scheduler.search.breeding import (
     Fitness,
     evolve,
     packs_between,
+    stages,
 )
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
@@ -39,6 +40,8 @@ MAX_COMPUTATIONS = 800_000
 
 Mode = Literal["pp", "dp"]
 Choice = TypeVar("Choice")
+Sizes = dict[Mode, dict[str, list[int]]]
+"""Microbatch sizes to try, by mode and direction."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,21 +69,36 @@ def breed(
     started = time.perf_counter()
     modes: tuple[Mode, ...] = ("pp", "dp") if mode == "auto" else (mode,)
     dice = random.Random(seed)
-    schedules = _Schedules(costs, minibatch, modes, memory_bytes, rules, dice)
-    founders = [schedules.founder() for _ in range(POPULATION)]
-    evolve(schedules, dice, lambda: schedules.num_computations >= MAX_COMPUTATIONS, founders)
-    found = schedules.best()
+    sizes = {
+        one: {
+            direction: choose_sizes(costs, direction, -(-minibatch // costs.machine.gpus) if one == "dp" else minibatch)
+            for direction in ("forward", "backward")
+        }
+        for one in modes
+    }
+    bred: list[_Schedules] = []
+    best: list[Genome] = []
+    numbers = stages(minibatch)
+    for samples in numbers:
+        budget = MAX_COMPUTATIONS // len(numbers)
+        schedules = _Schedules(costs, samples, sizes, memory_bytes, rules, dice, budget)
+        founders = [*best, *(schedules.founder() for _ in range(POPULATION - len(best)))]
+        evolve(schedules, dice, schedules.is_spent, founders)
+        best = schedules.best(POPULATION // 2)
+        bred.append(schedules)
+    found = [schedules.candidate(genome) for genome in best[:4] if not schedules.fitness(genome).excess_bytes]
+    num_known = sum(len(one.known) for one in bred)
     if not found:
         raise CapacityError(
-            f"none of {len(schedules.known)} bred schedules fits in {memory_bytes:.0f} bytes per GPU; "
+            f"none of {num_known} bred schedules fits in {memory_bytes:.0f} bytes per GPU; "
             f"raise memory, or use the default planner, which tells what is too large"
         )
     return Found(
         rules=str(rules),
         best=found[0],
         others=tuple(found[1:]),
-        num_schedules=len(schedules.known),
-        num_simulated=schedules.num_simulated,
+        num_schedules=num_known,
+        num_simulated=sum(one.num_simulated for one in bred),
         is_proved=False,
         search_seconds=time.perf_counter() - started,
     )
@@ -93,39 +111,33 @@ class _Schedules:
         self,
         costs: Costs,
         minibatch: int,
-        modes: tuple[Mode, ...],
+        sizes: Sizes,
         memory_bytes: float,
         rules: Rules,
         dice: random.Random,
+        budget: int,
     ) -> None:
-        self.costs, self.minibatch, self.modes = costs, minibatch, modes
-        self.memory_bytes, self.rules, self.dice = memory_bytes, rules, dice
+        self.costs, self.minibatch, self.sizes, self.modes = costs, minibatch, sizes, tuple(sizes)
+        self.memory_bytes, self.rules, self.dice, self.budget = memory_bytes, rules, dice, budget
         self.is_own = rules is Rules.OWN
         self.bordering = Bordering(costs.num_layers, dice)
-        self.sizes = {
-            mode: {
-                direction: choose_sizes(
-                    costs, direction, -(-minibatch // costs.machine.gpus) if mode == "dp" else minibatch
-                )
-                for direction in ("forward", "backward")
-            }
-            for mode in modes
-        }
         self.known: dict[Genome, Fitness] = {}
         self.num_simulated = self.num_computations = 0
 
-    def best(self, count: int = 4) -> list[Candidate]:
-        """Of those that fit."""
-        fitting = sorted(
-            ((fitness, order, genome) for order, (genome, fitness) in enumerate(self.known.items())
-             if not fitness.excess_bytes),
-            key=lambda entry: entry[:2],
-        )  # fmt: skip
-        schedules = [(self._schedule(genome), fitness.seconds) for fitness, _, genome in fitting[:count]]
-        return [
-            Candidate(schedule=schedule, seconds=taken, peak_bytes=peak_bytes(schedule, self.costs, self.rules))
-            for schedule, taken in schedules
-        ]
+    def is_spent(self) -> bool:
+        return self.num_computations >= self.budget
+
+    def best(self, count: int) -> list[Genome]:
+        """Of all whose fitness is known."""
+        return sorted(self.known, key=lambda genome: self.known[genome])[:count]
+
+    def candidate(self, genome: Genome) -> Candidate:
+        schedule = self._schedule(genome)
+        return Candidate(
+            schedule=schedule,
+            seconds=self.known[genome].seconds,
+            peak_bytes=peak_bytes(schedule, self.costs, self.rules),
+        )
 
     def fitness(self, genome: Genome) -> Fitness:
         if genome not in self.known:
@@ -224,7 +236,9 @@ class _Schedules:
         return self.dice.choice(choices) if len(choices) > 1 else choices[0]
 
     def _size(self, mode: Mode, direction: Literal["forward", "backward"]) -> int:
-        return self.dice.choice(self.sizes[mode][direction])
+        """One that the samples of this stage suffice for."""
+        sizes, devices = self.sizes[mode][direction], self.costs.machine.gpus if mode == "dp" else 1
+        return self.dice.choice([size for size in sizes if size * devices <= self.minibatch] or sizes[:1])
 
     def _viable(self, genome: Genome) -> Genome:
         """Forward packs end where the fused pack begins, and forward microbatches are at least those of backward. What
