@@ -30,6 +30,7 @@ from harmony_lightning.scheduler.search.breeding import (
     Fitness,
     evolve,
     packs_between,
+    stages,
 )
 from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
@@ -109,11 +110,19 @@ def breed_runtime(
         for one in modes
     }
     dice = random.Random(seed)
-    plans = _Plans(costs, minibatch, sizes, stashes, Bordering(costs.num_layers, dice, together), memory_bytes, dice)
-    plans.abilities, plans.stay = abilities, stay
-    founders = [] if in_use is None else plans.like(in_use)
-    founders += [plans.founder() for _ in range(POPULATION)]
-    evolve(plans, dice, plans.is_spent, [*founders, *plans.smallest()])
+    bred: list[_Plans] = []
+    best: list[Genome] = []
+    numbers = stages(minibatch)
+    for samples in numbers:
+        fitting = {one: _at_most(sizes[one], samples // (costs.machine.gpus if one == "dp" else 1)) for one in modes}
+        bordering = Bordering(costs.num_layers, dice, together)
+        plans = _Plans(costs, samples, fitting, stashes, bordering, memory_bytes, dice, 1 / len(numbers))
+        plans.abilities, plans.stay = abilities, stay
+        given = plans.like(in_use) if in_use is not None and samples == minibatch else []
+        founders = [*given, *best, *(plans.founder() for _ in range(POPULATION - len(best)))]
+        evolve(plans, dice, plans.is_spent, [*founders, *plans.smallest()])
+        best = sorted(plans.known, key=plans.fitness)[: POPULATION // 2]
+        bred.append(plans)
     found = _closer(plans.best_of_kinds(), costs)
     if in_use is not None:
         known = stay(in_use) if stay is not None else in_use
@@ -131,11 +140,15 @@ def breed_runtime(
         rules=str(Rules.RUNTIME),
         best=found[0],
         others=tuple(found[1:]),
-        num_schedules=len(plans.known),
-        num_simulated=len(plans.candidates),
+        num_schedules=sum(len(one.known) for one in bred),
+        num_simulated=sum(len(one.candidates) for one in bred),
         is_proved=False,
         search_seconds=time.perf_counter() - started,
     )
+
+
+def _at_most(sizes: list[int], samples: int) -> list[int]:
+    return [size for size in sizes if size <= samples] or sizes[:1]
 
 
 def _closer(found: Sequence[Candidate], costs: Costs) -> list[Candidate]:
@@ -165,16 +178,21 @@ class _Plans:
         bordering: Bordering,
         memory_bytes: float,
         dice: random.Random,
+        share: float,
     ) -> None:
+        """`share` of all that may be simulated."""
         self.costs, self.minibatch, self.sizes, self.stashes = costs, minibatch, sizes, stashes
         self.bordering, self.memory_bytes, self.dice = bordering, memory_bytes, dice
         self.known: dict[Genome, Fitness] = {}
         self.candidates: list[Candidate] = []
-        self._num_computations = 0
+        self._num_computations, self._share = 0, share
 
     def is_spent(self) -> bool:
         """Never before something fits."""
-        return self._num_computations >= MAX_COMPUTATIONS or len(self.candidates) >= MAX_SIMULATED
+        return (
+            self._num_computations >= self._share * MAX_COMPUTATIONS
+            or len(self.candidates) >= self._share * MAX_SIMULATED
+        )
 
     def best_of_kinds(self) -> list[Candidate]:
         """One for each combination of mode, size and number of packs, best first."""
@@ -196,7 +214,7 @@ class _Plans:
         peak = runtime_peak_bytes(schedule, self.costs)
         if peak > self.memory_bytes:
             return Fitness(peak - self.memory_bytes, 0.0)
-        if self.candidates and num_computations(schedule) > MAX_SHARE * MAX_COMPUTATIONS:
+        if self.candidates and num_computations(schedule) > MAX_SHARE * self._share * MAX_COMPUTATIONS:
             return Fitness(0.0, inf)
         if self.stay is not None:
             schedule = self.stay(schedule)
