@@ -67,7 +67,7 @@ class Question:
     """Where weights are updated, as in `HarmonyConfig`. The layers must tell what the optimizer remembers of them."""
     microbatches_per_forward: int = 1
     planner: Literal["bounds", "genetic"] = "bounds"
-    """The searcher, as in `HarmonyConfig`."""
+    """Which search: as `HarmonyConfig.planner`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,9 +78,9 @@ class Planned:
     decomposition: Decomposition
     """Layers in the order in which they are called."""
     found: Found
-    default: Found
-    """What the default searcher has found: the same, unless another one was asked for."""
     costs: Costs
+    default: Found | None = None
+    """What the default planner finds, where another one was asked for."""
 
 
 def machine_of(cluster: Cluster) -> Machine | None:
@@ -268,8 +268,16 @@ def find_plan(
         "in_use": present,
     }
     stays = stay if question.stays else None
-    default = search_runtime(costs, **asked, stay=stays)
-    found = breed_runtime(costs, **asked, stay=stays) if question.planner == "genetic" else default
+    found, default = search_runtime(costs, **asked, stay=stays), None
+    if question.planner == "genetic":
+        found, default = breed_runtime(costs, **asked, stay=stays), found
+        log.info(
+            "harmony plan: bred, %.4g s per step (search took %.2f s); the default planner's takes %.4g s (%.2f s)",
+            found.best.seconds,
+            found.search_seconds,
+            default.best.seconds,
+            default.search_seconds,
+        )
     plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)
     if present is not None and _is_same(found.best.schedule, present):
         assert in_use is not None
@@ -283,14 +291,7 @@ def find_plan(
         format_nbytes(question.memory_bytes),
         found.search_seconds,
     )
-    if found is not default:
-        log.info(
-            "harmony plan: that was bred; the default planner's is %s; predicted %.4g s per step (search took %.2f s)",
-            describe(default.best.schedule),
-            default.best.seconds,
-            default.search_seconds,
-        )
-    return Planned(plan=plan, decomposition=ordered, found=found, default=default, costs=costs)
+    return Planned(plan=plan, decomposition=ordered, found=found, costs=costs, default=default)
 
 
 def _is_same(one: Schedule, other: Schedule) -> bool:

@@ -16,9 +16,9 @@ With --json one object is printed:
                          those whose microbatches go round the GPUs, which makes pp mixed
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
-    search_seconds       what the search took
-    planner              "bounds", or "genetic", which breeds the plan
-    default              with --planner genetic: step_seconds and search_seconds of the default planner
+    planner, search_seconds
+                         which search, and what it took; with --planner genetic, `default` holds the default planner's
+                         step_seconds and search_seconds
     reasons              with `explain`: what binds, why others lost, what would help
 """
 
@@ -84,7 +84,6 @@ def run(arguments: argparse.Namespace) -> int:
     is_told = arguments.json or arguments.is_explained
     mixed = _mixed(measured, machine, decomposition, question, planned) if is_told else None
     best, schedule = planned.found.best, planned.found.best.schedule
-    default = planned.default if planned.default is not planned.found else None
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
     if arguments.is_explained:
@@ -117,15 +116,12 @@ def run(arguments: argparse.Namespace) -> int:
         **({"mixed_step_seconds": mixed} if mixed is not None else {}),
         "binds": [name for name, seconds in parts if seconds > 0],
         "is_proved": planned.found.is_proved,
-        "search_seconds": planned.found.search_seconds,
         "planner": arguments.planner,
-        **(
-            {"default": {"step_seconds": default.best.seconds, "search_seconds": default.search_seconds}}
-            if default is not None
-            else {}
-        ),
+        "search_seconds": planned.found.search_seconds,
         "machine": machine.name,
     }
+    if (default := planned.default) is not None:
+        fields["default"] = {"step_seconds": default.best.seconds, "search_seconds": default.search_seconds}
     if arguments.json:
         print(json.dumps({**fields, **({"reasons": reasons} if reasons else {})}))
         return 0
@@ -139,7 +135,7 @@ def run(arguments: argparse.Namespace) -> int:
     )
     table.add_row("step", f"{best.seconds:.4g} s for {minibatch} samples")
     if default is not None:
-        table.add_row("default planner", f"{default.best.seconds:.4g} s, {describe(default.best.schedule)}")
+        table.add_row("by default", f"{default.best.seconds:.4g} s, {describe(default.best.schedule)}")
     table.add_row("samples/s", f"{minibatch / best.seconds:.4g}")
     table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
     table.add_row("host memory", format_nbytes(host_bytes(planned)))

@@ -39,11 +39,11 @@ from harmony_lightning.units import format_nbytes
 
 POPULATION = 16
 """Not more, as there is time for a hundred plans of a large model."""
-MAX_COMPUTATIONS = 40_000
+MAX_COMPUTATIONS = 80_000
 """Microbatches times packs that are simulated at most: some three seconds."""
 MAX_SHARE = 0.25
 """Of these, for one plan: larger ones are not looked at while there are others."""
-MAX_SIMULATED = 600
+MAX_SIMULATED = 800
 """Of small schedules: their plans take longer to make than to simulate."""
 NUM_FINALISTS = 4
 """So many, as far as they are small enough, are simulated with links that are shared fairly."""
