@@ -68,6 +68,34 @@ def test_the_plan_is_found_and_trains_to_the_same_weights(mode, told):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("plan", "gpus"), [("auto", 2), (None, 3)])
+def test_a_bred_plan_trains_to_the_same_weights(plan, gpus, told, monkeypatch):
+    """Before the first step, or with its microbatches behind it."""
+    monkeypatch.setattr("harmony_lightning.scheduler.search.genetic_runtime.MAX_SIMULATED", 40)
+    found = []
+
+    def find_plan(*asked):
+        found.append(find_plan_of(*asked))
+        return found[-1]
+
+    find_plan_of = automatic.find_plan
+    monkeypatch.setattr(automatic, "find_plan", find_plan)
+    memory = 100 * 1024
+    module, reference = twins(depth=8)
+    assert sum(weight.nbytes for weight in module.parameters()) > memory  # gradients and states not counted
+    strategy = automatic_strategy(gpus, memory, mode="pp", plan=plan, planner="genetic")
+    trainer(strategy).fit(module, loader(16, 48))
+    assert stays_within(strategy.statistics(), memory)
+    assert same_weights(module, trained_plainly(reference, strategy.plan.microbatch_size))
+    bred = found[-1]
+    schedule = bred.found.best.schedule
+    assert [len(pack.layers) for pack in strategy.plan.packs] == [
+        end - first + 1 for first, end in schedule.packs_backward
+    ]
+    assert (strategy.plan.prefetch, strategy.plan.stash) == (schedule.prefetch, schedule.stash)
+    assert sum("bred, " in message and "the default planner's takes" in message for message in told.messages) == 1
+
+
 def wide(memory, num_steps=6, **options):
     """Seconds of the last step of a model whose layers take a GPU long enough, and the plan."""
     strategy = HarmonyStrategy(cluster=cluster_of(1, memory=memory), **options)

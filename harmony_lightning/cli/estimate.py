@@ -16,7 +16,9 @@ With --json one object is printed:
                          those whose microbatches go round the GPUs, which makes pp mixed
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
-    search_seconds       what the search took
+    planner, search_seconds
+                         which search, and what it took; with --planner genetic, `default` holds the default planner's
+                         step_seconds and search_seconds
     reasons              with `explain`: what binds, why others lost, what would help
 """
 
@@ -56,6 +58,7 @@ def add(commands: Commands) -> None:
         add_model_arguments(parser)
         parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
+        parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
         parser.set_defaults(is_explained=name == "explain")
 
 
@@ -74,6 +77,7 @@ def run(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         microbatch_size=None if microbatch_size is None else min(microbatch_size, minibatch),
         stays=True,
+        planner=arguments.planner,
     )
     planned = find_plan(measured, machine, decomposition, question)
     is_told = arguments.json or arguments.is_explained
@@ -111,9 +115,12 @@ def run(arguments: argparse.Namespace) -> int:
         **({"mixed_step_seconds": mixed} if mixed is not None else {}),
         "binds": [name for name, seconds in parts if seconds > 0],
         "is_proved": planned.found.is_proved,
+        "planner": arguments.planner,
         "search_seconds": planned.found.search_seconds,
         "machine": machine.name,
     }
+    if (default := planned.default) is not None:
+        fields["default"] = {"step_seconds": default.best.seconds, "search_seconds": default.search_seconds}
     if arguments.json:
         print(json.dumps({**fields, **({"reasons": reasons} if reasons else {})}))
         return 0
@@ -126,6 +133,8 @@ def run(arguments: argparse.Namespace) -> int:
         f"{fields['kept_layers']} layers",
     )
     table.add_row("step", f"{best.seconds:.4g} s for {minibatch} samples")
+    if default is not None:
+        table.add_row("by default", f"{default.best.seconds:.4g} s, {describe(default.best.schedule)}")
     table.add_row("samples/s", f"{minibatch / best.seconds:.4g}")
     table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
     table.add_row("host memory", format_nbytes(host_bytes(planned)))

@@ -55,6 +55,7 @@ class HarmonyMixin(Training, Evaluation):
         check_microbatches: bool | None = None,
         evaluation_batches: int | None = None,
         gradient_wire: Literal["exact", "half"] | None = None,
+        planner: Literal["bounds", "genetic"] | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -93,6 +94,7 @@ class HarmonyMixin(Training, Evaluation):
             "check_microbatches": check_microbatches,
             "evaluation_batches": evaluation_batches,
             "gradient_wire": gradient_wire,
+            "planner": planner,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
         plan = plan if plan is not None else environment.plan or "auto"

@@ -149,6 +149,16 @@ def test_mixed_is_told_by_what_is_dealt(capsys):
     assert json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))["dealt"] == []
 
 
+def test_a_bred_plan_is_told_beside_the_default(capsys, monkeypatch):
+    monkeypatch.setattr("harmony_lightning.scheduler.search.genetic_runtime.MAX_SIMULATED", 40)
+    bounds = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))
+    bred = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json", "--planner", "genetic"))
+    assert (bounds["planner"], bred["planner"]) == ("bounds", "genetic") and "default" not in bounds
+    assert bred["default"]["step_seconds"] == bounds["step_seconds"] and not bred["is_proved"]
+    assert bred["step_seconds"] <= 1.1 * bounds["step_seconds"] and bred["peak_bytes"] <= 300 * 1024
+    assert "by default" in told(capsys, "explain", *CHAIN, "--mode", "pp", "--planner", "genetic")
+
+
 def test_explain_tells_what_binds_and_what_would_help(capsys):
     answer = json.loads(told(capsys, "explain", *CHAIN, "--json"))
     assert any("binds" in reason for reason in answer["reasons"])
