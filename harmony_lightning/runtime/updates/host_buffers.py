@@ -27,10 +27,10 @@ class HostBuffers:
         self._limits = limits
         self._in_use: dict[Urgency, deque[tuple[torch.Tensor, Ticket]]] = {urgency: deque() for urgency in limits}
         """What was taken last, with the jobs that work with it."""
-        self._dealt_with: list[torch.Tensor] = []
-        """What those before have worked with: free, or kept by somebody."""
+        self._dealt_with: dict[int, torch.Tensor] = {}
+        """What those before have worked with: free, or kept by somebody. By identity of the buffer, as is what follows."""
         self._free: dict[int, Mark] = {}
-        """By identity of the buffer: the point at which the last user was done."""
+        """In the order in which they became free, the point at which the last user was done."""
 
     def take(self, nbytes: int, urgency: Urgency = "next") -> torch.Tensor:
         in_use = self._in_use[urgency]
@@ -38,12 +38,11 @@ class HostBuffers:
             buffer, ticket = in_use.popleft()
             ticket.join()
             self._worker.raise_error()  # the step is lost, and what was sent since may still be on its way here
-            self._dealt_with.append(buffer)
-        for index, buffer in enumerate(self._dealt_with):
-            if nbytes <= buffer.numel() <= 2 * nbytes and (free_since := self._free.pop(id(buffer), None)) is not None:
-                free_since.synchronize()
-                del self._dealt_with[index]
-                return buffer
+            self._dealt_with[id(buffer)] = buffer
+        for key in list(self._free):  # that of the last update may only just become free
+            if key in self._dealt_with and nbytes <= self._dealt_with[key].numel() <= 2 * nbytes:
+                self._free.pop(key).synchronize()
+                return self._dealt_with.pop(key)
         return self._cluster.host_buffer(nbytes)
 
     def lend(self, buffer: torch.Tensor, layout: Layout, names: Iterable[str]) -> dict[str, torch.Tensor]:
