@@ -156,7 +156,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
-    parser.add_argument("--accumulate", type=int, default=1, help="minibatches per step, as Trainer(accumulate_grad_batches)")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="minibatches per step, as Trainer(accumulate_grad_batches)"
+    )
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"), help="first: that of each GPU there")
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")
