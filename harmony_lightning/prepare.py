@@ -13,7 +13,7 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.decomposer.discover import decompose, decompose_as
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.plan import Plan, check_plan
+from harmony_lightning.plan import Plan, check_plan, plan_fault
 from harmony_lightning.scheduler import make_plan, unit_nbytes
 from harmony_lightning.units import format_nbytes
 
@@ -122,10 +122,16 @@ def prepare_given(root: nn.Module, cluster: Cluster, plan: Plan) -> Decompositio
 
     Raises:
         ConfigurationError: a weight is not on the host, or the plan is for another module or another number of devices.
+        CapacityError: the plan's slots do not fit the devices.
     """
     _check_masters(root)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for index, pack in enumerate(plan.packs):
+        for name in pack.layers:
+            if name not in modules:
+                raise plan_fault(plan, index, f"the plan names layer {name!r}, which this module does not have")
     decomposition = decompose_as(root, [name for pack in plan.packs for name in pack.layers])
-    check_plan(plan, decomposition, len(cluster.devices))
+    check_plan(plan, decomposition, len(cluster.devices), min(device.memory_bytes for device in cluster.devices))
     return decomposition
 
 

@@ -2,10 +2,10 @@
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
 from harmony_lightning.cli.command import Commands, add_command
+from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import add_machine_arguments, machine_for
 from harmony_lightning.profiler import Machine
 from harmony_lightning.units import format_nbytes
@@ -34,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table(title=machine.name, show_header=False)
     for name, value in _rows(machine):
         table.add_row(name, value)
-    Console().print(table)
+    console().print(table)
     return 0
 
 

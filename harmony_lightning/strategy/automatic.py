@@ -169,6 +169,7 @@ class AutomaticPlan:
             stays=True,
             update=_update(config, in_use),
             microbatches_per_forward=in_use.microbatches_per_forward,
+            planner=config.planner,
         )
         return find_plan(measured, machine, request.decomposition, question, in_use)
 

@@ -11,12 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import CapacityError
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, order_fault
 from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given, tell
 from harmony_lightning.runtime.batch.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.batch.rows import num_samples
@@ -126,7 +127,9 @@ class Planning:
         if self._automatic is None or not self._automatic.chooses_all or self._is_searched:
             return
         self._is_searched = True
-        request = self._request(*self._loaded, self.split(batch), keeps_microbatches=False)
+        # Statistics depend on a microbatch's size, and what is to be repeatable must not depend on how fast GPUs are.
+        keeps = self._loaded[0].has_batch_statistics or torch.are_deterministic_algorithms_enabled()
+        request = self._request(*self._loaded, self.split(batch), keeps_microbatches=keeps)
         planned = self._automatic.find(request, batch, arguments)
         if planned is not None:
             self.searched = planned.plan
@@ -231,6 +234,10 @@ class Planning:
         if engine.is_out_of_date():
             self._load(workload)
             self._is_searched = False  # again with the next minibatch
+        if engine.trace.is_complete and self._given is not None and not self._has_traced:
+            self._has_traced = True
+            if (fault := order_fault(self._given, engine.trace.order())) is not None:
+                log.warning("harmony: the plan's packs are in another order than they are called: %s", fault)
         if engine.trace.is_complete and self._given is None:
             share, former, learned = self._share, self._loaded[1], self._learn()
             chooses = self._automatic is not None and self._automatic.chooses_all
