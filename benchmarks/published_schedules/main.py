@@ -12,6 +12,7 @@ from harmony_lightning.plan import Schedule
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
+from harmony_lightning.scheduler.search.genetic import breed
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
@@ -29,10 +30,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[2] / ".." / "shared" / "profiles")
     parser.add_argument("--memory", type=float, default=9e9, help="bytes per GPU")
+    parser.add_argument("--genetic", action="store_true", help="the table of bred schedules alone")
     arguments = parser.parse_args()
     folder, memory = arguments.folder, arguments.memory
     machine = read_machine(folder / "machine.json")
     rows = json.loads((folder / "published_schedules.json").read_text())["schedules"]
+    if arguments.genetic:
+        tell_bred(list(rows), folder, memory)
+        return
 
     print("| row | published s | ours | differs | published s, overlap | ours | differs | needs GB |")
     print("|---|---|---|---|---|---|---|---|")
@@ -109,6 +114,22 @@ def main() -> None:
                 f"| {found[Rules.HARMONY].best.seconds:.1f} | {found[Rules.OWN].best.seconds:.1f} "
                 f"| {found[Rules.HARMONY].search_seconds:.2f} |"
             )
+
+
+def tell_bred(rows: list[str], folder: Path, memory: float) -> None:
+    """Both searchers under both rules."""
+    print("| row | our search, Harmony's rules | bred | | our search, our rules | bred | |")
+    print("|---|---|---|---|---|---|---|")
+    machine = read_machine(folder / "machine.json")
+    for row in rows:
+        model, minibatch, mode = row.split()
+        costs = Costs(read_profile(folder / f"{model}.json"), machine)
+        cells = []
+        for rules in (Rules.HARMONY, Rules.OWN):
+            wanted = {"minibatch": int(minibatch), "mode": mode.lower(), "memory_bytes": memory, "rules": rules}
+            found, bred = (one(costs, **wanted).best.seconds for one in (search, breed))
+            cells += [f"{found:.3f}", f"{bred:.3f}", f"{bred / found - 1:+.1%}"]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":
