@@ -175,22 +175,46 @@ class _Search:
         sizes = np.diff(groups)[pairs[:, 1]]
         self.num_schedules = int(sizes.sum())
         order = np.argsort(bounds, kind="stable")
-        for at in range(0, len(order), BLOCK):
-            block = order[at : at + BLOCK]
-            block = block[bounds[block] < self.least]
-            if not len(block):
-                break
-            if self.num_bounded > self.max_bounded:
-                self.is_complete = False
-                break
-            rows = np.repeat(pairs[block, 0], sizes[block])
-            offsets = np.arange(len(rows)) - np.repeat(np.cumsum(sizes[block]) - sizes[block], sizes[block])
-            members = np.repeat(groups[pairs[block, 1]], sizes[block]) + offsets
-            self.num_bounded += int(turns.counts[rows].sum())
-            self._look_at(
-                forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
-            )
+
+        def walk(order: Ints) -> None:
+            for at in range(0, len(order), BLOCK):
+                block = order[at : at + BLOCK]
+                block = block[bounds[block] < self.least]
+                if not len(block):
+                    return
+                if self.num_bounded > self.max_bounded or self.is_exhausted:
+                    self.is_complete = False
+                    return
+                rows = np.repeat(pairs[block, 0], sizes[block])
+                offsets = np.arange(len(rows)) - np.repeat(np.cumsum(sizes[block]) - sizes[block], sizes[block])
+                members = np.repeat(groups[pairs[block, 1]], sizes[block]) + offsets
+                self.num_bounded += int(turns.counts[rows].sum())
+                self._look_at(
+                    forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
+                )
+
+        walk(order)
+        if not self.is_complete:
+            # Bounds know nothing of what our abilities need of memory, and so put the largest microbatches first that fit
+            # at all: those of other sizes get their turn, too, or more memory would make plans worse.
+            kinds = {(forward[groups[group]][0], backward[row][0]): None for row, group in pairs[order].tolist()}
+            of_kind = np.array([(forward[groups[group]][0], backward[row][0]) for row, group in pairs.tolist()])
+            share = 1 / len(kinds)
+            limits = self.max_computations, self.max_sized, self.max_bounded
+            for kind in kinds:
+                self.max_computations, self.max_sized, self.max_bounded = (
+                    used + int(share * limit)
+                    for used, limit in zip(
+                        (self.num_computations, self.num_sized, self.num_bounded), limits, strict=True
+                    )
+                )
+                walk(order[(of_kind[order] == kind).all(axis=1)])
         return sorted(self.best.values(), key=lambda c: c.seconds)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether as much has been simulated or sized as may be."""
+        return self.num_computations > self.max_computations or self.num_sized > self.max_sized
 
     def _look_at(
         self, forward: list[Choice], backward: list[Choice], members: Ints, rows: Ints, bounds: Floats
@@ -207,7 +231,7 @@ class _Search:
             if not (bounds[pair] < self.least or is_other):
                 continue
             self.num_sized += len(forward_packs) + len(backward_packs)
-            if self.num_computations > self.max_computations or self.num_sized > self.max_sized:
+            if self.is_exhausted:
                 self.is_complete = False
                 break
             self.simulate(
