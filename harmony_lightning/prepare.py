@@ -92,11 +92,16 @@ def prepare(
         narrow_dtype=narrow.dtype if narrow is not None else None,
         gradient_wire=config.gradient_wire,
     )
+    return decomposition, plan
+
+
+def tell(plan: Plan) -> None:
+    """A line in the log, for a plan that is taken up."""
     log.info(
         "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "
         "%d packs updated on devices",
         "mixed" if plan.dealt else plan.mode,
-        len(decomposition.layers),
+        sum(len(pack.layers) for pack in plan.packs),
         len(plan.packs),
         format_nbytes(max(pack.nbytes for pack in plan.packs)),
         plan.num_devices,
@@ -104,7 +109,6 @@ def prepare(
         plan.stash,
         sum(pack.update == "device" for pack in plan.packs),
     )
-    return decomposition, plan
 
 
 def _update(

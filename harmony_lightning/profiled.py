@@ -33,7 +33,7 @@ from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
 from harmony_lightning.scheduler.runtime.staying import with_what_stays
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
-from harmony_lightning.scheduler.search.bred_plans import breed_runtime
+from harmony_lightning.scheduler.search.genetic_runtime import breed_runtime
 from harmony_lightning.scheduler.search.runtime import search_runtime
 from harmony_lightning.scheduler.search.schedules import Found
 from harmony_lightning.units import format_nbytes
@@ -267,11 +267,12 @@ def find_plan(
         "microbatch_size": question.microbatch_size,
         "together": tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
         "abilities": abilities,
-        "stay": stay if question.stays else None,
+        "in_use": present,
     }
-    found, default = search_runtime(costs, **asked, in_use=present), None
+    stays = stay if question.stays else None
+    found, default = search_runtime(costs, **asked, stay=stays), None
     if question.planner == "genetic":
-        found, default = breed_runtime(costs, **asked), found
+        found, default = breed_runtime(costs, **asked, stay=stays), found
         log.info(
             "harmony plan: bred, %.4g s per step (search took %.2f s); the default planner's takes %.4g s (%.2f s)",
             found.best.seconds,

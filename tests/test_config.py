@@ -33,6 +33,7 @@ def test_memory_is_a_size(memory):
         ({"microbatch_size": True}, r"got True"),
         ({"planner": "swarm"}, r"planner must be 'bounds' or 'genetic', got 'swarm'"),
         ({"gradient_wire": "bf16"}, r"gradient_wire must be 'exact' or 'half', got 'bf16'"),
+        ({"planner": "beam"}, r"planner must be 'bounds' or 'genetic', got 'beam'"),
         ({"evaluation_batches": 0}, r"evaluation_batches must be a positive integer, got 0"),
         ({"evaluation_batches": "auto"}, r"got 'auto'"),
         ({"memory": "lots"}, r"'lots' is not a memory size"),
@@ -61,6 +62,7 @@ def test_variables_are_read():
             "HARMONY_MEMORY": "1GiB",
             "HARMONY_STASH": "device",
             "HARMONY_UPDATE": "device",
+            "HARMONY_PLANNER": "genetic",
             "HARMONY_EVALUATION_BATCHES": "5",
             "HARMONY_GRADIENT_WIRE": "half",
             "HARMONY_EMULATED_GPUS": "4",
@@ -74,6 +76,7 @@ def test_variables_are_read():
         "memory": "1GiB",
         "stash": "device",
         "update": "device",
+        "planner": "genetic",
         "evaluation_batches": 5,
         "gradient_wire": "half",
     }

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
 from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import add_model_arguments, parse_batch
 from harmony_lightning.cli.profile import profile_for
@@ -46,25 +47,19 @@ if TYPE_CHECKING:
     from harmony_lightning.scheduler.search.schedules import Found
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add both commands and their arguments."""
     for name, what in (
         ("estimate", "whether a LightningModule fits some GPUs, and how fast it trains"),
         ("explain", "the same, with what limits it and what would help"),
     ):
-        parser = commands.add_parser(
-            name,
-            help=what,
-            description=f"Tell {what}. With --gpus no GPU is needed.",
-            epilog=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        description = f"Tell {what}. With --gpus no GPU is needed."
+        parser = add_command(commands, name, run, what=what, description=description, epilog=__doc__)
         add_model_arguments(parser)
         parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
         parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
-        parser.add_argument("--json", action="store_true", help="print one JSON object")
-        parser.set_defaults(run=run, is_explained=name == "explain")
+        parser.set_defaults(is_explained=name == "explain")
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -30,6 +30,7 @@ from typing import Any
 
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
 from harmony_lightning.cli.console import console
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
@@ -40,14 +41,15 @@ from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes, parse_nbytes
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
-        help="the fastest schedule for a profile on a machine",
+        run,
+        what="the fastest schedule for a profile on a machine",
         description="Search the fastest schedule for a profiled model on a machine, under Harmony's rules and our own.",
         epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON: costs of each layer by microbatch size")
     parser.add_argument("--machine", required=True, metavar="FILE", help="JSON: GPUs, memory, links")
@@ -55,9 +57,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--mode", choices=("auto", "pp", "dp"), default="auto", help="default: the faster of both")
     parser.add_argument("--memory", metavar="SIZE", help="per GPU, such as 9e9 or 11GiB; default: the machine's")
     parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--explain", action="store_true", help="tell what binds, why others lost, and what would help")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

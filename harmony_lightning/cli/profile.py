@@ -6,6 +6,7 @@ import warnings
 
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
 from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import (
     add_model_arguments,
@@ -21,17 +22,18 @@ from harmony_lightning.profiler import Profile
 from harmony_lightning.units import format_nbytes
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "profile",
-        help="what each layer of a LightningModule costs",
+        run,
+        what="what each layer of a LightningModule costs",
         description="Cost each distinct layer of a module, on this machine's GPU or, with --gpus, without any.",
         epilog=__doc__,
+        prints="a profile file",
     )
     add_model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print a profile file")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -19,10 +19,7 @@ from small_profiles import (
 
 from harmony_lightning import CapacityError
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
-from harmony_lightning.scheduler.search.bred_plans import breed_runtime
 from harmony_lightning.scheduler.search.genetic import breed
-from harmony_lightning.scheduler.search.runtime import search_runtime
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
@@ -65,24 +62,6 @@ def test_it_comes_close_to_the_default_on_small_models():
 def test_nothing_bred_may_fit():
     with pytest.raises(CapacityError, match="bred schedules fits in 100 bytes per GPU; raise memory"):
         breed(Costs(profile(), machine()), **question(memory_bytes=100))
-
-
-@pytest.mark.parametrize("mode", ["pp", "auto"])
-def test_what_is_bred_for_the_runtime_is_what_it_can_carry_out(mode):
-    costs = Costs(profile(*[kind(weights=50 * i, seconds=0.5 * i) for i in range(1, 6)]), machine())
-    asked = {"minibatch": 4, "mode": mode, "memory_bytes": 3000, "together": (frozenset({1, 3}),)}
-    bred, again = (replace(breed_runtime(costs, **asked), search_seconds=0.0) for _ in range(2))
-    assert bred == again and not bred.is_proved
-    for candidate in (bred.best, *bred.others):
-        packs = candidate.schedule.packs_backward
-        assert candidate.schedule.packs_forward == packs[:-1] and any(first <= 1 and last >= 3 for first, last in packs)
-        assert candidate.schedule.microbatch_forward == candidate.schedule.microbatch_backward
-        assert candidate.peak_bytes == runtime_peak_bytes(candidate.schedule, costs) <= 3000
-    assert bred.best.seconds <= 1.02 * search_runtime(costs, **asked).best.seconds
-    kept = breed_runtime(costs, **asked, microbatch_size=2, stashes=("host",)).best.schedule
-    assert (kept.microbatch_backward, kept.stash) == (2, "host")
-    with pytest.raises(CapacityError, match="bred schedules fits in 100 bytes"):
-        breed_runtime(costs, **{**asked, "memory_bytes": 100})
 
 
 @published
