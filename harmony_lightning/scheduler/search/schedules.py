@@ -152,6 +152,8 @@ class _Search:
         )
         self.num_schedules = self.num_simulated = self.num_computations = self.num_reduced = self.num_sized = 0
         self.num_bounded = 0
+        self.share = 1.0
+        """Of that, what may be used by now."""
         self.is_complete = True
         self.best: dict[tuple[int, int, int, int], Candidate] = {}
         """By four-tuple with packs counted: the best of those."""
@@ -159,62 +161,56 @@ class _Search:
 
     def run(self) -> list[Candidate]:
         """Candidates, best first."""
-        samples = self.setting.samples
-        sizes_backward = choose_sizes(self.costs, "backward", samples)
+        sizes_backward = choose_sizes(self.costs, "backward", self.setting.samples)
         choices = [(size, packs) for size in sizes_backward for packs in self.packings.backward(size)]
         backward = fitting(self.setting, "backward", choices, self.memory_bytes)
+        if self.rules is Rules.OWN:
+            # Bounds know nothing of the memory that our abilities take: what has room for them comes first, or the search
+            # would look at larger packs and microbatches, which promise more, until it must end.
+            able = fitting(self.setting, "backward", choices, self.memory_bytes, is_able=True)
+            if len(able) < len(backward):
+                self.share = 0.5
+                self._walk(able, is_able=True)
+                self.share = 1.0
+        self._walk(backward, is_able=False)
+        return sorted(self.best.values(), key=lambda c: c.seconds)
+
+    def _walk(self, backward: list[Choice], *, is_able: bool) -> None:
+        """Look at pairs of these choices with those of forward, in the order of bounds."""
         if not backward:
-            return []
+            return
         turns = measure(self.setting, "backward", backward)
-        forward, leaves, groups, pairs = self._groups(backward)
+        forward, leaves, groups, pairs = self._groups(backward, is_able=is_able)
         if not len(pairs):
-            return []
+            return
         # A pair is a backward choice and a group of forward choices, (row, group).
         state = leaves.least_of(groups[:-1]).rows(pairs[:, 1])
         bounds = after_backward(self.setting, state, turns, pairs[:, 0])
         sizes = np.diff(groups)[pairs[:, 1]]
         self.num_schedules = int(sizes.sum())
+        self.is_complete = True
         order = np.argsort(bounds, kind="stable")
-
-        def walk(order: Ints) -> None:
-            for at in range(0, len(order), BLOCK):
-                block = order[at : at + BLOCK]
-                block = block[bounds[block] < self.least]
-                if not len(block):
-                    return
-                if self.num_bounded > self.max_bounded or self.is_exhausted:
-                    self.is_complete = False
-                    return
-                rows = np.repeat(pairs[block, 0], sizes[block])
-                offsets = np.arange(len(rows)) - np.repeat(np.cumsum(sizes[block]) - sizes[block], sizes[block])
-                members = np.repeat(groups[pairs[block, 1]], sizes[block]) + offsets
-                self.num_bounded += int(turns.counts[rows].sum())
-                self._look_at(
-                    forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
-                )
-
-        walk(order)
-        if not self.is_complete:
-            # Bounds know nothing of what our abilities need of memory, and so put the largest microbatches first that fit
-            # at all: those of other sizes get their turn, too, or more memory would make plans worse.
-            kinds = {(forward[groups[group]][0], backward[row][0]): None for row, group in pairs[order].tolist()}
-            of_kind = np.array([(forward[groups[group]][0], backward[row][0]) for row, group in pairs.tolist()])
-            share = 1 / len(kinds)
-            limits = self.max_computations, self.max_sized, self.max_bounded
-            for kind in kinds:
-                self.max_computations, self.max_sized, self.max_bounded = (
-                    used + int(share * limit)
-                    for used, limit in zip(
-                        (self.num_computations, self.num_sized, self.num_bounded), limits, strict=True
-                    )
-                )
-                walk(order[(of_kind[order] == kind).all(axis=1)])
-        return sorted(self.best.values(), key=lambda c: c.seconds)
+        for at in range(0, len(order), BLOCK):
+            block = order[at : at + BLOCK]
+            block = block[bounds[block] < self.least]
+            if not len(block):
+                break
+            if self.num_bounded > self.share * self.max_bounded or self.is_exhausted:
+                self.is_complete = False
+                break
+            rows = np.repeat(pairs[block, 0], sizes[block])
+            offsets = np.arange(len(rows)) - np.repeat(np.cumsum(sizes[block]) - sizes[block], sizes[block])
+            members = np.repeat(groups[pairs[block, 1]], sizes[block]) + offsets
+            self.num_bounded += int(turns.counts[rows].sum())
+            self._look_at(
+                forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
+            )
 
     @property
     def is_exhausted(self) -> bool:
-        """Whether as much has been simulated or sized as may be."""
-        return self.num_computations > self.max_computations or self.num_sized > self.max_sized
+        """Whether as much has been simulated or sized as may be by now."""
+        most = self.share * self.max_computations, self.share * self.max_sized
+        return self.num_computations > most[0] or self.num_sized > most[1]
 
     def _look_at(
         self, forward: list[Choice], backward: list[Choice], members: Ints, rows: Ints, bounds: Floats
@@ -270,7 +266,7 @@ class _Search:
 
     # The family -------------------------------------------------------------------------------------------------------
 
-    def _groups(self, backward: list[Choice]) -> tuple[list[Choice], State, Ints, Ints]:
+    def _groups(self, backward: list[Choice], *, is_able: bool) -> tuple[list[Choice], State, Ints, Ints]:
         """Forward choices for all backward choices, sorted into groups that are alike.
 
         Returns:
@@ -287,7 +283,7 @@ class _Search:
             for num_layers, packings in by_layers.items()
             for packing in packings.union(self.packings.forward(size, num_layers))
         ]
-        choices = fitting(self.setting, "forward", family, self.memory_bytes)
+        choices = fitting(self.setting, "forward", family, self.memory_bytes, is_able=is_able)
         choices.sort(key=lambda choice: (self._group(choice), choice[1]))
         starts: dict[tuple[int, int, int], int] = {}
         for row, choice in enumerate(choices):
