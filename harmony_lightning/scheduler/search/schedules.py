@@ -2,7 +2,7 @@
 
 The family joins every packing of `packings` for backward with every one for forward, at every microbatch size. It does
 not depend on memory or on links: memory only rules members out, and each member's seconds only grow when a link gets
-slower. So where the best of the family is proved (`Found.is_proved`), more memory or a faster link never gives a worse plan.
+slower. Where the best of the family is proved (`Found.is_proved`), more memory or a faster link never makes a plan worse.
 
 Branch and bound, in three steps of rising cost: a bound for a backward packing with the least that any of a group of
 forward packings leaves behind; bounds for its pairs with each of them; the simulation. Whatever is not looked at closer
