@@ -33,7 +33,7 @@ from harmony_lightning.scheduler.search.packings import MAX_UNITS, Packing, pack
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations, search
 from harmony_lightning.scheduler.simulate import Rules
 
-MAX_EFFORT = 16_000
+MAX_EFFORT = 24_000
 """Of simulations under the runtime's rules, in computations; what stays takes as long as the square of the packs."""
 MAX_LAST = 12
 """Layers of the last pack."""
@@ -51,12 +51,11 @@ def search_own(
 
     `known` are schedules that are looked at first. Raises as `search` does.
     """
-    question = {"minibatch": minibatch, "memory_bytes": memory_bytes}
-    found = search(costs, mode=mode, rules=Rules.OWN, known=known, **question)
+    found = search(costs, minibatch=minibatch, mode=mode, memory_bytes=memory_bytes, rules=Rules.OWN, known=known)
     if mode == "dp" or costs.machine.gpus == 1:
         return found
     started = time.perf_counter()
-    beside = _Beside(costs_of_runtime(costs, memory_bytes), minibatch, memory_bytes, found.best.seconds)
+    beside = _Beside(costs_under(Rules.RUNTIME, costs, memory_bytes), minibatch, memory_bytes, found.best.seconds)
     others = beside.run()
     seconds = found.search_seconds + time.perf_counter() - started
     if not others:
@@ -72,8 +71,10 @@ def search_own(
     )
 
 
-def costs_of_runtime(costs: Costs, memory_bytes: float) -> Costs:
-    """What the runtime's rules know of a profile and a machine with so many bytes on each GPU."""
+def costs_under(rules: str, costs: Costs, memory_bytes: float) -> Costs:
+    """What a plan's seconds and bytes are counted from, where it was found by `search_own` with these rules."""
+    if rules != Rules.RUNTIME:
+        return costs
     return Costs(completed(costs.profile), replace(costs.machine, memory_bytes=int(memory_bytes)))
 
 
@@ -148,20 +149,21 @@ class _Beside:
             self._effort += 8 * num_packs
             if peak > self.memory_bytes:
                 continue
-            sizes = (self.costs.kept_bytes(size, layer) or 0.0 for layer in schedule.keep)
-            with_them = accumulate(sizes, initial=peak)
-            count = sum(most <= (1 - HEADROOM) * self.memory_bytes for most in with_them) - 1
-            keep = schedule.keep[: max(0, count)]
-            yield replace(variant, keep=tuple(sorted({*keep, schedule.num_layers - 1})))
-            if len(keep) == len(schedule.keep):
+            *others, last = schedule.keep  # the last layer of all keeps its activations in any case
+            with_them = accumulate((self.costs.kept_bytes(size, layer) or 0.0 for layer in others), initial=peak)
+            count = sum(most <= (1 - HEADROOM) * self.memory_bytes for most in with_them)
+            yield replace(variant, keep=(*others[: max(0, count - 1)], last))
+            if count > len(others):
                 return
 
     def _simulate(self, schedule: Schedule) -> Iterator[Candidate]:
-        plan = self._plan(replace(schedule, keep=()))
+        plan = self._plan(schedule)
         staying = with_what_stays(schedule, plan, self.costs)
-        seconds = runtime_seconds(staying, self.costs)
         self.num_simulated += 1
-        self._effort += 2 * num_computations(staying) + len(plan.packs) ** 2
+        self._effort += num_computations(staying) + len(plan.packs) ** 2
+        if runtime_seconds(staying, self.costs, 2) >= self.least:
+            return
+        seconds = runtime_seconds(staying, self.costs)
         if seconds < self.least:
             self.least = seconds
             yield Candidate(schedule=staying, seconds=seconds, peak_bytes=self._peak(staying, plan))
@@ -171,7 +173,7 @@ class _Beside:
         plan, names = sized_plan(schedule, self.costs), self.costs.profile.names
         spans = schedule.packs_backward
         packs = [replace(pack, layers=names[a : b + 1]) for pack, (a, b) in zip(plan.packs, spans, strict=True)]
-        return replace(plan, packs=tuple(packs))
+        return replace(plan, packs=tuple(packs), keep=names[-1:])
 
     def _peak(self, schedule: Schedule, plan: Plan) -> float:
         """Of what the schedule has, and what stays, when that was decided for `plan`."""
