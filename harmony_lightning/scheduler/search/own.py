@@ -130,15 +130,13 @@ class _Beside:
                 yield replace(schedule, dealt=(len(packs) - 1,))
 
     def _packings(self) -> Iterator[Packing]:
-        """In front of last packs of all lengths, packs of one layer, or one of them less than that."""
+        """In front of last packs of all lengths, packs of one layer, or as many as are sensible."""
         costs, sizes = self.costs, self.costs.profile.microbatch_sizes.backward
         one, size = [(layer, layer) for layer in range(costs.num_layers)], sizes[len(sizes) // 2]
         starts = table([2 * costs.forward_seconds(size, span) + costs.backward_seconds(size, span) for span in one])
         for last in range(1, min(MAX_LAST, costs.num_layers - 1) + 1):
             before = costs.num_layers - last
-            most = min(before, MAX_UNITS)
-            for count in range(most, max(most - 2, 0), -1):
-                yield (*packs_of(starts, count, before), (before, costs.num_layers - 1))
+            yield (*packs_of(starts, min(before, MAX_UNITS), before), (before, costs.num_layers - 1))
 
     def _fitting(self, schedule: Schedule) -> Iterator[Schedule]:
         """With what can be kept of the last pack: more where stashes leave, unless they find room behind that."""
