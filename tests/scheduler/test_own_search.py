@@ -23,7 +23,6 @@ def test_a_completed_profile_keeps_no_less_than_is_there_at_the_peak():
     (found,) = completed(given).layer_kinds
     assert found.kept_bytes == (2 * 100 + 40 - 107 - 10, 2 * 100 + 80 - 107 - 20)
     assert (found.weight_bytes, found.buffer_bytes, found.gradient_bytes) == (107, 0, 100)
-    assert completed(given).names == ("layer 0",)
     assert completed(completed(given)) == completed(given)
     measured = profile(replace(layer, kept_bytes=(3.0, 6.0)), sizes=(1, 2))
     assert completed(measured).layer_kinds[0].kept_bytes == (3.0, 6.0)
@@ -91,11 +90,10 @@ def test_dp_is_as_under_our_own_rules():
 
 
 @published
-@pytest.mark.parametrize(("minibatch", "known", "shipped"), [(16, 10.7775, 12.327), (64, 40.4525, 42.115)])
-def test_what_stays_makes_published_profiles_faster(minibatch, known, shipped):
+def test_what_stays_makes_a_published_profile_faster():
     costs = Costs(published_profile("gpt2_xl"), published_machine())
-    found = search_own(costs, minibatch=minibatch, mode="pp", memory_bytes=9e9)
+    found = search_own(costs, minibatch=16, mode="pp", memory_bytes=9e9)
     assert found.rules == Rules.RUNTIME
-    assert found.best.seconds < 0.995 * known < shipped
+    assert found.best.seconds < 10.6  # 10.778 under our own rules, 12.327 as published
     assert found.best.peak_bytes <= 9e9
     assert found.best.schedule.dealt and len(found.best.schedule.keep) > 1

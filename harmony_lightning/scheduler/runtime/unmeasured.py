@@ -8,16 +8,12 @@ from harmony_lightning.profiler import LayerKind, MicrobatchSizes, Profile
 def completed(profile: Profile) -> Profile:
     """The same profile with what is left out, never too small:
 
-    names       layers are numbered
     buffers     travel with the weights, and do not train
     kept_bytes  of a layer that makes nothing again: at most what is on the device at the peak of its backward, which holds
                 all of it, beside weights, buffers and the input
     """
-    return replace(
-        profile,
-        names=profile.names or tuple(f"layer {index}" for index in range(profile.num_layers)),
-        layer_kinds=tuple(_completed(kind, profile.microbatch_sizes) for kind in profile.layer_kinds),
-    )
+    kinds = (_completed(kind, profile.microbatch_sizes) for kind in profile.layer_kinds)
+    return replace(profile, layer_kinds=tuple(kinds))
 
 
 def _completed(kind: LayerKind, sizes: MicrobatchSizes) -> LayerKind:

@@ -139,7 +139,7 @@ class _Beside:
             yield (*packs_of(starts, min(before, MAX_UNITS), before), (before, costs.num_layers - 1))
 
     def _fitting(self, schedule: Schedule) -> Iterator[Schedule]:
-        """With what can be kept of the last pack: more where stashes leave, unless they find room behind that."""
+        """With what can be kept of the last pack: the most where stashes leave, of which what stays is found out later."""
         size, num_packs = schedule.sizes_backward[0], len(schedule.packs_backward)
         for stash in ("device", "host"):
             variant = replace(schedule, stash=stash)
@@ -167,22 +167,22 @@ class _Beside:
             yield Candidate(schedule=staying, seconds=seconds, peak_bytes=self._peak(staying, plan))
 
     def _plan(self, schedule: Schedule) -> Plan:
-        """With names of layers, by which plans tell what stays."""
-        plan, names = sized_plan(schedule, self.costs), self.costs.profile.names
+        """With layers known by their numbers: plans tell by names what stays."""
+        plan = sized_plan(schedule, self.costs)
         spans = schedule.packs_backward
-        packs = [replace(pack, layers=names[a : b + 1]) for pack, (a, b) in zip(plan.packs, spans, strict=True)]
-        return replace(plan, packs=tuple(packs), keep=names[-1:])
+        layers = [tuple(map(str, range(first, last + 1))) for first, last in spans]
+        packs = [replace(pack, layers=names) for pack, names in zip(plan.packs, layers, strict=True)]
+        return replace(plan, packs=tuple(packs), keep=layers[-1][-1:])
 
     def _peak(self, schedule: Schedule, plan: Plan) -> float:
         """Of what the schedule has, and what stays, when that was decided for `plan`."""
-        names = self.costs.profile.names
-        keep = tuple(names[layer] for layer in schedule.keep)
+        keep = tuple(map(str, schedule.keep))
         staying = replace(plan, resident=schedule.resident, stash_stays=schedule.stash_stays, keep=keep)
         return max(peaks(staying, predicted_usage(schedule, plan, self.costs), plan))
 
     def _bound(self, schedule: Schedule) -> float:
         """What the busiest device computes, or one microbatch on its way through all packs and back, and until the weights
-        of the first pack are back, updated: no forward can begin before that."""
+        of the first pack are back, updated: no forward can begin before that. Frozen layers count as if they trained."""
         costs, machine, packs = self.costs, self.costs.machine, schedule.packs_backward
         sizes = schedule.sizes_backward
         size, share = sizes[0], machine.host_share(machine.gpus)
