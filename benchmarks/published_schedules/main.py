@@ -81,7 +81,9 @@ def main() -> None:
         took = time.process_time() - began
         own.append((row, entry["step_seconds_overlap"], schedule, costs, found[Rules.OWN], ours, took))
 
-    print("\n| row | *shipped*, overlap | the same under our rules | our search | what stays | faster | plan | GB | s |")
+    print(
+        "\n| row | *shipped*, overlap | the same under our rules | our search | what stays | faster | plan | GB | s |"
+    )
     print("|---|---|---|---|---|---|---|---|---|")
     for row, shipped, schedule, costs, prefetching, ours, took in own:
         same = seconds(replace(schedule, prefetch=1), costs, Rules.OWN)
