@@ -24,6 +24,7 @@ from harmony_lightning.runtime.updates.device_update import DeviceUpdates
 from harmony_lightning.runtime.updates.host_buffers import HostBuffers
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.weights.arena import Layout, lay_out, layout_nbytes, narrow_types
+from harmony_lightning.runtime.weights.casts import Casts
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 LAST = sys.maxsize
@@ -114,6 +115,8 @@ class GradientStore:
         """Weights of which some part has been sent in this backward."""
         self.updates: DeviceUpdates | None = None
         """Takes complete gradients where they are; None if there are no such devices."""
+        self.casts: Casts | None = None
+        """Of narrow weights; the same."""
         self.with_room: Callable[[Device, Callable[[], torch.Tensor]], torch.Tensor] = lambda device, make: make()
         """Calls a function that needs memory of a device."""
 
@@ -281,6 +284,8 @@ class GradientStore:
         order, and all in one backward, which is what hooks for several parameters wait for."""
         arrived, self._for_hooks = self._for_hooks, {}
         if arrived:
+            if self.casts is not None:
+                self.casts.forget(arrived)
             torch.autograd.backward([self._parameters[name] for name in arrived], list(arrived.values()))
             on_complete(list(arrived))
 
@@ -464,6 +469,8 @@ class GradientStore:
 
         ticket = self._worker.submit(receive, priority)
         self._updates.update(dict.fromkeys(complete, ticket))
+        if self.casts is not None and isinstance(on_complete, JustInTimeUpdate) and complete <= on_complete.stepped:
+            self.casts.follow(complete, ticket, priority)
         return ticket
 
     @torch.no_grad()
