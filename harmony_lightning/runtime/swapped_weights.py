@@ -71,6 +71,7 @@ class SwappedWeights:
             one.find_newer = functools.partial(self._updates.slots.newer, device=device)
 
     def _reads(self, names: Iterable[str]) -> list[Event]:
+        names = frozenset(names)
         if self._store is not None:
             self._store.narrow.await_casts(names)
         packs = sorted({pack for name in names for pack in self._packs_of.get(name, ())})

@@ -469,7 +469,11 @@ class GradientStore:
 
         ticket = self._worker.submit(receive, priority)
         self._updates.update(dict.fromkeys(complete, ticket))
-        if self.casts is not None and isinstance(on_complete, JustInTimeUpdate) and complete <= on_complete.stepped:
+        if (
+            self.casts is not None
+            and isinstance(on_complete, JustInTimeUpdate)
+            and complete.issubset(on_complete.stepped)
+        ):
             self.casts.follow(complete, ticket, priority)
         return ticket
 

@@ -76,9 +76,9 @@ class Casts:
                 self._jobs[pack] = self.worker.submit(cast, priority, after=update)
                 self._followed.add(pack)
 
-    def await_casts(self, names: Collection[str]) -> None:
+    def await_casts(self, names: Iterable[str]) -> None:
         """Return when nobody reads these masters to cast them."""
-        for pack in self._packs_with(names):
+        for pack in self._packs_with(frozenset(names)):
             if pack in self._jobs:
                 self._jobs[pack].wait()
 
