@@ -11,6 +11,7 @@ import pytest
 from small_profiles import FOLDER, published
 
 from harmony_lightning import HarmonyError
+from harmony_lightning.plan.timeline import Span, Timeline
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -227,6 +228,21 @@ def test_rows_of_a_sweep_are_measured_once(modules, tmp_path, monkeypatch):
         table[2] == "| 4x3090 | llama-8b | 8192 | a of b | 4 | 3.000 s | 2.000 s (kernels) | 1.500 | 1.579 | 1.0 GiB |"
     )
     assert table[-1].endswith("65536 | does not fit: layer embedding needs 9 GiB | | | | | | |") and len(table) == 8
+
+
+@pytest.mark.parametrize("num_gpus", [1, 2])
+def test_a_step_starts_with_its_second_pack(modules, num_gpus):
+    """On one GPU, too, where the first pack's forward comes between."""
+    (bounds,) = modules("step_time", "bound")
+    names = [f"forward of pack {p}, microbatch {m}" for p in (0, 1, 2) for m in (0, 1)]
+    names += [f"backward of pack {p}, microbatch {m}" for p in (1, 0) for m in (0, 1)]
+    spans = tuple(
+        Span(
+            device=int(name.split()[3][0]) % num_gpus, lane="compute", name=name, start=t, end=t + 1, nbytes=0, flops=0
+        )
+        for t, name in enumerate(3 * names)
+    )
+    assert bounds.starts(Timeline(spans=spans)) == [2, 12, 22]
 
 
 @published

@@ -1,6 +1,9 @@
 """In mixed precision, weights that autocast would cast travel in its type; numbers are those of one device to the bit."""
 
 import copy
+import threading
+from collections import Counter
+from unittest import mock
 
 import lightning as L
 import pytest
@@ -11,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from harmony_lightning import Plan
+from harmony_lightning.runtime.weights.casts import Casts
 
 BATCH = 8
 
@@ -435,6 +439,54 @@ def test_a_given_plan_s_narrow_weights_need_no_autocast(tmp_path):
     assert_same(lambda: Odd(Lower), strategy=with_all, precision="32-true", num_batches=2)
     assert with_all.plan.narrow_dtype == "bfloat16"
     assert_same(lambda: Odd(Lower), strategy=harmony(2, "400KiB", 2, plan=plan), num_batches=2)
+
+
+# Casts ----------------------------------------------------------------------------------------------------------------
+
+
+class Beginning(L.Callback):
+    """Calls something in front of the last step but one, when it has shown what is narrow and what may stay."""
+
+    def __init__(self, begin):
+        self.begin = begin
+        self.strategy = None
+
+    def setup(self, trainer, module, stage):
+        self.strategy = self.strategy or trainer.strategy  # ours comes first
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.strategy is self.strategy and trainer.global_step == 8:
+            self.begin()
+
+
+def cast_by(*callbacks):
+    """By kind of thread, how often one has cast a pack in the last two of ten steps, as a multiple of the packs."""
+    strategy = harmony(2, "400KiB", 2, one_layer_per_pack=True)
+    threads, cast = [], Casts._cast
+
+    def noting(*args):
+        threads.append(threading.current_thread().name.removeprefix("harmony-").rstrip("-01"))
+        cast(*args)
+
+    with mock.patch.object(Casts, "_cast", noting):
+        callbacks = [Beginning(threads.clear), *callbacks]
+        assert_same(lambda: Chain(depth=6), strategy=strategy, num_batches=5, max_epochs=2, callbacks=callbacks)
+    assert all(pack.narrow for pack in strategy.plan.packs)
+    return {name: count / len(strategy.plan.packs) for name, count in Counter(threads).items()}
+
+
+def test_they_are_cast_behind_their_update():
+    found = cast_by()
+    assert found.keys() == {"cast"} and 2 <= found["cast"] <= 3  # some of the step before may still be on their way
+
+
+class Looking(L.Callback):
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        module.head.weight.sum().item()
+
+
+def test_somebody_who_looks_at_weights_between_steps_has_them_cast_at_their_swap_ins():
+    assert cast_by(Looking()) == {"swap-in": 2}
 
 
 # Masters --------------------------------------------------------------------------------------------------------------

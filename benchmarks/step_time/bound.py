@@ -50,13 +50,12 @@ def starts(timeline: Timeline) -> list[float]:
     """When each step came to its second pack: by then the weights of the first have arrived, as they do in every step."""
     first = "forward of pack 1, microbatch 0"
     device = next(span.device for span in timeline.spans if span.name == first)
-    former = "backward"
-    found = []
+    is_behind_backward, found = True, []
     for span in timeline.lane(device, "compute"):
-        if former.startswith("backward") and span.name == first:
+        if is_behind_backward and span.name == first:
             found.append(span.start)
-        if span.name.startswith(("forward", "backward")):
-            former = span.name
+            is_behind_backward = False
+        is_behind_backward |= span.name.startswith("backward")
     return found
 
 

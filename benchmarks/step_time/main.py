@@ -23,7 +23,7 @@ from harmony_lightning.plan import Plan
 
 NUM_STEPS = 5
 """In the first ones it shows what travels in bfloat16, and what may stay. A plan that says both needs fewer."""
-NUM_STEPS_OF_PLAN = 3
+NUM_STEPS_OF_PLAN = 4
 """In the first one the optimizer makes its states, and nothing goes on behind it."""
 HEADER = (
     "| model | GPUs | tokens per step | microbatches | weights | step | bound | ratio | without sums | to products alone | "

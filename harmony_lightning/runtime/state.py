@@ -285,7 +285,7 @@ class RuntimeState:
     def wait(self) -> None:
         """Return when no weights are updated or read any more."""
         self._worker.wait()
-        self.weights.finish_enqueuing()
+        self.weights.wait()
 
     def settle(self) -> None:
         """Return when no weights are updated or read any more; raise what an update has raised."""

@@ -60,6 +60,7 @@ class SwappedWeights:
             return
         store = self._store = WeightStore(parameters, plan, cluster)
         self._loaders = [HostWorker(cluster, f"swap-in-{device.index}") for device in cluster.devices]
+        self.gradients.casts = store.narrow
         await_updates = self.gradients.await_updates
         slots = self._slots = [
             DeviceWeights(device, store, plan, counters, loader, await_updates, self._reads)
@@ -72,6 +73,9 @@ class SwappedWeights:
             one.find_newer = functools.partial(self._updates.slots.newer, device=device)
 
     def _reads(self, names: Iterable[str]) -> list[Event]:
+        names = frozenset(names)
+        if self._store is not None:
+            self._store.narrow.await_casts(names)
         packs = sorted({pack for name in names for pack in self._packs_of.get(name, ())})
         reads = (slots.last_read(pack) for slots in self._slots for pack in packs)
         return [read for read in reads if read is not None]
@@ -178,10 +182,15 @@ class SwappedWeights:
         in_arena = self._store is not None and self._store.holds(tensor)
         return in_arena or tensor.data_ptr() in {p.data_ptr() for p in self._parameters.values()}
 
-    def forget_casts(self, names: Collection[str] | None = None) -> None:
-        """Narrow weights, these or all, have to be cast again before they travel."""
-        if self._store is not None:
-            self._store.narrow.forget(names)
+    def forget_casts(self, updated: Collection[str] | None = None) -> None:
+        """Masters may have been written, all or those that were `updated` in the last step, and by nobody else: narrow
+        weights have to be cast again before they travel, unless they have been, behind their update."""
+        if self._store is None:
+            return
+        if updated is None:
+            self._store.narrow.forget()
+        else:
+            self._store.narrow.forget_updated(updated)
 
     # Updates ----------------------------------------------------------------------------------------------------------
 
@@ -222,15 +231,25 @@ class SwappedWeights:
         for loader in self._loaders:
             loader.wait()
 
+    def wait(self) -> None:
+        """The same, and when all casts are done."""
+        self.finish_enqueuing()
+        if self._store is not None:
+            self._store.narrow.worker.wait()
+
     def drain(self) -> None:
         """The same; raise what has gone wrong there."""
         for loader in self._loaders:
             loader.drain()
+        if self._store is not None:
+            self._store.narrow.worker.drain()
 
     def close(self) -> None:
         """Let go of threads and of device memory: nobody else would end the circle of those who wait for weights."""
         for loader in self._loaders:
             loader.close()
+        if self._store is not None:
+            self._store.narrow.worker.close()
         self._slots, self._store = [], None
         if self._updates is not None:
             self._updates.slots.close()

@@ -5,6 +5,7 @@ do not depend on timing as long as jobs that must keep an order share a priority
 controller at the next `drain`, and the jobs behind it are dropped.
 """
 
+import functools
 import heapq
 import threading
 from collections.abc import Callable
@@ -17,15 +18,30 @@ Job = Callable[[], None]
 class Ticket:
     """A job that was submitted."""
 
-    __slots__ = ("_done", "_has_ended")
+    __slots__ = ("_changing", "_done", "_followers", "_has_ended")
 
     def __init__(self) -> None:
         self._has_ended = threading.Event()
         self._done: Event | None = None
+        self._followers: list[Job] = []
+        self._changing = threading.Lock()
+        """Guards the followers, and that none comes while the job ends."""
 
     def end(self, done: Event | None) -> None:
         self._done = done
-        self._has_ended.set()
+        with self._changing:
+            self._has_ended.set()
+            followers, self._followers = self._followers, []
+        for follower in followers:
+            follower()
+
+    def then(self, follower: Job) -> None:
+        """Call it as soon as the job has been done, or dropped, on whatever thread."""
+        with self._changing:
+            if not self._has_ended.is_set():
+                self._followers.append(follower)
+                return
+        follower()
 
     def join(self) -> None:
         """Return when the job has been done, or dropped, which says nothing of the order of what the caller does next."""
@@ -59,7 +75,8 @@ class HostWorker:
         """Of jobs that nobody has drained."""
         self._error: BaseException | None = None
 
-    def submit(self, job: Job, priority: int = 0) -> Ticket:
+    def submit(self, job: Job, priority: int = 0, after: Ticket | None = None) -> Ticket:
+        """`after`: a job of another worker behind which this one comes, and until then does not keep the thread waiting."""
         ticket = Ticket()
         if self._is_inline:
             job()
@@ -69,12 +86,26 @@ class HostWorker:
             self._is_closing = False
             self._thread = threading.Thread(target=self._run, name=self._name, daemon=True)
             self._thread.start()
+
+        def job_behind() -> None:
+            if after is not None:
+                after.wait()
+            job()
+
         with self._changed:
-            heapq.heappush(self._jobs, (priority, self._num_submitted, job, self._cluster.mark(), ticket))
+            entry = (priority, self._num_submitted, job_behind, self._cluster.mark(), ticket)
             self._num_submitted += 1
             self._open.append(ticket)
-            self._changed.notify()
+        if after is None:
+            self._enqueue(entry)
+        else:
+            after.then(functools.partial(self._enqueue, entry))
         return ticket
+
+    def _enqueue(self, entry: tuple[int, int, Job, Mark, Ticket]) -> None:
+        with self._changed:
+            heapq.heappush(self._jobs, entry)
+            self._changed.notify()
 
     def follow(self, event: Event | None) -> Ticket:
         """Have what devices do until `event` waited for like a job; None if nobody needs to wait."""

@@ -107,3 +107,29 @@ def test_a_job_does_not_outlive_its_turn(worker):
     worker.drain()
     gc.collect()
     assert alive() is None
+
+
+def test_a_job_that_comes_behind_another_worker_s_does_not_keep_the_thread_waiting(worker):
+    cluster = EmulatedCluster()
+    other = HostWorker(cluster, "other")
+    may_end, done = threading.Event(), []
+    first = worker.submit(lambda: (may_end.wait(), done.append("first")))
+    behind = other.submit(lambda: done.append("behind"), priority=-1, after=first)
+    other.submit(lambda: done.append("beside")).wait()
+    may_end.set()
+    behind.wait()
+    assert done == ["beside", "first", "behind"]
+    other.submit(lambda: done.append("later"), after=first).wait()
+    assert done[-1] == "later"
+    other.close()
+
+
+def test_what_comes_behind_a_dropped_job_runs_all_the_same(worker):
+    other, done = HostWorker(EmulatedCluster(), "other"), []
+    worker.submit(fail)
+    other.submit(lambda: done.append(1), after=worker.submit(lambda: done.append(0)))
+    with pytest.raises(ValueError, match="broken"):
+        worker.drain()
+    other.drain()
+    assert done == [1]
+    other.close()

@@ -42,9 +42,10 @@ class GradientSwapOut:
         counters: Counters,
         worker: HostWorker,
         before: Callable[[Collection[str], OnComplete], Sequence[Event]],
+        behind: Callable[[frozenset[str], OnComplete, Ticket, int], None],
     ) -> None:
         """`before` tells the points that must be reached before these weights' gradients are complete, as they may be
-        updated then."""
+        updated then; `behind` is told of the job that does both, and of its priority."""
         self._parameters = parameters
         self._order = {name: index for index, name in enumerate(parameters)}
         self._plan = plan
@@ -52,6 +53,7 @@ class GradientSwapOut:
         self._counters = counters
         self._worker = worker
         self._before = before
+        self._behind = behind
         self._buffers = HostBuffers(cluster, worker, plan.gradient_buffers)
         self._narrow_buffers = HostBuffers(cluster, worker, plan.gradient_buffers)
         self._narrow_layouts: list[Layout] = [
@@ -161,6 +163,7 @@ class GradientSwapOut:
 
         ticket = self._worker.submit(receive, priority)
         self.tickets.update(dict.fromkeys(complete, ticket))
+        self._behind(complete, on_complete, ticket, priority)
         return ticket
 
     @torch.no_grad()

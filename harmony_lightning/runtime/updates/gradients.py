@@ -21,7 +21,8 @@ from harmony_lightning.runtime.updates.device_update import DeviceUpdates
 from harmony_lightning.runtime.updates.gradient_slots import GradientSlot, GradientSlots
 from harmony_lightning.runtime.updates.gradient_swap_out import GradientSwapOut, OnComplete, has_hooks
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
-from harmony_lightning.runtime.worker import HostWorker
+from harmony_lightning.runtime.weights.casts import Casts
+from harmony_lightning.runtime.worker import HostWorker, Ticket
 
 Result = TypeVar("Result")
 
@@ -37,6 +38,7 @@ class GradientStore:
 
     Attributes:
         updates: takes complete gradients where they are; None if there are no such devices.
+        casts: of narrow weights; the same.
     """
 
     def __init__(
@@ -65,12 +67,15 @@ class GradientStore:
         self._limit_nbytes = limit_nbytes
         self._layered = frozenset(name for pack in plan.packs for name in pack.parameters)
         self._slots = GradientSlots(parameters, plan, cluster.devices, counters, self._swap_out_part)
-        self._out = GradientSwapOut(parameters, plan, cluster, counters, worker, self._before_update)
+        self._out = GradientSwapOut(
+            parameters, plan, cluster, counters, worker, self._before_update, self._behind_update
+        )
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
         """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
         self._owned: set[tuple[str, int]] = set()
         """Which of those are ours alone."""
         self.updates: DeviceUpdates | None = None
+        self.casts: Casts | None = None
 
     # On devices -------------------------------------------------------------------------------------------------------
 
@@ -224,6 +229,13 @@ class GradientStore:
             return reads
         return [*reads, *self.updates.slots.give_up(complete)]
 
+    def _behind_update(self, complete: frozenset[str], on_complete: OnComplete, ticket: Ticket, priority: int) -> None:
+        """What comes behind the job that makes these gradients complete."""
+        if self.casts is None or not isinstance(on_complete, JustInTimeUpdate):
+            return
+        if complete.issubset(on_complete.stepped) and not any(has_hooks(self._parameters[name]) for name in complete):
+            self.casts.follow(complete, ticket, priority)
+
     @torch.no_grad()
     def _send_loose(
         self, held: Mapping[str, list[tuple[int, torch.Tensor]]], complete: frozenset[str], on_complete: OnComplete
@@ -256,6 +268,8 @@ class GradientStore:
         """End of a backward: whatever has not become complete by now never gets more."""
         self.hold()
         self._out.finish(on_complete)
+        if self.casts is not None:  # hooks may have come since, and with them a later update
+            self.casts.forget([name for name, parameter in self._parameters.items() if has_hooks(parameter)])
 
     @property
     def completed(self) -> Collection[str]:
