@@ -83,6 +83,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
             cluster=cluster,
         )
     num_steps = NUM_STEPS_OF_PLAN if arguments.travelling else NUM_STEPS
+    num_steps = max(2, num_steps // arguments.accumulate)
     trainer = L.Trainer(
         strategy=strategy,
         accelerator="cpu",

@@ -4,7 +4,8 @@
     python benchmarks/step_time/sweep.py --table
 
 Weights travel, stashes wait on the host, first packs are updated on GPUs where there is room. Microbatches are as large as
-fits, up to 8 sequences, but there are at least two for each GPU, if there are so many sequences.
+fits, up to 8 sequences, but there are at least two for each GPU, if there are so many sequences; and a minibatch has at most
+32 of them: a step of more is one of several minibatches, whose gradients are accumulated.
 """
 
 import argparse
@@ -26,6 +27,8 @@ LEAST_MICROBATCHES = 2
 MOST_SEQUENCES = 8
 """Of a microbatch. Larger ones have fewer sums, which are few by then, and leave no memory for what is on its way: with 16
 of 1024 tokens a step of the 30B model on 3090s takes 5 % longer."""
+MOST_MICROBATCHES = 32
+"""Of a minibatch: what they leave for the next pack waits until a GPU comes to that, and takes memory meanwhile."""
 ROWS = Path(__file__).parent / "rows.jsonl"
 
 Row = dict[str, object]
@@ -48,7 +51,9 @@ def measure_row(machine: str, model: str, num_tokens: int, largest: int) -> Row:
     for size, update in attempts(num_tokens // LENGTH, int(num_gpus), largest):
         options = f"--travelling --stash host --model {model} --gpu {gpu} --num-gpus {num_gpus} --update {update}"
         count = -(-num_tokens // LENGTH // size)
-        arguments = argument_parser().parse_args([*options.split(), "--microbatches", str(count)])
+        accumulate = -(-count // MOST_MICROBATCHES)
+        options += f" --microbatches {count // accumulate} --accumulate {accumulate}"
+        arguments = argument_parser().parse_args(options.split())
         try:
             found = measure(arguments, num_tokens)
         except HarmonyError as error:
