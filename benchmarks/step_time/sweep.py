@@ -4,8 +4,8 @@
     python benchmarks/step_time/sweep.py --table
 
 Weights travel, stashes wait on the host, first packs are updated on GPUs where there is room. Microbatches are as large as
-fits, up to 8 sequences, but there are at least two for each GPU, if there are so many sequences; and a minibatch has at most
-32 of them: a step of more is one of several minibatches, whose gradients are accumulated.
+fits, up to 8 sequences, but there are at least two for each GPU, if there are so many sequences. A minibatch has at most 32
+of them: a step of more is one of several minibatches, whose gradients are accumulated.
 """
 
 import argparse
