@@ -31,7 +31,6 @@ from harmony_lightning.runtime.weights.narrow import Reading
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
-from harmony_lightning.scheduler.runtime.staying import with_what_stays
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
 from harmony_lightning.scheduler.search.runtime import search_runtime
 from harmony_lightning.scheduler.search.schedules import Found
@@ -218,7 +217,7 @@ def find_plan(
 ) -> Planned:
     """The best plan that the search finds.
 
-    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster.
+    `in_use` is a plan for the same layers, which is found itself unless another one is faster.
 
     Raises:
         CapacityError: nothing fits.
@@ -228,10 +227,6 @@ def find_plan(
     costs = Costs(measured.profile, machine, travelling)
     places = {name: index for index, name in enumerate(measured.profile.names)}
     present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
-
-    def stay(schedule: Schedule) -> Schedule:
-        plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
-        return with_what_stays(schedule, plan, costs, moves_stash=question.moves_stash)
 
     def abilities(schedule: Schedule) -> Schedule:
         last = len(schedule.packs_backward) - 1
@@ -261,7 +256,8 @@ def find_plan(
         microbatch_size=question.microbatch_size,
         together=tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
         abilities=abilities,
-        stay=stay if question.stays else None,
+        stay_bytes=question.memory_bytes if question.stays else None,
+        moves_stash=question.moves_stash,
         in_use=present,
     )
     plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)
