@@ -44,10 +44,16 @@ class HarmonyConfig:
     """The user's own choice of layers: module names, globs of names, or classes. Empty: found without help."""
     split_batch: SplitBatch | None = None
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
-    searches: Literal["packs", "all", "nothing"] = "packs"
-    """What is searched, by profiling the module, instead of made from sizes alone. "packs": which layers form a pack, and
-    how many packs come ahead; results do not depend on that, so they are the same on GPUs of any size and speed. "all", by
-    `HarmonyStrategy(plan="auto")`: microbatch size and mode, too, where they are "auto". "nothing": `plan="sizes"`."""
+    searches: Literal["packs", "all", "nothing"] = "all"
+    """What is searched, by profiling the module, instead of made from sizes alone. "all", by `plan="auto"` of the strategy,
+    its default: packs, how many come ahead, and microbatch size and mode where they are "auto"; the latter two stay where
+    the module computes statistics of microbatches, or `Trainer(deterministic=True)` wants the same numbers in every run.
+    "packs", by `plan="packs"`: results do not depend on these, so they are the same on GPUs of any size and speed.
+    "nothing", by `plan="sizes"`."""
+    planner: Literal["bounds", "genetic"] = "bounds"
+    """Who searches. "bounds" looks at even packings, fewest seconds first by what they need at least; "genetic" breeds
+    plans, by the same simulation and from the same question, for some seconds, and a log line tells the other's plan beside
+    its own. It has no say where nothing is searched."""
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
@@ -75,6 +81,8 @@ class HarmonyConfig:
             raise ConfigurationError(f"update must be 'auto', 'host', 'device' or 'first', got {self.update!r}")
         if self.searches not in ("packs", "all", "nothing"):
             raise ConfigurationError(f"searches must be 'packs', 'all' or 'nothing', got {self.searches!r}")
+        if self.planner not in ("bounds", "genetic"):
+            raise ConfigurationError(f"planner must be 'bounds' or 'genetic', got {self.planner!r}")
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
@@ -108,8 +116,8 @@ class HarmonyConfig:
 class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
-    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE set the knobs of those names, and
-    HARMONY_PLAN the argument `plan` of the strategy: "auto", "sizes" or a file;
+    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE, HARMONY_PLANNER set the knobs of
+    those names, and HARMONY_PLAN the argument `plan` of the strategy: "auto", "packs", "sizes" or a file;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
     check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each, which
     are not strict; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
@@ -121,6 +129,7 @@ class Environment:
     memory: str | None
     stash: str | None
     update: str | None
+    planner: str | None
     one_layer_per_pack: bool | None
     emulated_gpus: int | None
     gradient_wire: str | None
@@ -144,6 +153,7 @@ class Environment:
             memory=variables.get("HARMONY_MEMORY"),
             stash=variables.get("HARMONY_STASH"),
             update=variables.get("HARMONY_UPDATE"),
+            planner=variables.get("HARMONY_PLANNER"),
             one_layer_per_pack=_switch(variables, "HARMONY_ONE_LAYER_PER_PACK"),
             emulated_gpus=int(gpus) if gpus else None,
             gradient_wire=variables.get("HARMONY_GRADIENT_WIRE"),
@@ -155,7 +165,7 @@ class Environment:
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
         names: tuple[str, ...] = ("mode", "microbatch_size", "memory", "stash", "update", "one_layer_per_pack")
-        names += ("check_microbatches", "evaluation_batches", "gradient_wire")
+        names += ("check_microbatches", "evaluation_batches", "gradient_wire", "planner")
         knobs: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
         for name in ("microbatch_size", "evaluation_batches"):
             if name in knobs and knobs[name] != "auto":

@@ -13,7 +13,7 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.decomposer.discover import decompose, decompose_as
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.plan import Plan, check_plan
+from harmony_lightning.plan import Plan, check_plan, plan_fault
 from harmony_lightning.scheduler import make_plan, unit_nbytes
 from harmony_lightning.units import format_nbytes
 
@@ -92,11 +92,16 @@ def prepare(
         narrow_dtype=narrow.dtype if narrow is not None else None,
         gradient_wire=config.gradient_wire,
     )
+    return decomposition, plan
+
+
+def tell(plan: Plan) -> None:
+    """A line in the log, for a plan that is taken up."""
     log.info(
         "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "
         "%d packs updated on devices",
         "mixed" if plan.dealt else plan.mode,
-        len(decomposition.layers),
+        sum(len(pack.layers) for pack in plan.packs),
         len(plan.packs),
         format_nbytes(max(pack.nbytes for pack in plan.packs)),
         plan.num_devices,
@@ -104,7 +109,6 @@ def prepare(
         plan.stash,
         sum(pack.update == "device" for pack in plan.packs),
     )
-    return decomposition, plan
 
 
 def _update(
@@ -118,10 +122,16 @@ def prepare_given(root: nn.Module, cluster: Cluster, plan: Plan) -> Decompositio
 
     Raises:
         ConfigurationError: a weight is not on the host, or the plan is for another module or another number of devices.
+        CapacityError: the plan's slots do not fit the devices.
     """
     _check_masters(root)
+    modules = dict(root.named_modules(remove_duplicate=False))
+    for index, pack in enumerate(plan.packs):
+        for name in pack.layers:
+            if name not in modules:
+                raise plan_fault(plan, index, f"the plan names layer {name!r}, which this module does not have")
     decomposition = decompose_as(root, [name for pack in plan.packs for name in pack.layers])
-    check_plan(plan, decomposition, len(cluster.devices))
+    check_plan(plan, decomposition, len(cluster.devices), min(device.memory_bytes for device in cluster.devices))
     return decomposition
 
 

@@ -31,7 +31,9 @@ from harmony_lightning.runtime.weights.narrow import Reading
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
+from harmony_lightning.scheduler.runtime.levels import Levels
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
+from harmony_lightning.scheduler.search.genetic_runtime import breed_runtime
 from harmony_lightning.scheduler.search.runtime import search_runtime
 from harmony_lightning.scheduler.search.schedules import Found
 from harmony_lightning.units import format_nbytes
@@ -64,6 +66,8 @@ class Question:
     update: Literal["host", "first", "device"] = "host"
     """Where weights are updated, as in `HarmonyConfig`. The layers must tell what the optimizer remembers of them."""
     microbatches_per_forward: int = 1
+    planner: Literal["bounds", "genetic"] = "bounds"
+    """Which search: as `HarmonyConfig.planner`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,8 @@ class Planned:
     """Layers in the order in which they are called."""
     found: Found
     costs: Costs
+    default: Found | None = None
+    """What the default planner finds, where another one was asked for."""
 
 
 def machine_of(cluster: Cluster) -> Machine | None:
@@ -123,7 +129,9 @@ def step_of(
     return step
 
 
-def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: Any, precision: str) -> Decomposition:
+def with_narrow_weights(
+    decomposition: Decomposition, root: nn.Module, batch: Any, precision: str, step: Step | None = None
+) -> Decomposition:
     """The decomposition of a module on the meta device as it is under a precision of Lightning's: with narrow weights, if
     that is a mixed one. They are found by one step of shapes, up to where that looks at values, such as to log the loss."""
     if not precision.endswith("-mixed"):
@@ -136,7 +144,7 @@ def with_narrow_weights(decomposition: Decomposition, root: nn.Module, batch: An
         hooks.append(module.register_forward_hook(lambda *_: reading.enter(None)))
     try:
         with torch.no_grad(), torch.device("meta"), reading:
-            step_of()(root, pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch))
+            (step or step_of())(root, pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to("meta"), batch))
     except Exception as error:  # the user's code looks at values, say
         log.info("harmony profile: weights are taken to be used as they were until a step of shapes ended: %s", error)
     finally:
@@ -228,6 +236,9 @@ def find_plan(
     places = {name: index for index, name in enumerate(measured.profile.names)}
     present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
 
+    def stay(schedule: Schedule) -> Schedule:
+        return Levels(schedule, costs, moves_stash=question.moves_stash).at(question.memory_bytes)
+
     def abilities(schedule: Schedule) -> Schedule:
         last = len(schedule.packs_backward) - 1
         is_dealt = question.mode == "mixed" and schedule.num_devices > 1
@@ -247,19 +258,28 @@ def find_plan(
             schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
         return schedule
 
-    found = search_runtime(
-        costs,
-        minibatch=question.minibatch,
-        mode="pp" if question.mode == "mixed" else question.mode,
-        memory_bytes=MEMORY_SHARE * question.memory_bytes,
-        stashes=question.stashes,
-        microbatch_size=question.microbatch_size,
-        together=tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
-        abilities=abilities,
-        stay_bytes=question.memory_bytes if question.stays else None,
-        moves_stash=question.moves_stash,
-        in_use=present,
-    )
+    asked: dict[str, Any] = {
+        "minibatch": question.minibatch,
+        "mode": "pp" if question.mode == "mixed" else question.mode,
+        "memory_bytes": MEMORY_SHARE * question.memory_bytes,
+        "stashes": question.stashes,
+        "microbatch_size": question.microbatch_size,
+        "together": tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
+        "abilities": abilities,
+        "in_use": present,
+    }
+    stay_bytes = question.memory_bytes if question.stays else None
+    found = search_runtime(costs, **asked, stay_bytes=stay_bytes, moves_stash=question.moves_stash)
+    default = None
+    if question.planner == "genetic":
+        found, default = breed_runtime(costs, **asked, stay=stay if question.stays else None), found
+        log.info(
+            "harmony plan: bred, %.4g s per step (search took %.2f s); the default planner's takes %.4g s (%.2f s)",
+            found.best.seconds,
+            found.search_seconds,
+            default.best.seconds,
+            default.search_seconds,
+        )
     plan = plan_of(found.best.schedule, ordered, question.memory_bytes, in_use)
     if present is not None and _is_same(found.best.schedule, present):
         assert in_use is not None
@@ -273,7 +293,7 @@ def find_plan(
         format_nbytes(question.memory_bytes),
         found.search_seconds,
     )
-    return Planned(plan=plan, decomposition=ordered, found=found, costs=costs)
+    return Planned(plan=plan, decomposition=ordered, found=found, costs=costs, default=default)
 
 
 def _is_same(one: Schedule, other: Schedule) -> bool:

@@ -36,8 +36,8 @@ def told(caplog):
     return caplog
 
 
-def automatic_strategy(num_gpus=2, memory="160KiB", preset="3090", plan="auto", **options):
-    return HarmonyStrategy(plan=plan, cluster=EmulatedCluster(num_gpus, memory, preset=preset), **options)
+def automatic_strategy(num_gpus=2, memory="160KiB", preset="3090", **options):
+    return HarmonyStrategy(cluster=EmulatedCluster(num_gpus, memory, preset=preset), **options)
 
 
 def trained_plainly(module, microbatch_size, num_samples=48):
@@ -68,6 +68,34 @@ def test_the_plan_is_found_and_trains_to_the_same_weights(mode, told):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize(("plan", "gpus"), [("auto", 2), (None, 3)])
+def test_a_bred_plan_trains_to_the_same_weights(plan, gpus, told, monkeypatch):
+    """Before the first step, or with its microbatches behind it."""
+    monkeypatch.setattr("harmony_lightning.scheduler.search.genetic_runtime.MAX_SIMULATED", 40)
+    found = []
+
+    def find_plan(*asked):
+        found.append(find_plan_of(*asked))
+        return found[-1]
+
+    find_plan_of = automatic.find_plan
+    monkeypatch.setattr(automatic, "find_plan", find_plan)
+    memory = 100 * 1024
+    module, reference = twins(depth=8)
+    assert sum(weight.nbytes for weight in module.parameters()) > memory  # gradients and states not counted
+    strategy = automatic_strategy(gpus, memory, mode="pp", plan=plan, planner="genetic")
+    trainer(strategy).fit(module, loader(16, 48))
+    assert stays_within(strategy.statistics(), memory)
+    assert same_weights(module, trained_plainly(reference, strategy.plan.microbatch_size))
+    bred = found[-1]
+    schedule = bred.found.best.schedule
+    assert [len(pack.layers) for pack in strategy.plan.packs] == [
+        end - first + 1 for first, end in schedule.packs_backward
+    ]
+    assert (strategy.plan.prefetch, strategy.plan.stash) == (schedule.prefetch, schedule.stash)
+    assert sum("bred, " in message and "the default planner's takes" in message for message in told.messages) == 1
+
+
 def wide(memory, num_steps=6, **options):
     """Seconds of the last step of a model whose layers take a GPU long enough, and the plan."""
     strategy = HarmonyStrategy(cluster=cluster_of(1, memory=memory), **options)
@@ -80,12 +108,12 @@ def wide(memory, num_steps=6, **options):
 @pytest.mark.parametrize("memory", [None, "120MiB"])
 def test_nothing_is_slower_than_the_plan_from_sizes_alone(memory):
     from_sizes, plan = wide(memory, plan="sizes")
-    by_default, found = wide(memory)
+    of_packs, found = wide(memory, plan="packs")
     assert (found.mode, found.microbatch_size) == (plan.mode, plan.microbatch_size)
-    everything, _ = wide(memory, plan="auto")
-    assert everything < by_default <= from_sizes
+    by_default, _ = wide(memory)
+    assert by_default < of_packs <= from_sizes
     if memory is None:  # one pack holds everything, so nothing overlaps
-        assert len(plan.packs) == 1 < len(found.packs) and by_default < 0.7 * from_sizes
+        assert len(plan.packs) == 1 < len(found.packs) and of_packs < 0.7 * from_sizes
 
 
 def find(monkeypatch, *spans):
@@ -102,12 +130,12 @@ def find(monkeypatch, *spans):
 
 
 @pytest.mark.parametrize("options", [{}, {"precision": "bf16-mixed"}, {"microbatches_per_forward": 2}])
-def test_by_default_results_are_those_of_the_plan_from_sizes(options, told, monkeypatch):
+def test_where_packs_alone_are_searched_results_are_those_of_the_plan_from_sizes(options, told, monkeypatch):
     """The search has its turn behind the first step, and changes nothing but packs."""
     find(monkeypatch, (0, 0), (1, 3), (4, 8))
     precision = options.pop("precision", "32-true")
     ends = []
-    for plan in ("sizes", None):
+    for plan in ("sizes", "packs"):
         module, _ = twins(depth=8)
         strategy = HarmonyStrategy(plan=plan, cluster=EmulatedCluster(1, "1MiB", preset="3090"), **options)
         trainer(strategy, precision=precision).fit(module, loader(16, 64))
@@ -121,11 +149,46 @@ def test_by_default_results_are_those_of_the_plan_from_sizes(options, told, monk
 def test_a_plan_that_was_found_behind_the_first_step_gives_way_to_that_of_the_first_step(told, monkeypatch):
     find(monkeypatch, (0, 8))
     module, reference = twins(depth=8)
-    strategy = HarmonyStrategy(cluster=EmulatedCluster(1, "200KiB", preset="3090"))
+    strategy = HarmonyStrategy(plan="packs", cluster=EmulatedCluster(1, "200KiB", preset="3090"))
     trainer(strategy).fit(module, loader(16, 64))
     assert "the plan does not fit" in told.text and len(strategy.plan.packs) > 1
     assert stays_within(strategy.statistics(), 200 * 1024) and strategy.statistics().steps == 4
     assert same_weights(module, trained_plainly(reference, 4, 64))
+
+
+class _Normed(Chain):
+    def __init__(self):
+        super().__init__(depth=6)
+        self.net.insert(1, nn.BatchNorm1d(64))
+
+
+@pytest.mark.parametrize(("kind", "options"), [(_Normed, {}), (Chain, {"deterministic": True})])
+def test_microbatches_are_not_searched_where_numbers_must_not_depend_on_speed(kind, options, told):
+    """A microbatch of 2 is what sizes alone make of 16 samples for two GPUs; launches are all that counts here."""
+    plans = []
+    for more in (options, {}):
+        torch.manual_seed(0)
+        strategy = automatic_strategy(memory="400KiB")
+        try:
+            trainer(strategy, max_steps=2, **more).fit(kind() if kind is _Normed else kind(depth=6), loader(16, 32))
+        finally:
+            torch.use_deterministic_algorithms(False)
+        plans.append(strategy.plan)
+    assert (plans[0].mode, plans[0].microbatch_size) == ("pp", 2) and "predicted" in told.text
+    assert kind is _Normed or plans[1].microbatch_size > 2
+
+
+def test_a_plan_that_stays_though_memory_was_short_is_not_said_to_be_another(told, monkeypatch):
+    class Short(L.Callback):
+        def on_train_batch_end(self, trainer, *args):
+            trainer.strategy._engine.state.has_lacked_memory = True
+            monkeypatch.delattr(automatic, "find_plan", raising=False)  # the search fails from here on
+
+    strategy = automatic_strategy()
+    trainer(strategy, callbacks=[Short()]).fit(Chain(), loader(16, 48))
+    said = [message for message in told.messages if "memory was short" in message]
+    assert len(said) == 1 and said[0].endswith("had to go; the plan stays, as no other was found")
+    assert "planned again" not in told.text and strategy.plan.memory_bytes == 160 * 1024
 
 
 def test_the_second_run_finds_the_profile_in_the_cache(told, monkeypatch):
@@ -153,24 +216,18 @@ def test_the_plan_is_kept_with_the_run_and_in_the_checkpoint(tmp_path):
     path = tmp_path / "run.ckpt"
     found = Plan.from_json((tmp_path / "lightning_logs" / "version_0" / PLAN_FILE).read_text())
     assert found == dataclasses.replace(strategy.plan, resident=(), stash_stays=(), keep=found.keep, peak_bytes=())
-    again = automatic_strategy()
-    run = trainer(again, max_steps=1)
-    module = Chain(depth=6)
-    run.fit(module, loader(16, 16))
-
-    class Save(L.Callback):
-        def on_train_end(self, trainer, module):
-            trainer.save_checkpoint(path)
-
-    trainer(automatic_strategy(), max_steps=1, callbacks=[Save()]).fit(Chain(depth=6), loader(16, 16))
+    run.save_checkpoint(path)  # behind the run
     checkpoint = torch.load(path, weights_only=True)
     assert Plan.from_json(checkpoint[PLAN_KEY]).packs == found.packs
     trainer("auto", max_steps=2).fit(Chain(depth=6), loader(16, 32), ckpt_path=path)  # any other strategy takes it
     file = tmp_path / "plan.json"
     file.write_text(checkpoint[PLAN_KEY])
     given = HarmonyStrategy(plan=file, cluster=EmulatedCluster(2, "160KiB"))
-    trainer(given, max_steps=1).fit(Chain(depth=6), loader(16, 16))
+    run = trainer(given, max_steps=1)
+    run.fit(Chain(depth=6), loader(16, 16))
     assert given.plan.packs == found.packs
+    run.save_checkpoint(path)
+    assert Plan.from_json(torch.load(path, weights_only=True)[PLAN_KEY]) == given.plan
 
 
 def test_a_plan_that_was_made_for_other_memory_is_carried_out():
@@ -206,7 +263,7 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
     trainer(strategy).fit(module, loader(16, 48))
     assert budgets == [130 * 1024, int(0.8 * 130 * 1024)]
     assert "the plan does not fit: gpu0 (emulated CUDA) out of memory" in told.text
-    assert "planning again with 104 KiB per GPU" in told.text
+    assert "planned again with 104 KiB per GPU" in told.text
     assert stays_within(strategy.statistics(), 130 * 1024)
     assert same_weights(module, trained_plainly(reference, strategy.plan.microbatch_size))
 
@@ -223,7 +280,7 @@ def test_a_plan_that_does_not_fit_gives_way_to_a_smaller_one(told, monkeypatch):
 def test_what_the_user_asked_for_is_searched_with_it(options, told):
     """Layers of 16 KiB cost nothing beside a launch, so that other packs than those from sizes are found."""
     module, reference = twins(depth=8)
-    strategy = automatic_strategy(plan=None, **options)
+    strategy = automatic_strategy(plan="packs", **options)
     trainer(strategy).fit(module, loader(16, 64))
     plan = strategy.plan
     assert any("predicted" in message for message in told.messages), told.messages
@@ -259,7 +316,7 @@ def test_what_is_predicted_for_settled_steps_is_what_they_take(memory, told):
 
 
 @pytest.mark.filterwarnings("error:.*not registered")
-@pytest.mark.parametrize("plan", ["auto", None])
+@pytest.mark.parametrize("plan", ["auto", "packs"])
 @pytest.mark.parametrize(
     ("options", "reason"),
     [
@@ -310,7 +367,7 @@ def test_user_code_does_not_notice():
         return module
 
     plain = run(plan="sizes", microbatch_size=4, mode="pp")
-    for plan in ("auto", None):
+    for plan in ("auto", "packs"):
         found = run(plan=plan, microbatch_size=4, mode="pp")
         assert found.seen == plain.seen == [4] * 8
         assert all(torch.equal(a, b) for a, b in zip(calls[:2], calls[-2:], strict=True))
@@ -350,7 +407,7 @@ class _Leaves(Chain):
 )
 def test_what_is_run_aside_cannot_reach_the_run(kind, reason, told):
     module = kind()
-    run = trainer(automatic_strategy(plan=None, microbatch_size=4), max_steps=2)
+    run = trainer(automatic_strategy(plan="packs", microbatch_size=4), max_steps=2)
     run.fit(module, loader(16, 32))
     assert reason in told.text
     assert len(module.losses) == 8 and module._trainer is run
@@ -363,7 +420,7 @@ def test_the_step_is_given_its_own_arguments_and_no_anomaly_is_looked_for(told):
             assert args[1] < 2
             return super().training_step(*args)
 
-    trainer(automatic_strategy(plan=None), max_steps=2, detect_anomaly=True).fit(Any(depth=6), loader(16, 32))
+    trainer(automatic_strategy(plan="packs"), max_steps=2, detect_anomaly=True).fit(Any(depth=6), loader(16, 32))
     assert "predicted" in told.text
 
 
@@ -372,7 +429,7 @@ def test_a_module_that_changes_to_and_fro_is_searched_for_once_each_way(told):
         def on_train_batch_start(self, batch, batch_idx):
             self.net[0].requires_grad_(batch_idx % 2 == 0)
 
-    trainer(automatic_strategy(plan=None)).fit(Toggled(depth=6), loader(16, 96))
+    trainer(automatic_strategy(plan="packs")).fit(Toggled(depth=6), loader(16, 96))
     assert sum("predicted" in message for message in told.messages) == 2
 
 
@@ -382,5 +439,5 @@ def test_a_log_folder_that_is_none_ends_nothing(folder, is_told, told, tmp_path,
     (tmp_path / "file").touch()
     monkeypatch.setattr(L.Trainer, "log_dir", folder)
     logger = L.pytorch.loggers.CSVLogger(tmp_path / "logs")
-    trainer(automatic_strategy(plan=None), max_steps=2, logger=logger).fit(Chain(depth=6), loader(16, 32))
+    trainer(automatic_strategy(plan="packs"), max_steps=2, logger=logger).fit(Chain(depth=6), loader(16, 32))
     assert not (tmp_path / "s3:").exists() and ("the plan is not kept" in told.text) == is_told

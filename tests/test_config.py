@@ -31,7 +31,9 @@ def test_memory_is_a_size(memory):
         ({"microbatch_size": 2.0}, r"got 2\.0"),
         ({"microbatch_size": "2"}, r"got '2'"),
         ({"microbatch_size": True}, r"got True"),
+        ({"planner": "swarm"}, r"planner must be 'bounds' or 'genetic', got 'swarm'"),
         ({"gradient_wire": "bf16"}, r"gradient_wire must be 'exact' or 'half', got 'bf16'"),
+        ({"planner": "beam"}, r"planner must be 'bounds' or 'genetic', got 'beam'"),
         ({"evaluation_batches": 0}, r"evaluation_batches must be a positive integer, got 0"),
         ({"evaluation_batches": "auto"}, r"got 'auto'"),
         ({"memory": "lots"}, r"'lots' is not a memory size"),
@@ -60,6 +62,7 @@ def test_variables_are_read():
             "HARMONY_MEMORY": "1GiB",
             "HARMONY_STASH": "device",
             "HARMONY_UPDATE": "device",
+            "HARMONY_PLANNER": "genetic",
             "HARMONY_EVALUATION_BATCHES": "5",
             "HARMONY_GRADIENT_WIRE": "half",
             "HARMONY_EMULATED_GPUS": "4",
@@ -73,6 +76,7 @@ def test_variables_are_read():
         "memory": "1GiB",
         "stash": "device",
         "update": "device",
+        "planner": "genetic",
         "evaluation_batches": 5,
         "gradient_wire": "half",
     }
@@ -113,6 +117,14 @@ def test_a_plan_that_cannot_be_read_is_told(tmp_path):
     for plan in ("size", tmp_path):
         with pytest.raises(ConfigurationError, match="plan must be a Plan, 'auto', 'sizes' or a file"):
             HarmonyStrategy(plan=plan)
+
+
+def test_arguments_that_there_are_not_are_told_with_those_that_there_are():
+    with pytest.raises(
+        TypeError, match=r"HarmonyStrategy has no argument 'microbatches'; it has mode, microbatch_size"
+    ):
+        HarmonyStrategy(microbatches=4)
+    assert HarmonyStrategy(accelerator=None, checkpoint_io=None) is not None
 
 
 @pytest.fixture

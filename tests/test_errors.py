@@ -98,7 +98,7 @@ def fit_and_fail(module, error, strategy=None):
     began = time.monotonic()
     with pytest.raises(error) as caught:
         trainer(strategy, limit_train_batches=3).fit(module, loader(8))
-    assert time.monotonic() - began < 2
+    assert time.monotonic() - began < 20  # nobody waits for somebody who has left
     return caught.value, strategy._emulated
 
 

@@ -23,9 +23,9 @@ def test_a_fake_step_moves_the_same_bytes_in_the_same_time():
     assert dataclasses.replace(fake_counts, peak_device_bytes=()) == dataclasses.replace(
         real_counts, peak_device_bytes=()
     )
-    # The real kernel of the loss leaves 4 bytes more behind its result than its shape takes.
+    # The real kernel of the loss leaves 4 bytes more behind its result than its shape takes, for two microbatches here.
     peaks = zip(real_counts.peak_device_bytes, fake_counts.peak_device_bytes, strict=True)
-    assert all(0 <= real - fake <= 4 for real, fake in peaks)
+    assert all(0 <= real - fake <= 8 for real, fake in peaks)
     assert [span for span in fake.spans if span.device >= 0] == [span for span in real.spans if span.device >= 0]
 
 

@@ -100,9 +100,10 @@ class Swelling(Chain):
             block.append(Swell())
 
 
-@pytest.mark.parametrize(("memory", "told_sizes"), [("140KiB", [4, 2]), ("206KiB", [4]), ("500KiB", [])])
+@pytest.mark.parametrize(("memory", "told_sizes"), [("140KiB", [4, 2]), ("206KiB", [4]), ("400KiB", [])])
 def test_fewer_microbatches_go_together_where_memory_is_short(memory, told_sizes, caplog):
-    """A call for one swells to 64 times its input, and one for several does for each."""
+    """A call for one swells to 64 times its input, and one for several does for each. With 400 KiB weights
+    stay, and these go first."""
     strategy = joint(memory=memory, microbatches_per_forward=4)
     ours = fit(strategy, Swelling)
     assert difference(ours, fit(make=Swelling)) < 1e-4
@@ -292,3 +293,10 @@ def test_layers_that_need_more_memory_later_than_the_plan_knows(memory, stash):
     options = {"memory": memory, "stash": stash, "one_layer_per_pack": True}
     joint_fit, alone = (fit(joint(microbatches_per_forward=size, **options), SwellingLate) for size in (4, 1))
     assert difference(joint_fit, alone) < 1e-4
+
+
+def test_a_backward_that_needs_more_memory_than_the_forward_has_told():
+    """The sums of gradients go, too, for as long as a layer is differentiated, and come back as they were."""
+    short, roomy = (joint(memory=memory, microbatches_per_forward=1) for memory in ("170KiB", "1MiB"))
+    assert is_bitwise_equal(fit(short, SwellingLate), fit(roomy, SwellingLate))
+    assert short.statistics().short_of_memory == 1

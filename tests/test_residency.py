@@ -11,7 +11,7 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
 from torch.utils.data import DataLoader
 
-from harmony_lightning import ConfigurationError, EmulatedCluster, HarmonyStrategy, Plan
+from harmony_lightning import CapacityError, EmulatedCluster, HarmonyStrategy, Plan
 from harmony_lightning.hardware.presets import GpuModel, HostModel
 
 LAYERS = ["net.*", "head"]
@@ -130,7 +130,7 @@ def test_a_plan_written_by_hand_is_carried_out_as_it_stands(stays):
 
 def test_slots_of_a_plan_that_cannot_fit_are_told():
     plan = hand_written(resident=(0, 1, 2, 3, 4), memory_bytes=100 << 10)
-    with pytest.raises(ConfigurationError, match=r"slots .* take .* of a device, which offers 100 KiB; .* than 5"):
+    with pytest.raises(CapacityError, match=r"slots .* take .* of gpu0, of which the plan may use 100 KiB .* than 5"):
         fit(harmony(1, "100KiB", layers=LAYERS, plan=plan))
 
 

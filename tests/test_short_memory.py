@@ -102,7 +102,7 @@ def test_when_others_take_memory_in_each_step_the_plan_is_made_again_once(stash,
     taking = Taking(1 << 10, again=150 << 10)
     fit(module, taking, 1, training, stash=stash)
     told = [message for message in caplog.messages if "had to go" in message]
-    assert len(told) == 1 and "planning again with 240 KiB per GPU, not 300 KiB" in told[0]
+    assert len(told) == 1 and "had to go; planned again with 240 KiB per GPU, not 300 KiB" in told[0]
     assert taking.short == [0, 0, 1, 1, 1]
     assert len(taking.plans[-1].packs) > len(taking.plans[0].packs)
     fit(undisturbed, Taking(), 1, training, stash=stash)
@@ -112,9 +112,9 @@ def test_when_others_take_memory_in_each_step_the_plan_is_made_again_once(stash,
 class Hungry(Odd):
     """Code between layers makes something large in one of the steps."""
 
-    def __init__(self, needs_in):
+    def __init__(self, needs_in, kib):
         super().__init__()
-        self.needs_in, self.num_steps = needs_in, 0
+        self.needs_in, self.kib, self.num_steps = needs_in, kib, 0
 
     def on_train_batch_start(self, batch, batch_idx):
         self.num_steps += 1
@@ -123,22 +123,35 @@ class Hungry(Odd):
         inputs, targets = batch
         x = self.net[:4](inputs)
         if self.num_steps == self.needs_in:
-            x = x + torch.zeros(200 << 10, dtype=torch.uint8, device=x.device)[0]
+            x = x + torch.zeros(self.kib << 10, dtype=torch.uint8, device=x.device)[0]
         return nn.functional.mse_loss(self.head(self.net[4:](x)).squeeze(1), targets)
 
 
-@pytest.mark.parametrize(("needs_in", "training"), [(1, {}), (4, {}), (4, {"accumulate_grad_batches": 2})])
-def test_a_forward_that_does_not_fit_begins_again_under_a_smaller_plan(needs_in, training, caplog, tmp_path):
+@pytest.mark.parametrize(
+    ("needs_in", "kib", "smaller", "training"),
+    [
+        (1, 200, ["240"], {}),
+        (1, 225, ["240", "122.9"], {}),
+        (4, 200, ["240"], {}),
+        (4, 200, ["240"], {"accumulate_grad_batches": 2}),
+    ],
+)
+def test_a_forward_that_does_not_fit_begins_again_under_a_smaller_plan(
+    needs_in, kib, smaller, training, caplog, tmp_path
+):
     torch.manual_seed(0)
-    module = Hungry(needs_in)
+    module = Hungry(needs_in, kib)
     undisturbed = copy.deepcopy(module)
     undisturbed.needs_in = None
     taking = Taking()
     logger = L.pytorch.loggers.CSVLogger(tmp_path)
     fit(module, taking, 1, {**training, "logger": logger})
     assert not list(tmp_path.rglob(PLAN_FILE))  # which is for plans that a search has found
-    told = [message for message in caplog.messages if "planning again" in message]
-    assert told == ["harmony: the plan does not fit; planning again with 240 KiB per GPU, not 300 KiB"]
+    told = [message for message in caplog.messages if "does not fit" in message or "planned again" in message]
+    assert len(told) == 2 * len(smaller)
+    for failed, again, size in zip(told[::2], told[1::2], smaller, strict=True):
+        assert failed.startswith("harmony: the plan does not fit: gpu0 (emulated CUDA) out of memory")
+        assert again.startswith(f"harmony: planned again with {size} KiB per GPU, not ")
     assert len(taking.plans[-1].packs) > 4
     assert {(plan.microbatch_size, plan.num_microbatches) for plan in taking.plans} == {(2, 4)}
     fit(undisturbed, Taking(), 1, training)

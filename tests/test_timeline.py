@@ -19,7 +19,7 @@ from harmony_lightning.scheduler import make_plan
 def timeline(preset="3090", **options):
     torch.manual_seed(0)
     cluster = EmulatedCluster(2, "200KiB", preset=preset)
-    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, **options)
+    strategy = HarmonyStrategy(microbatch_size=2, mode="pp", cluster=cluster, **options)
     trainer(strategy).fit(Chain(depth=6), loader(8, 16))
     return strategy.timeline(), strategy.statistics()
 

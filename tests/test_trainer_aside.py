@@ -67,7 +67,7 @@ class Looking(Chain):
         return [optimizer], [torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)]
 
 
-def fit(look, told=None, plan=None, **options):
+def fit(look, told=None, plan="packs", **options):
     torch.manual_seed(0)
     module = Looking(look)
     LOOKED_AT.clear()

@@ -1,5 +1,6 @@
 """The strategy end to end on a small module: results, bytes, memory."""
 
+import dataclasses
 import gc
 import resource
 
@@ -213,6 +214,29 @@ def test_a_given_plan_is_carried_out(tmp_path):
     again.fit(reference, loader(8))
     assert again.strategy.plan == first.strategy.plan
     assert same_weights(module, reference)
+
+
+def test_what_a_given_plan_has_wrong_is_told_before_the_first_step_or_behind_it(caplog):
+    first = trainer(harmony(2), limit_train_batches=1)
+    first.fit(Chain(), loader(8))
+    plan, module = first.strategy.plan, Chain()
+    for memory, error, what in (
+        ("10KiB", CapacityError, "make packs smaller"),
+        ("64MiB", ConfigurationError, "names layer 'other', which this module does not have"),
+    ):
+        if error is ConfigurationError:
+            plan = dataclasses.replace(
+                plan, packs=(dataclasses.replace(plan.packs[0], layers=("other",)), *plan.packs[1:])
+            )
+        with pytest.raises(error, match=what) as caught:
+            trainer(harmony(2, memory=memory, plan=plan)).fit(module, loader(8))
+        assert any(line.startswith(">") for line in str(caught.value).splitlines())
+    assert module.losses == []
+    turned = dataclasses.replace(first.strategy.plan, packs=first.strategy.plan.packs[::-1])
+    trainer(harmony(2, plan=turned), limit_train_batches=3).fit(Chain(), loader(8))
+    assert [record.message.count("in another order") for record in caplog.records if record.levelname == "WARNING"] == [
+        1
+    ]
 
 
 def test_what_cannot_fit_is_told_before_the_first_step():

@@ -16,7 +16,9 @@ With --json one object is printed:
                          those whose microbatches go round the GPUs, which makes pp mixed
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
-    search_seconds       what the search took
+    planner, search_seconds
+                         which search, and what it took; with --planner genetic, `default` holds the default planner's
+                         step_seconds and search_seconds
     reasons              with `explain`: what binds, why others lost, what would help
 """
 
@@ -25,11 +27,13 @@ import json
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
+from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import add_model_arguments, parse_batch
 from harmony_lightning.cli.profile import profile_for
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.scheduler.explain import break_down, describe, explain
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
@@ -46,24 +50,19 @@ _WORTH_TELLING = 0.03
 """Of a step's seconds; predictions are a few per cent off."""
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add both commands and their arguments."""
     for name, what in (
         ("estimate", "whether a LightningModule fits some GPUs, and how fast it trains"),
         ("explain", "the same, with what limits it and what would help"),
     ):
-        parser = commands.add_parser(
-            name,
-            help=what,
-            description=f"Tell {what}. With --gpus no GPU is needed.",
-            epilog=__doc__,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
+        description = f"Tell {what}. With --gpus no GPU is needed."
+        parser = add_command(commands, name, run, what=what, description=description, epilog=__doc__)
         add_model_arguments(parser)
         parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
-        parser.add_argument("--json", action="store_true", help="print one JSON object")
-        parser.set_defaults(run=run, is_explained=name == "explain")
+        parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
+        parser.set_defaults(is_explained=name == "explain")
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -71,13 +70,17 @@ def run(arguments: argparse.Namespace) -> int:
     from harmony_lightning.profiled import Question, find_plan, host_bytes
 
     minibatch = parse_batch(arguments.batch).samples
+    microbatch_size = arguments.microbatch
+    if microbatch_size is not None and microbatch_size < 1:
+        raise ConfigurationError(f"--microbatch must be at least 1, got {microbatch_size}")
     measured, decomposition, machine = profile_for(arguments)
     question = Question(
         minibatch=minibatch,
         memory_bytes=machine.memory_bytes,
         mode=arguments.mode,
-        microbatch_size=arguments.microbatch,
+        microbatch_size=None if microbatch_size is None else min(microbatch_size, minibatch),
         stays=True,
+        planner=arguments.planner,
     )
     planned = find_plan(measured, machine, decomposition, question)
     is_told = arguments.json or arguments.is_explained
@@ -115,14 +118,17 @@ def run(arguments: argparse.Namespace) -> int:
         **({"mixed_step_seconds": mixed} if mixed is not None else {}),
         "binds": [name for name, seconds in parts if seconds > 0],
         "is_proved": planned.found.is_proved,
+        "planner": arguments.planner,
         "search_seconds": planned.found.search_seconds,
         "machine": machine.name,
     }
+    if (default := planned.default) is not None:
+        fields["default"] = {"step_seconds": default.best.seconds, "search_seconds": default.search_seconds}
     if arguments.json:
         print(json.dumps({**fields, **({"reasons": reasons} if reasons else {})}))
         return 0
     table = Table(title=f"{measured.profile.model} on {machine.name}", show_header=False)
-    table.add_row("weights", f"{measured.num_parameters / 1e9:.4g} billion")
+    table.add_row("weights", _count(measured.num_parameters))
     table.add_row("plan", describe(schedule) + f", stashes on the {schedule.stash}")
     table.add_row(
         "stays",
@@ -130,15 +136,25 @@ def run(arguments: argparse.Namespace) -> int:
         f"{fields['kept_layers']} layers",
     )
     table.add_row("step", f"{best.seconds:.4g} s for {minibatch} samples")
+    if default is not None:
+        table.add_row("by default", f"{default.best.seconds:.4g} s, {describe(default.best.schedule)}")
     table.add_row("samples/s", f"{minibatch / best.seconds:.4g}")
     table.add_row("peak per GPU", f"{format_nbytes(best.peak_bytes)} of {format_nbytes(machine.memory_bytes)}")
     table.add_row("host memory", format_nbytes(host_bytes(planned)))
     table.add_row("what binds", ", ".join(f"{name} {seconds:.3g} s" for name, seconds in parts if seconds > 0))
-    console = Console()
-    console.print(table)
+    output = console()
+    output.print(table)
     for sentence in reasons:
-        console.print(f"- {sentence}", highlight=False)
+        output.print(f"- {sentence}", highlight=False)
     return 0
+
+
+def _count(number: int) -> str:
+    """Four digits, and a word."""
+    for factor, word in ((10**9, " billion"), (10**6, " million")):
+        if number >= factor:
+            return f"{number / factor:.4g}{word}"
+    return f"{number:,}"
 
 
 def _mixed(

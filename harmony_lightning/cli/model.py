@@ -5,7 +5,9 @@ The module is built on the meta device, so that one of any size takes no memory;
 
 import argparse
 import json
+import logging
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -168,10 +170,48 @@ def build_module(arguments: argparse.Namespace) -> Any:
         ) from error
     finally:
         sys.path.remove("")
-    if not isinstance(module, torch.nn.Module) or not hasattr(module, "training_step"):
-        raise ConfigurationError(f"{arguments.module} makes a {type(module).__name__}, which has no training_step")
+    step = getattr(module, "training_step", None)
+    is_inherited = _package_of(getattr(step, "__module__", None)) in _LIGHTNING
+    if not isinstance(module, torch.nn.Module) or step is None or is_inherited:
+        raise ConfigurationError(
+            f"{arguments.module} makes a {type(module).__name__}, which has no training_step of its own: there is no "
+            f"step to plan"
+        )
+    if not getattr(module, "automatic_optimization", True):
+        raise ConfigurationError(
+            f"{type(module).__name__} steps its optimizers itself (automatic_optimization=False); its minibatches run "
+            f"in one piece and are not planned for"
+        )
     dtype = {"bf16-true": torch.bfloat16, "16-true": torch.float16, "64-true": torch.float64}.get(arguments.precision)
     return module.train() if dtype is None else module.train().to(dtype)
+
+
+def trainer_of(module: Any) -> Any:
+    """What a module may look at in its step: a trainer that has not begun. None for what is no LightningModule."""
+    import importlib
+
+    packages = [package for kind in type(module).__mro__ if (package := _package_of(kind.__module__)) in _LIGHTNING]
+    if not packages:
+        return None
+    logger = logging.getLogger(f"{packages[0]}.pytorch" if packages[0] == "lightning" else packages[0])
+    level = logger.level
+    try:
+        logger.setLevel(logging.ERROR)  # it is not run, so where it would run is no news
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(packages[0]).Trainer(
+                accelerator="cpu", logger=False, max_epochs=1, enable_checkpointing=False, enable_progress_bar=False,
+                enable_model_summary=False,
+            )  # fmt: skip
+    finally:
+        logger.setLevel(level)
+
+
+_LIGHTNING = ("lightning", "pytorch_lightning")
+
+
+def _package_of(name: str | None) -> str:
+    return (name or "").partition(".")[0]
 
 
 def context_of(precision: str) -> Callable[[], AbstractContextManager[Any]]:

@@ -28,9 +28,10 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
+from harmony_lightning.cli.console import console
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import bound_seconds, describe, explain
@@ -40,14 +41,15 @@ from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes, parse_nbytes
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "plan",
-        help="the fastest schedule for a profile on a machine",
+        run,
+        what="the fastest schedule for a profile on a machine",
         description="Search the fastest schedule for a profiled model on a machine, under Harmony's rules and our own.",
         epilog=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--profile", required=True, metavar="FILE", help="JSON: costs of each layer by microbatch size")
     parser.add_argument("--machine", required=True, metavar="FILE", help="JSON: GPUs, memory, links")
@@ -55,9 +57,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     parser.add_argument("--mode", choices=("auto", "pp", "dp"), default="auto", help="default: the faster of both")
     parser.add_argument("--memory", metavar="SIZE", help="per GPU, such as 9e9 or 11GiB; default: the machine's")
     parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
-    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.add_argument("--explain", action="store_true", help="tell what binds, why others lost, and what would help")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -127,7 +127,7 @@ def _bound(found: Found, costs: Costs, minibatch: int) -> float:
 def _show(
     rows: Sequence[tuple[str, Found]], costs: Costs, question: dict[str, Any], reasons: dict[str, list[str]]
 ) -> None:
-    console = Console()
+    output = console()
     machine, minibatch = costs.machine, question["minibatch"]
     memory = format_nbytes(question["memory_bytes"])
     table = Table(title=f"{costs.profile.model}, {minibatch} samples per step, {machine.gpus} GPUs of {memory}")
@@ -145,15 +145,15 @@ def _show(
             format_nbytes(found.best.peak_bytes),
             f"{found.search_seconds:.2f} s",
         )
-    console.print(table)
+    output.print(table)
     for name, found in rows:
-        console.print(f"[bold]{name}[/bold]: forward {_packs(found.best.schedule.packs_forward)}")
-        console.print(f"{' ' * len(name)}  backward {_packs(found.best.schedule.packs_backward)}")
+        output.print(f"[bold]{name}[/bold]: forward {_packs(found.best.schedule.packs_forward)}")
+        output.print(f"{' ' * len(name)}  backward {_packs(found.best.schedule.packs_backward)}")
         if not found.is_proved:
-            console.print("A better schedule may exist: nothing proves this one the best.")
+            output.print("A better schedule may exist: nothing proves this one the best.")
     for rules, sentences in reasons.items():
         for sentence in sentences:
-            console.print(f"- {rules}: {sentence}", highlight=False)
+            output.print(f"- {rules}: {sentence}", highlight=False)
 
 
 def _packs(packs: tuple[tuple[int, int], ...]) -> str:

@@ -2,10 +2,12 @@
 it."""
 
 import argparse
+import warnings
 
-from rich.console import Console
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
+from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import (
     add_model_arguments,
     build_module,
@@ -14,22 +16,24 @@ from harmony_lightning.cli.model import (
     machine_for,
     parse_batch,
     telling,
+    trainer_of,
 )
 from harmony_lightning.profiler import Profile
 from harmony_lightning.units import format_nbytes
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "profile",
-        help="what each layer of a LightningModule costs",
+        run,
+        what="what each layer of a LightningModule costs",
         description="Cost each distinct layer of a module, on this machine's GPU or, with --gpus, without any.",
         epilog=__doc__,
+        prints="a profile file",
     )
     add_model_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print a profile file")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -48,20 +52,23 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     from harmony_lightning.errors import UnsupportedError
     from harmony_lightning.profiled import profile, step_of, with_narrow_weights
     from harmony_lightning.scheduler import unit_nbytes
+    from harmony_lightning.strategy.trainer_aside import step_aside
 
     batch = parse_batch(arguments.batch)
     machine = machine_for(arguments)
     module = build_module(arguments)
     nbytes = sum(parameter.nbytes for parameter in module.parameters())
     decomposition = decompose(module, unit_nbytes(nbytes, machine.memory_bytes))
+    trainer = trainer_of(module)
     smallest = 2 if decomposition.has_batch_statistics else 1
     try:
-        with telling(f"profiling {type(module).__name__}") as tell:
+        with warnings.catch_warnings(), telling(f"profiling {type(module).__name__}") as tell:
+            warnings.filterwarnings("ignore", message=r"You are trying to `self\.log\(\)`")  # nobody would read it
             measured, _ = profile(
                 module,
                 decomposition,
                 batch.of,
-                step_of(context_of(arguments.precision)),
+                step_aside(step_of(context_of(arguments.precision)), trainer),
                 cluster_for(arguments, machine),
                 machine,
                 largest=batch.samples,
@@ -75,9 +82,10 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
             raise
         raise UnsupportedError(
             f"{error}. With --gpus a step is followed so, which torch does not know for every operation and "
-            f"dtype: try another --precision, or measure on real GPUs without --gpus"
+            f"dtype: look at the shapes in --batch, try another --precision, or measure on real GPUs without --gpus"
         ) from error
-    return measured, with_narrow_weights(decomposition, module, batch.of(smallest), arguments.precision), machine
+    step = step_aside(step_of(), trainer)
+    return measured, with_narrow_weights(decomposition, module, batch.of(smallest), arguments.precision, step), machine
 
 
 def _show(profile: Profile, arguments: argparse.Namespace) -> None:
@@ -86,7 +94,7 @@ def _show(profile: Profile, arguments: argparse.Namespace) -> None:
     table = Table(title=f"{profile.model}, {profile.num_layers} layers, microbatches of {size} on {profile.source}")
     table.add_column("layers")
     for column in ("count", "weights", "forward", "backward", "recompute", "peak", "input", "stash"):
-        table.add_column(column, justify="right")
+        table.add_column(column, justify="right", overflow="fold")
     for index, kind in enumerate(profile.layer_kinds):
         members = [name for name, one in zip(profile.names, profile.layers, strict=True) if one == index]
         stash = kind.stash_bytes or kind.input_bytes
@@ -100,5 +108,5 @@ def _show(profile: Profile, arguments: argparse.Namespace) -> None:
             format_nbytes(kind.backward_peak_bytes[-1]),
             *(format_nbytes(pair[0] + (size - 1) * (pair[1] - pair[0])) for pair in (kind.input_bytes, stash)),
         )
-    Console().print(table)
-    Console().print(f"Sizes that were tried and fit: {', '.join(map(str, sizes))}.", highlight=False)
+    console().print(table)
+    console().print(f"Sizes that were tried and fit: {', '.join(map(str, sizes))}.", highlight=False)

@@ -2,25 +2,27 @@
 
 import argparse
 
-from rich.console import Console
 from rich.table import Table
 
+from harmony_lightning.cli.command import Commands, add_command
+from harmony_lightning.cli.console import console
 from harmony_lightning.cli.model import add_machine_arguments, machine_for
 from harmony_lightning.profiler import Machine
 from harmony_lightning.units import format_nbytes
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command and its arguments."""
-    parser = commands.add_parser(
+    parser = add_command(
+        commands,
         "topology",
-        help="GPUs, links and host of this machine, or of presets",
+        run,
+        what="GPUs, links and host of this machine, or of presets",
         description="Tell what this machine offers, measured once and then in the cache, or what GPUs of a preset do.",
         epilog=__doc__,
+        prints="a machine file",
     )
     add_machine_arguments(parser)
-    parser.add_argument("--json", action="store_true", help="print a machine file")
-    parser.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -32,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
     table = Table(title=machine.name, show_header=False)
     for name, value in _rows(machine):
         table.add_row(name, value)
-    Console().print(table)
+    console().print(table)
     return 0
 
 

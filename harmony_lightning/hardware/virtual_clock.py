@@ -21,6 +21,8 @@ Capacity = Callable[[Resource], float | None]
 
 Job = tuple[int, int]
 """Priority and number: agents that take jobs by priority do what is ready and comes first. Lanes have one job for ever."""
+Queue = tuple[int, Job]
+"""An agent and one of its jobs, whose works are done in their order: who waits for a work waits for all before it, too."""
 
 
 class Activity(NamedTuple):
@@ -38,12 +40,16 @@ class Activity(NamedTuple):
 class Work:
     """One piece of an agent's work: seconds first, then bytes through resources."""
 
-    __slots__ = ("after", "end", "flops", "flow", "job", "name", "nbytes", "resources", "seconds", "start")
+    __slots__ = ("after", "end", "flops", "flow", "name", "nbytes", "number", "queue", "resources", "seconds", "start")
 
-    def __init__(self, name: str, after: list["Work"], resources: tuple[Resource, ...], job: Job) -> None:
-        self.job = job
+    def __init__(
+        self, name: str, after: Iterable["Work"], resources: tuple[Resource, ...], queue: Queue, number: int
+    ) -> None:
+        self.queue = queue
+        self.number = number
+        """In its queue a later work has a higher one."""
         self.name = name
-        self.after = after
+        self.after = tuple(after)
         self.resources = resources
         self.seconds = 0.0
         self.flow = 0.0
@@ -61,8 +67,8 @@ class VirtualClock:
         self.host = host
         self._agents = agents
         self._done: dict[int, list[Work]] = {}
-        self._waits: dict[int, list[Work]] = {}
-        """By agent, what its next work has to wait for."""
+        self._waits: dict[int, dict[Queue, Work]] = {}
+        """By agent, what its next work has to wait for: the last of each queue."""
         self._heard: dict[tuple[int, int], Work] = {}
         """By lane and thread, what the lane is behind already."""
         self._jobs: dict[int, Job] = {}
@@ -105,17 +111,17 @@ class VirtualClock:
         work.nbytes += nbytes
 
     def begin_job(self, agent: Agent, priority: int) -> None:
-        self._jobs[agent.id] = (priority, self._job(agent)[1] + 1)
+        self._jobs[agent.id] = (priority, self._queue(agent)[1][1] + 1)
         self._open.discard(agent.id)
 
-    def _job(self, agent: Agent) -> Job:
-        return self._jobs.get(agent.id, (0, 0))
+    def _queue(self, agent: Agent) -> Queue:
+        return agent.id, self._jobs.get(agent.id, (0, 0))
 
     def point(self, agent: Agent) -> list[Work]:
         """What has to be done when the agent has come as far as it is now."""
         self._open.discard(agent.id)
         done = self._done.get(agent.id)
-        return [*(done[-1:] if done else ()), *self._waits.get(agent.id, ())]
+        return [*(done[-1:] if done else ()), *self._waits.get(agent.id, {}).values()]
 
     def enqueue(self, lane: Agent, thread: Agent) -> None:
         """The lane's next work starts when the thread has come to where it is now."""
@@ -129,14 +135,15 @@ class VirtualClock:
         """The agent's next work starts when all this is done."""
         if agent in self._agents.threads:
             # A work of its own that takes no time: lanes that hear from the thread come behind it.
-            self._done.setdefault(agent.id, []).append(Work("wait", list(point), (), self._job(agent)))
+            self._append(agent, "wait", point, ())
             self._open.discard(agent.id)
             return
-        waits = self._waits.setdefault(agent.id, [])
-        new = [work for work in point if work not in waits]
-        if new:
-            waits += new
-            self._open.discard(agent.id)
+        waits = self._waits.setdefault(agent.id, {})
+        for work in point:
+            known = waits.get(work.queue)
+            if known is None or known.number < work.number:
+                waits[work.queue] = work
+                self._open.discard(agent.id)
 
     def busy_seconds(self, agent: Agent) -> float:
         """What the agent's work takes so far, waits and flows left aside."""
@@ -151,13 +158,17 @@ class VirtualClock:
 
     def _last(self, agent: Agent, what: str, resources: tuple[Resource, ...]) -> Work:
         """The agent's running piece of work, or a new one."""
-        done = self._done.setdefault(agent.id, [])
-        if agent.id in self._open and done[-1].name == what and done[-1].resources == resources:
-            return done[-1]
-        work = Work(what, self._waits.pop(agent.id, []), resources, self._job(agent))
-        done.append(work)
+        if agent.id in self._open:
+            last = self._done[agent.id][-1]
+            if last.name == what and last.resources == resources:
+                return last
         self._open.add(agent.id)
-        return work
+        return self._append(agent, what, self._waits.pop(agent.id, {}).values(), resources)
+
+    def _append(self, agent: Agent, what: str, after: Iterable[Work], resources: tuple[Resource, ...]) -> Work:
+        done = self._done.setdefault(agent.id, [])
+        done.append(Work(what, after, resources, self._queue(agent), len(done)))
+        return done[-1]
 
     # Afterwards -------------------------------------------------------------------------------------------------------
 
@@ -192,7 +203,7 @@ class _Agenda:
         by_job: dict[Job, list[Work]] = {}
         for work in queue:
             work.start = work.end = -1.0
-            by_job.setdefault(work.job, []).append(work)
+            by_job.setdefault(work.queue[1], []).append(work)
         self._jobs = [deque(by_job[job]) for job in sorted(by_job)]
         self._running: deque[Work] | None = None
 

@@ -5,7 +5,7 @@ from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, Urgency, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak
-from harmony_lightning.plan.validate import check_plan
+from harmony_lightning.plan.validate import check_plan, order_fault, plan_fault
 from harmony_lightning.record import Record
 
 __all__ = [
@@ -29,4 +29,6 @@ __all__ = [
     "aligned",
     "check_plan",
     "lay_at_offsets",
+    "order_fault",
+    "plan_fault",
 ]

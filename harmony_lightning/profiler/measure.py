@@ -87,6 +87,7 @@ def measure_profile(
             vars(module)["_device"] = device.torch_device  # where Lightning's modules and metrics say that they are
     names = [layer.name for layer in decomposition.layers]
     cache = CallCache()
+    refused: list[str] = []
 
     def attempt(size: int) -> list[Visit] | None:
         """None if it does not fit."""
@@ -95,7 +96,8 @@ def measure_profile(
             batch = _to_device(batch_of(size), device.torch_device)
             return visit_layers(twin, names, batch, step, device, stopwatch, cache)
         except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
-            log.info("harmony profile: microbatches of %d do not fit: %s", size, str(error).splitlines()[0])
+            refused.append(str(error).splitlines()[0])
+            log.info("harmony profile: microbatches of %d do not fit: %s", size, refused[-1])
         except Exception as error:
             what = (
                 str(error)
@@ -111,7 +113,7 @@ def measure_profile(
     if not by_size:
         raise CapacityError(
             f"a single layer does not fit with a microbatch of {smallest}: {device.name} offers "
-            f"{format_nbytes(device.memory_bytes)}; raise memory, or split the layer"
+            f"{format_nbytes(device.memory_bytes)}; raise memory, or split the layer ({refused[-1]})"
         )
     order = list(dict.fromkeys(visit.layer for visit in by_size[min(by_size)]))
     ordered = decomposition.reordered(tuple(order))

@@ -30,7 +30,7 @@ from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.step import Settle, TrainingStep
 from harmony_lightning.runtime.together import SharedPass, Together
 from harmony_lightning.runtime.trace import Trace
-from harmony_lightning.runtime.updates.gradients import OnComplete
+from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
 from harmony_lightning.runtime.weights.narrow import WeightUses

@@ -90,12 +90,20 @@ class RuntimeState:
             plan,
             cluster,
             counters,
-            lambda reads: GradientStore(self.parameters, plan, cluster, counters, worker, reads, self.spare_nbytes),
+            lambda reads: GradientStore(
+                self.parameters,
+                plan,
+                cluster,
+                counters,
+                worker,
+                reads=reads,
+                with_room=self.with_room,
+                limit_nbytes=self.spare_nbytes,
+            ),
         )
         self.refer = [functools.partial(self.weights.refer, device) for device in cluster.devices]
         """By device: what finds a tensor in its slot memory again; None for others."""
         self.gradients = self.weights.gradients
-        self.gradients.with_room = self.with_room
         self.depth = 0
         self.is_recomputing = False
         self.is_holding = False
@@ -300,14 +308,15 @@ class RuntimeState:
             self.with_room(device, functools.partial(self.weights.allocate, device))
         self.gradients.allocate()
 
-    def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
+    def with_room(self, device: Device, function: Callable[[], Result], *, adds_later: bool = False) -> Result:
         """What the function returns, which needs memory of the device: if there is none, it is called again when what was
-        to stay there has gone."""
-        try:
-            return function()
-        except OUT_OF_MEMORY:
-            if not self.make_room(device):
-                raise
+        to stay there has gone. `adds_later`: it adds no gradients itself, so that the sums of others may go, too."""
+        for _ in range(1 + adds_later):
+            try:
+                return function()
+            except OUT_OF_MEMORY:
+                if not self.make_room(device, adds_later=adds_later):
+                    raise
         return function()
 
     def let_nothing_stay(self) -> None:
@@ -317,11 +326,19 @@ class RuntimeState:
             self._give_way(device)
         self.has_given_way = True
 
-    def make_room(self, device: Device) -> bool:
-        """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
-        found = self._give_way(device)
+    def make_room(self, device: Device, *, adds_later: bool = False) -> bool:
+        """The device has run out of memory: let go of what it can do without. Returns whether there was anything.
+        `adds_later`: who has asked is not adding gradients, and needs none that are there."""
+        found = self._give_way(device) or (adds_later and self.gradients.leave(device))
         self.counters.short_of_memory += found and not self.has_lacked_memory
         self.has_lacked_memory |= found
+        return found
+
+    def let_go_idle(self, device: Device) -> bool:
+        """The device has no room for what need not be: let go of slots alone that nobody uses yet, or any more. Returns
+        whether there were any."""
+        found = self.weights.let_go_idle(device)
+        self.has_given_way |= found
         return found
 
     def join_fewer(self, device: Device) -> None:
@@ -336,7 +353,7 @@ class RuntimeState:
         )
 
     def _give_way(self, device: Device) -> bool:
-        found = self.weights.let_go_idle(device)
+        found = self.let_go_idle(device)
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)

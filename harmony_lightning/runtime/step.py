@@ -22,7 +22,7 @@ from harmony_lightning.runtime.layer.joint import Joint
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
 from harmony_lightning.runtime.transfer import Arrival
-from harmony_lightning.runtime.updates.gradients import OnComplete
+from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.user_code import UserCode
 from harmony_lightning.runtime.visits import next_in_backward, next_in_forward, visit

@@ -141,7 +141,7 @@ def explain(
     rules = Rules(found.rules)
     best = break_down(found.best.schedule, costs, rules)
     total = found.best.seconds
-    listed = ", ".join(f"{name} {seconds:.3f} s" for name, seconds in best.parts if seconds > 0.0005 * total)
+    listed = ", ".join(f"{name} {seconds:.4g} s" for name, seconds in best.parts if seconds > 0.0005 * total)
     yield f"The step's critical path: {listed}. GPUs compute {best.busy_share:.0%} of the time."
     name = best.parts[0][0]
     yield f"What binds is {name}: {_REMEDIES[name]}."
@@ -152,8 +152,12 @@ def explain(
             getattr(theirs, part) - getattr(best, part)
         ))  # fmt: skip
         extra = getattr(theirs, more) - getattr(best, more)
+        slower = other.seconds - total
+        if slower < 5e-4 * total:
+            yield f"{describe(other.schedule)} takes as long."
+            continue
         yield (
-            f"{describe(other.schedule)} takes {other.seconds - total:.3f} s more: {extra:.3f} s more {more}, GPUs compute "
+            f"{describe(other.schedule)} takes {slower:.3g} s more: {extra:.3g} s more {more}, GPUs compute "
             f"{theirs.busy_share:.0%} of the time."
         )
     machine = costs.machine

@@ -10,6 +10,7 @@ import types
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -20,12 +21,29 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.plan import Plan
 from harmony_lightning.profiled import Planned, Question, find_plan, machine_of, profile, step_of
 from harmony_lightning.profiler import Machine
+from harmony_lightning.profiler.visits import Step
 from harmony_lightning.runtime.batch.minibatch import split_minibatch
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.randomness import HostState
 from harmony_lightning.strategy.trainer_aside import step_aside
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What a plan is to be found for."""
+
+    samples: int
+    """In the minibatch; 0 if it cannot be cut."""
+    min_samples: int
+    """That a microbatch must have."""
+    decomposition: Decomposition
+    """What is known of the layers."""
+    in_use: Plan
+    """The plan made from sizes."""
+    keeps_microbatches: bool
+    """Mode and microbatch size are those of `in_use`."""
 
 
 class AutomaticPlan:
@@ -43,74 +61,44 @@ class AutomaticPlan:
         self._config = config
         self._context = context
         self._precision = precision
-        self._found: dict[Any, Planned | None] = {}
+        self._found: dict[Request, Planned | None] = {}
 
     @property
     def chooses_all(self) -> bool:
         """Microbatch size and mode, too."""
         return self._config.searches == "all"
 
-    def find(
-        self,
-        batch: Any,
-        arguments: tuple[Any, ...],
-        samples: int,
-        min_samples: int,
-        decomposition: Decomposition,
-        in_use: Plan,
-        *,
-        keeps_microbatches: bool,
-    ) -> Planned | None:
-        """The plan for minibatches like this one; None, with a line in the log, where none can be found. The same question
+    def find(self, request: Request, batch: Any, arguments: tuple[Any, ...]) -> Planned | None:
+        """The plan for minibatches like this one; None, with a line in the log, where none can be found. The same request
         is answered once: a module may change to and fro with every step.
 
         Args:
             arguments: that follow the batch in `training_step`.
-            samples: in the minibatch.
-            min_samples: that a microbatch must have.
-            decomposition: what is known of the layers.
-            in_use: the plan made from sizes.
-            keeps_microbatches: mode and microbatch size are those of `in_use`.
         """
-        question = samples, min_samples, decomposition, in_use, keeps_microbatches
-        if question not in self._found:
-            self._found[question] = self._find_aside(
-                batch, arguments, samples, min_samples, decomposition, in_use, keeps_microbatches
-            )
-        return self._found[question]
+        if request not in self._found:
+            self._found[request] = self._find_aside(request, batch, arguments)
+        return self._found[request]
 
-    def _find_aside(
-        self,
-        batch: Any,
-        arguments: tuple[Any, ...],
-        samples: int,
-        min_samples: int,
-        decomposition: Decomposition,
-        in_use: Plan,
-        keeps_microbatches: bool,
-    ) -> Planned | None:
-        reason = self._reason_against(samples, decomposition, in_use)
+    def _find_aside(self, request: Request, batch: Any, arguments: tuple[Any, ...]) -> Planned | None:
+        reason = self._reason_against(request)
         try:
             machine = machine_of(self._engine.cluster) if reason is None else None
             if machine is not None:
-                smallest = min(min_samples, samples)
-                trainer = vars(self._engine.root).get("_trainer")
+                step = step_aside(step_of(self._context, arguments), vars(self._engine.root).get("_trainer"))
                 with self._aside():
-                    return self._find(
-                        machine, trainer, batch, arguments, samples, smallest, decomposition, in_use, keeps_microbatches
-                    )
+                    return self._find(request, batch, step, machine)
             reason = reason or "nobody knows how fast these devices are"
         except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
             reason = (str(error) or type(error).__name__).splitlines()[0]
         log.info("harmony: the plan made from sizes stays: %s", reason)
         return None
 
-    def _reason_against(self, samples: int, decomposition: Decomposition, in_use: Plan) -> str | None:
-        if not samples:
+    def _reason_against(self, request: Request) -> str | None:
+        if not request.samples:
             return "the minibatch cannot be cut"
         if not isinstance(vars(self._engine.root).get("training_step"), types.MethodType | None):
             return "training_step is a function that was put into the module, of which a copy knows nothing"
-        if self._config.one_layer_per_pack or len(decomposition.layers) < 2:
+        if self._config.one_layer_per_pack or len(request.decomposition.layers) < 2:
             return "there is one layer in each pack"
         return None
 
@@ -143,21 +131,11 @@ class AutomaticPlan:
                 if state is not None:
                     device.set_random_state(state)
 
-    def _find(
-        self,
-        machine: Machine,
-        trainer: Any,
-        batch: Any,
-        arguments: tuple[Any, ...],
-        samples: int,
-        smallest: int,
-        decomposition: Decomposition,
-        in_use: Plan,
-        keeps_microbatches: bool,
-    ) -> Planned:
-        engine, config = self._engine, self._config
+    def _find(self, request: Request, batch: Any, step: Step, machine: Machine) -> Planned:
+        engine, config, in_use = self._engine, self._config, request.in_use
+        samples, smallest = request.samples, min(request.min_samples, request.samples)
         size = config.microbatch_size if isinstance(config.microbatch_size, int) else None
-        if keeps_microbatches:
+        if request.keeps_microbatches:
             size = smallest = in_use.microbatch_size
 
         def batch_of(size: int) -> Any:
@@ -165,9 +143,9 @@ class AutomaticPlan:
 
         measured, was_cached = profile(
             engine.root,
-            decomposition,
+            request.decomposition,
             batch_of,
-            step_aside(step_of(self._context, arguments), trainer),
+            step,
             engine.cluster,
             machine,
             largest=min(samples, size or samples),
@@ -184,15 +162,16 @@ class AutomaticPlan:
         question = Question(
             minibatch=samples,
             memory_bytes=in_use.memory_bytes,
-            mode=config.mode if config.mode == "mixed" or not keeps_microbatches else in_use.mode,
+            mode=config.mode if config.mode == "mixed" or not request.keeps_microbatches else in_use.mode,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",
             stays=True,
             update=_update(config, in_use),
             microbatches_per_forward=in_use.microbatches_per_forward,
+            planner=config.planner,
         )
-        return find_plan(measured, machine, decomposition, question, in_use)
+        return find_plan(measured, machine, request.decomposition, question, in_use)
 
     def _stashes(self, in_use: Plan) -> tuple[Literal["device", "host"], ...]:
         if self.chooses_all and self._config.stash == "auto":

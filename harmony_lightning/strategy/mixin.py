@@ -5,6 +5,7 @@ The code is free of Lightning imports: `lightning` and `pytorch_lightning` are t
 `SingleDeviceStrategy`. That base makes one process with world size 1; all GPUs reach it through `parallel_devices`.
 """
 
+import inspect
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,8 +25,12 @@ from harmony_lightning.strategy.training import Training
 
 log = logging.getLogger(__name__)
 
-_SEARCHES: dict[str | None, Literal["packs", "all", "nothing"]] = {None: "packs", "auto": "all", "sizes": "nothing"}
+_SEARCHES: dict[str, Literal["packs", "all", "nothing"]] = {"auto": "all", "packs": "packs", "sizes": "nothing"}
 """By the argument `plan`; anything else is a plan."""
+
+
+_OF_LIGHTNING = {"device", "accelerator", "checkpoint_io", "precision_plugin"}
+"""Arguments of Lightning's `SingleDeviceStrategy`."""
 
 
 class HarmonyMixin(Training, Evaluation):
@@ -50,6 +55,7 @@ class HarmonyMixin(Training, Evaluation):
         check_microbatches: bool | None = None,
         evaluation_batches: int | None = None,
         gradient_wire: Literal["exact", "half"] | None = None,
+        planner: Literal["bounds", "genetic"] | None = None,
         plan: Plan | str | Path | None = None,
         cluster: EmulatedCluster | None = None,
         **lightning: Any,
@@ -57,16 +63,23 @@ class HarmonyMixin(Training, Evaluation):
         """Arguments are the fields of `HarmonyConfig`, and:
 
         Args:
-            plan: a plan, or a file that holds one in JSON. None: the first step runs under a plan made from sizes alone;
-                then the module is profiled and a faster plan searched, with the same microbatches, so that results are the
-                same on GPUs of any kind. "auto": before the first step, microbatch size and mode are searched, too.
-                "sizes": no search.
+            plan: a plan, or a file that holds one in JSON. "auto", the default: before the first step the module is
+                profiled, and the fastest plan searched: packs, and microbatch size and mode where they are "auto". "packs":
+                the first step runs under a plan made from sizes alone; then packs alone are searched, so that results are
+                the same on GPUs of any speed and memory. "sizes": no search.
             cluster: emulated GPUs to train on instead of the Trainer's devices.
             lightning: for Lightning's own `SingleDeviceStrategy`: accelerator, checkpoint_io, precision_plugin.
 
         Raises:
             ConfigurationError: a knob has an impossible value.
         """
+        if unknown := sorted(set(lightning) - _OF_LIGHTNING):
+            known = [
+                name
+                for name in inspect.signature(HarmonyMixin.__init__).parameters
+                if name not in ("self", "lightning")
+            ]
+            raise TypeError(f"HarmonyStrategy has no argument {unknown[0]!r}; it has {', '.join(known)}")
         environment = Environment.read()
         if environment.log_level is not None:
             _log_to_stderr(environment.log_level)
@@ -81,10 +94,11 @@ class HarmonyMixin(Training, Evaluation):
             "check_microbatches": check_microbatches,
             "evaluation_batches": evaluation_batches,
             "gradient_wire": gradient_wire,
+            "planner": planner,
         }
         knobs = environment.knobs() | {name: value for name, value in given.items() if value is not None}
-        plan = plan if plan is not None else environment.plan
-        searches = _SEARCHES.get(plan) if isinstance(plan, str | None) else None
+        plan = plan if plan is not None else environment.plan or "auto"
+        searches = _SEARCHES.get(plan) if isinstance(plan, str) else None
         config = HarmonyConfig(
             **knobs,
             layers=tuple(_as_sequence(layers)),
@@ -173,7 +187,9 @@ def _read_plan(path: Path) -> Plan:
     try:
         return Plan.from_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(f"plan must be a Plan, 'auto', 'sizes' or a file that holds one: {error}") from error
+        raise ConfigurationError(
+            f"plan must be a Plan, 'auto', 'packs', 'sizes' or a file that holds one: {error}"
+        ) from error
 
 
 def _as_sequence(layers: Any) -> Sequence[Any]:

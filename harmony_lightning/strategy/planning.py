@@ -5,24 +5,25 @@ when steps have shown more: that layers are called in another order than they ar
 nothing but what autocast casts them to.
 """
 
-import functools
+import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal
 
+import torch
 from torchmetrics import Metric
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import CapacityError
-from harmony_lightning.plan import Plan
-from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given
+from harmony_lightning.plan import Plan, order_fault
+from harmony_lightning.prepare import CallOrder, Narrow, Workload, prepare, prepare_given, tell
 from harmony_lightning.runtime.batch.minibatch import Microbatches, split_minibatch
 from harmony_lightning.runtime.batch.rows import num_samples
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.scheduler import automatic_microbatch_size
-from harmony_lightning.strategy.automatic import AutomaticPlan
+from harmony_lightning.strategy.automatic import AutomaticPlan, Request
 from harmony_lightning.strategy.residency import Residency
 from harmony_lightning.units import format_nbytes
 
@@ -83,19 +84,24 @@ class Planning:
 
     def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
         """For the share of the memory, if there is a plan for that: else the smallest, with no more for what may stay."""
+        try:
+            return self._prepare_for(self._share, workload, mode)
+        except CapacityError:
+            if self._share == 1:
+                raise
+            decomposition, plan = self._prepare_for(1.0, workload, mode)
+            return decomposition, replace(plan, memory_bytes=int(self._share * plan.memory_bytes))
+
+    def _prepare_for(
+        self, share: float, workload: Workload, mode: Literal["pp", "dp"] | None = None
+    ) -> tuple[Decomposition, Plan]:
         engine, config = self._engine, self._config
         engine.settle()  # it looks at the optimizer's states
         config = replace(config, mode=mode) if mode is not None else config
-        make = functools.partial(
-            prepare, engine.root, engine.cluster, config, workload, self._call_order, self._narrow, self._state_nbytes()
+        states = self._state_nbytes()
+        return prepare(
+            engine.root, engine.cluster, config, workload, self._call_order, self._narrow, states, share=share
         )
-        if self._share == 1:
-            return make()
-        try:
-            return make(share=self._share)
-        except CapacityError:
-            decomposition, plan = make()
-            return decomposition, replace(plan, memory_bytes=int(self._share * plan.memory_bytes))
 
     def _load(self, workload: Workload) -> None:
         self.searched = None
@@ -103,6 +109,7 @@ class Planning:
             plan, decomposition = self._given, prepare_given(self._engine.root, self._engine.cluster, self._given)
         else:
             decomposition, plan = self._prepare(workload)
+            tell(plan)
         self._take_up(plan, decomposition)
 
     def _take_up(self, plan: Plan, decomposition: Decomposition) -> None:
@@ -120,36 +127,41 @@ class Planning:
         if self._automatic is None or not self._automatic.chooses_all or self._is_searched:
             return
         self._is_searched = True
-        parts = self.split(batch)
-        samples = sum(parts.num_samples) if parts.reason is None else 0
-        decomposition, plan = self._loaded
-        plan = _for_workload(plan, _workload(parts))
-        planned = self._automatic.find(
-            batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=False
-        )
+        # Statistics depend on a microbatch's size, and what is to be repeatable must not depend on how fast GPUs are.
+        keeps = self._loaded[0].has_batch_statistics or torch.are_deterministic_algorithms_enabled()
+        request = self._request(*self._loaded, self.split(batch), keeps_microbatches=keeps)
+        planned = self._automatic.find(request, batch, arguments)
         if planned is not None:
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
 
-    def _search_again(
-        self, batch: Any, arguments: tuple[Any, ...], workload: Workload, samples: int, *, has_learned: bool
-    ) -> None:
+    def _request(
+        self, decomposition: Decomposition, plan: Plan, parts: Microbatches, *, keeps_microbatches: bool
+    ) -> Request:
+        return Request(
+            samples=sum(parts.num_samples) if parts.reason is None else 0,
+            min_samples=self._min_samples,
+            decomposition=decomposition,
+            in_use=_for_workload(plan, _workload(parts)),
+            keeps_microbatches=keeps_microbatches,
+        )
+
+    def _search_again(self, batch: Any, arguments: tuple[Any, ...], parts: Microbatches, *, has_learned: bool) -> None:
         """Behind the first step, when everything is known: let the search improve on the plan made from sizes, with the
         same microbatches."""
         automatic, former = self._automatic, self.searched
         decomposition, plan = self._loaded
         if has_learned:
-            decomposition, plan = self._prepare(workload, former.mode if former is not None else None)
+            decomposition, plan = self._prepare(_workload(parts), former.mode if former is not None else None)
         planned = None
         if automatic is not None and (automatic.chooses_all or not self._has_failed):
-            plan = _for_workload(plan, workload)
-            planned = automatic.find(
-                batch, arguments, samples, self._min_samples, decomposition, plan, keeps_microbatches=True
-            )
+            request = self._request(decomposition, plan, parts, keeps_microbatches=True)
+            plan, planned = request.in_use, automatic.find(request, batch, arguments)
         if planned is not None and (planned.plan is not plan or former is not None):
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
         elif has_learned and former is None:
+            tell(plan)
             self._take_up(plan, decomposition)
 
     def stop_searching(self) -> None:
@@ -158,23 +170,44 @@ class Planning:
 
     @property
     def may_shrink(self) -> bool:
-        """Whether a plan that does not fit may give way to a smaller one."""
-        return self._given is None and not self._engine.cluster.host_is_device and not self._has_failed
+        """Whether a plan that does not fit may give way to another: for less memory, and if that does not fit either, to
+        that whose packs take least."""
+        if self._given is not None or self._engine.cluster.host_is_device:
+            return False
+        return not self._has_failed or self._smallest_share() is not None
+
+    def _smallest_share(self) -> float | None:
+        """Of the memory: that for which packs take least; None if they take no less than in the present plan."""
+        plan, share = self._loaded[1], self._share
+        workload = Workload(microbatch_size=plan.microbatch_size, num_microbatches=plan.num_microbatches)
+        least, found = plan.arena_nbytes(), None
+        with contextlib.suppress(CapacityError):
+            while True:
+                share *= SMALLER_SHARE
+                if (nbytes := self._prepare_for(share, workload)[1].arena_nbytes()) < least:
+                    least, found = nbytes, share
+        return found
 
     def shrink(self, batch: Any, *arguments: Any) -> None:
         """Find a plan for less memory; from sizes alone if the search finds none, or has chosen nothing but packs."""
+        former = self._loaded[1]
+        self._share = (self._smallest_share() if self._has_failed else None) or SMALLER_SHARE * self._share
         self._has_failed = True
-        self._shrink("the plan does not fit")
         self._is_searched = False
         self.searched = None
         self._load(_workload(self.split(batch)))
         self.search(batch, *arguments)
+        log.warning("harmony: %s", self._outcome(former))
 
-    def _shrink(self, reason: str) -> None:
-        memory_bytes = self._loaded[1].memory_bytes
-        self._share *= SMALLER_SHARE
-        smaller = format_nbytes(int(SMALLER_SHARE * memory_bytes))
-        log.warning("harmony: %s; planning again with %s per GPU, not %s", reason, smaller, format_nbytes(memory_bytes))
+    def _outcome(self, former: Plan) -> str:
+        """What has come of planning again."""
+        plan = self._loaded[1]
+        if plan is former:
+            return "the plan stays, as no other was found"
+        budget = ""
+        if plan.memory_bytes != former.memory_bytes:
+            budget = f" with {format_nbytes(plan.memory_bytes)} per GPU, not {format_nbytes(former.memory_bytes)}"
+        return f"planned again{budget}{', in the same packs' if plan.packs == former.packs else ''}"
 
     def split(self, batch: Any) -> Microbatches:
         """The minibatch in microbatches of the planned size, or in one piece with the reason."""
@@ -201,13 +234,19 @@ class Planning:
         if engine.is_out_of_date():
             self._load(workload)
             self._is_searched = False  # again with the next minibatch
+        if engine.trace.is_complete and self._given is not None and not self._has_traced:
+            self._has_traced = True
+            if (fault := order_fault(self._given, engine.trace.order())) is not None:
+                log.warning("harmony: the plan's packs are in another order than they are called: %s", fault)
         if engine.trace.is_complete and self._given is None:
-            has_learned = self._learn()
+            share, former, learned = self._share, self._loaded[1], self._learn()
             chooses = self._automatic is not None and self._automatic.chooses_all
-            if has_learned or not (self._is_searched or chooses):
+            if learned or not (self._is_searched or chooses):
                 self._is_searched = True
-                samples = sum(parts.num_samples) if parts.reason is None else 0
-                self._search_again(batch, arguments, workload, samples, has_learned=has_learned)
+                self._search_again(batch, arguments, parts, has_learned=bool(learned))
+            if learned:
+                level = logging.WARNING if self._share < share else logging.INFO
+                log.log(level, "harmony: %s; %s", " and ".join(learned), self._outcome(former))
         if not engine.trace.is_complete:
             if self._residency is not None:
                 self._residency.forget()
@@ -233,27 +272,25 @@ class Planning:
         self._was_short |= state.has_lacked_memory
         state.has_lacked_memory = False
 
-    def _learn(self) -> bool:
-        """Whether steps have shown something that calls for another plan."""
+    def _learn(self) -> list[str]:
+        """What steps have shown that calls for another plan."""
         engine, uses = self._engine, self._engine.uses
-        has_learned = False
+        learned = []
         if self._was_short and not self._has_shrunk_behind:
-            self._has_shrunk_behind = has_learned = True
-            self._shrink("memory was short, and what was to stay on GPUs had to go")
+            self._has_shrunk_behind = True
+            self._share *= SMALLER_SHARE
+            learned.append("memory was short, and what was to stay on GPUs had to go")
         if not self._has_traced:
             self._has_traced = True
             order, loops = engine.trace.order(), engine.trace.loops()
             if not engine.plan.follows(order, loops):
-                log.info("harmony: layers are called in another order than they are registered; planning again")
                 self._call_order = CallOrder(layers=order, loops=loops)
-                has_learned = True
+                learned.append("layers are called in another order than they are registered")
         if (narrow := uses.narrow()) != self._narrow.weights:
             num_weights = len(frozenset[str]().union(*narrow.values()))
-            dtype = uses.dtype_name
-            log.info("harmony: %d weights travel in %s, as autocast uses them; planning again", num_weights, dtype)
-            self._narrow = Narrow(weights=narrow, dtype=dtype)
-            has_learned = True
-        return has_learned
+            self._narrow = Narrow(weights=narrow, dtype=uses.dtype_name)
+            learned.append(f"{num_weights} weights are used in {uses.dtype_name} alone")
+        return learned
 
 
 def _workload(parts: Microbatches) -> Workload:

@@ -63,6 +63,8 @@ class Session:
         self._engine: Engine | None = None
         self._between: Between | None = None
         self._last_plan: Plan | None = None
+        self._kept_plan: Plan | None = None
+        """The plan that was found, or given: what goes into checkpoints, also those that are saved behind the run."""
         self._planning: Planning | None = None
         self._twins = Twins()
         self._shared_passes = SharedPasses(self._config.evaluation_batches)
@@ -162,7 +164,7 @@ class Session:
         if not self._engine.cluster.host_is_device:
             self._between = Between(self._engine.cluster, self.root_device, self._engine.notice_between)
             self._between.enter()
-        self._last_plan = None
+        self._last_plan = self._kept_plan = None
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
             if self.lightning_module.automatic_optimization:

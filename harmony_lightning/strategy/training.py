@@ -70,7 +70,7 @@ class Training(Session):
             self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
         with self._in_step():
             self._planning.bring_up_to_date(batch, parts, *args)
-        if self._planning.searched is not found:
+        if self._planning.searched is not found or (self._given_plan is not None and self._kept_plan is None):
             self._keep_plan()
         shares = loss_shares(self._config.loss_weight, parts)
         if self._config.check_microbatches and not self._is_checked and len(parts.batches) > 1:
@@ -113,7 +113,8 @@ class Training(Session):
             self._keep_plan()
 
     def _keep_plan(self) -> None:
-        """The plan that the search has found goes where the run's logs go."""
+        """The plan that the search has found, or the user has given, goes where the run's logs go."""
+        self._kept_plan = self.plan
         trainer = self.lightning_module.trainer
         folder = trainer.log_dir if trainer.logger is not None else None
         plan = self.plan
@@ -126,9 +127,9 @@ class Training(Session):
             log.warning("harmony: the plan is not kept in the log folder: %s", error)
 
     def save_checkpoint(self, checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
-        """A plan that was found by search is kept beside the states."""
-        if self._planning is not None and self._planning.searched is not None:
-            checkpoint = {**checkpoint, PLAN_KEY: self._planning.searched.to_json()}
+        """A plan that was found by search, or given, is kept beside the states."""
+        if self._kept_plan is not None:
+            checkpoint = {**checkpoint, PLAN_KEY: self._kept_plan.to_json()}
         super().save_checkpoint(checkpoint, *args, **kwargs)  # type: ignore[misc]
 
     def _run_microbatches(

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
-from harmony_lightning.runtime.updates.gradients import OnComplete
+from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
 from harmony_lightning.runtime.updates.separability import Separability
 from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate, stepping_on_host

@@ -4,7 +4,9 @@ import json
 import resource
 import subprocess
 import sys
+import warnings
 
+import lightning as L
 import pytest
 import torch
 from chain import WIDTH, Chain
@@ -71,6 +73,55 @@ def test_under_autocast_weights_travel_in_half_the_bytes(capsys):
     assert answer["host_bytes"] > (4 + 2 + 2 * 4) * answer["parameters"]
 
 
+class Looking(Chain):
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        self.log("loss", loss)
+        return loss * (1 + self.current_epoch / self.trainer.max_epochs)
+
+
+class Manual(Looking):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+
+class Stepless(L.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(WIDTH, 1)
+
+
+def test_modules_that_look_at_their_trainer_are_estimated_in_silence(capsys):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plain, looking = (
+            json.loads(told(capsys, "estimate", f"{name}:{kind}", *CHAIN[1:], "--json"))
+            for name, kind in (("chain", "Chain"), (__name__, "Looking"))
+        )
+    assert looking["packs"] == plain["packs"] and capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "what"),
+    [
+        ((f"{__name__}:Stepless",), "makes a Stepless, which has no training_step of its own"),
+        ((f"{__name__}:Manual",), "Manual steps its optimizers itself"),
+        (("chain:Chain", "--microbatch", "0"), "--microbatch must be at least 1, got 0"),
+    ],
+)
+def test_steps_that_cannot_be_planned_are_refused(capsys, arguments, what):
+    assert main(["estimate", *arguments, *CHAIN[1:]]) == 2
+    assert what in capsys.readouterr().err
+
+
+def test_microbatches_are_not_larger_than_the_minibatch_and_tables_whole(capsys):
+    assert json.loads(told(capsys, "estimate", *CHAIN, "--microbatch", "100", "--json"))["microbatch_size"] <= 32
+    assert "\u2026" not in told(capsys, "profile", *CHAIN)
+    reasons = told(capsys, "explain", *CHAIN)
+    assert "0.000 s" not in reasons and "billion" not in reasons
+
+
 class Shared(Chain):
     """Layers that are called twice, and a weight of two layers, one of which does more with it."""
 
@@ -96,6 +147,16 @@ def test_mixed_is_told_by_what_is_dealt(capsys):
     answer = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "mixed", "--json"))
     assert answer["mode"] == "pp" and answer["dealt"] == [answer["num_packs"] - 1]
     assert json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))["dealt"] == []
+
+
+def test_a_bred_plan_is_told_beside_the_default(capsys, monkeypatch):
+    monkeypatch.setattr("harmony_lightning.scheduler.search.genetic_runtime.MAX_SIMULATED", 40)
+    bounds = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))
+    bred = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json", "--planner", "genetic"))
+    assert (bounds["planner"], bred["planner"]) == ("bounds", "genetic") and "default" not in bounds
+    assert bred["default"]["step_seconds"] == bounds["step_seconds"] and not bred["is_proved"]
+    assert bred["step_seconds"] <= 1.1 * bounds["step_seconds"] and bred["peak_bytes"] <= 300 * 1024
+    assert "by default" in told(capsys, "explain", *CHAIN, "--mode", "pp", "--planner", "genetic")
 
 
 def test_explain_tells_what_binds_and_what_would_help(capsys):

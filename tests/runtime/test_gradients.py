@@ -140,11 +140,28 @@ def test_the_next_pack_s_gradients_do_not_wait_until_those_before_have_left(net,
     ones, twos = on(engine, 1, 1.0), on(engine, 1, 2.0)
     with engine.cluster.activate(continues=True):
         store.add({"1.weight": ones}, 1, 1)
-        memory = {slot.bytes.data_ptr(): slot for slot in store._slots[1]}
+        memory = {slot.bytes.data_ptr(): slot for slot in store._slots._slots[1]}
         (first,) = (slot for slot in memory.values() if slot.pack == 1)
         store.send(1, lambda name: True, lambda names: None)
         store.add({"3.weight": twos}, 1, 3)
-    assert len(memory) == 2 and first.pack is None and first.left is not None
+    assert len(memory) == 2 and not first.is_in_use and first.left is not None
     drain(engine, 3)
     assert torch.equal(net[1].weight.grad, torch.ones(4, 4))
     assert torch.equal(net[3].weight.grad, torch.full((4, 4), 2.0))
+
+
+@pytest.mark.parametrize("follow", ["add", "send", "scale"])
+def test_sums_leave_the_device_and_come_back_as_they_were(net, engine, follow):
+    store, device = engine.state.gradients, engine.cluster.devices[1]
+    first, second = torch.rand(2, 4, 4)
+    with engine.cluster.activate(continues=True):
+        before = device.allocated_bytes()
+        store.add({"1.weight": first.to(device.torch_device)}, 1, 1)
+        assert store.leave(device) and not store.leave(device)
+        assert device.allocated_bytes() == before
+        if follow == "add":
+            store.add({"1.weight": second.to(device.torch_device)}, 1, 1)
+        if follow == "scale":
+            store.scale(3.0)
+    drain(engine, 1)
+    assert torch.equal(net[1].weight.grad, {"add": first + second, "send": first, "scale": first * 3}[follow])

@@ -28,7 +28,7 @@ def differentiate(
     is_without_graph = call.site.differentiates or call.is_part
     values = None if is_without_graph else _values(call, gradients, trained)
     if values is None:
-        values = state.with_room(device, lambda: _values_by_second_run(call, gradients, trained))
+        values = state.with_room(device, lambda: _values_by_second_run(call, gradients, trained), adds_later=True)
     wide = _wide_names(call, trained)
     num_inputs = len(values) - len(trained) - len(wide)
     if trained:
@@ -62,13 +62,14 @@ def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) ->
     if not (roots and targets):
         return (None,) * len(targets)
     state, device = call.segment.state, call.segment.device
-    call.activations.open(functools.partial(_recompute, call), functools.partial(state.make_room, device))
+    make_room = functools.partial(state.make_room, device, adds_later=True)
+    call.activations.open(functools.partial(_recompute, call), make_room)
     try:
         edges, seeds = zip(*roots, strict=True)
         return gradients_of(edges, seeds, targets, keeps_graph=keeps_graph())
     except OUT_OF_MEMORY:
         call.activations.close()
-        if not state.make_room(device):
+        if not make_room():
             raise
         return None
     finally:

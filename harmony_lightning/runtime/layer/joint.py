@@ -11,7 +11,7 @@ concatenation, and each gets its part of the result. Only layers that treat samp
                operation ranks or counts elements, as routers with a limited capacity do. There, who shares the call may
                decide what becomes of a sample, though it did not in the probe.
 
-Where memory is short for a joint call, half as many go together from then on.
+Where memory is short for a joint call, idle slots of packs go, which come back; then half as many go together from then on.
 
 A joint call leaves no graph. Backward runs the layer again, whole, on each microbatch, and differentiates that run.
 """
@@ -131,13 +131,13 @@ class Joint:
     def part_of(self, member: Waiting, buffers: Sequence[torch.Tensor]) -> Part | None:
         """Called within the layer: the microbatch's part; None if it must call the layer itself, be it for the probe."""
         if self._parts is None:
-            try:
-                parts = self._call(buffers)
-                if not parts:
-                    self._site.joins = False
-            except OUT_OF_MEMORY:
-                parts = []
+            parts = self._call_if_there_is_room(buffers)
+            if parts is None and member.state.let_go_idle(member.device):
+                parts = self._call_if_there_is_room(buffers)
+            if parts is None:
                 member.state.join_fewer(member.device)
+            elif not parts:
+                self._site.joins = False
             self._parts = dict(zip(self._members, parts, strict=True)) if parts else {}
         return None if self._is_probe else self._parts.pop(member, None)
 
@@ -151,6 +151,12 @@ class Joint:
             self._site.joins = False
         elif not self._parts:
             self._site.joins = True
+
+    def _call_if_there_is_room(self, buffers: Sequence[torch.Tensor]) -> list[Part] | None:
+        try:
+            return self._call(buffers)
+        except OUT_OF_MEMORY:
+            return None
 
     def _call(self, buffers: Sequence[torch.Tensor]) -> list[Part]:
         """Parts of the result, in the order of members; none if it cannot be taken apart, or the layer did what it must

@@ -1,7 +1,7 @@
 """Slots of one device in a simulation: when a swap-in may begin, and what it finds there already.
 
-The rules are the runtime's (`runtime.weights.residency`, `runtime.updates.gradients`); what is left out is user code that
-calls packs out of turn.
+The rules are the runtime's (`runtime.weights.residency`, `runtime.updates.gradient_slots`); what is left out is user code
+that calls packs out of turn.
 """
 
 from collections.abc import Callable
