@@ -32,6 +32,7 @@ from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
 from harmony_lightning.scheduler.runtime.levels import Levels
+from harmony_lightning.scheduler.runtime.sized_plan import named_plan
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
 from harmony_lightning.scheduler.search.genetic_runtime import breed_runtime
 from harmony_lightning.scheduler.search.runtime import search_runtime
@@ -248,11 +249,14 @@ def find_plan(
             dealt=(last,) if is_dealt else (),
             updated_there=tuple(range(last + 1)) if question.update == "device" else (),
         )
+        if not is_dealt and question.update != "first":
+            return schedule
+        # Bytes do: packs with all their weights would be made for each of many schedules.
+        names = [layer.name for layer in ordered.layers]
+        plan = named_plan(schedule, costs, question.memory_bytes, names)
         if is_dealt:
-            plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
             schedule = replace(schedule, dealt_order=dealt_order(plan.packs, plan.num_devices, plan.num_microbatches))
         if question.update == "first":
-            plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
             plan = with_first_on_devices(plan, ordered, is_told=False)
             there = tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device")
             schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)

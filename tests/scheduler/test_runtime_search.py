@@ -1,6 +1,7 @@
 """The search for the runtime's plans: more memory or a faster machine never give a slower one; bounds; what stays."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -46,7 +47,7 @@ def costs_of(draw, max_layers=5, max_gpus=8):
 def any_schedule(draw, costs, minibatch):
     cuts = draw(st.sets(st.integers(1, costs.num_layers - 1))) if costs.num_layers > 1 else set()
     edges = [0, *sorted(cuts), costs.num_layers]
-    packs = tuple((first, after - 1) for first, after in zip(edges, edges[1:], strict=False))
+    packs = tuple((first, after - 1) for first, after in pairwise(edges))
     size = draw(st.sampled_from((1, 2)))
     return Schedule(
         mode=draw(st.sampled_from(("pp", "dp"))),

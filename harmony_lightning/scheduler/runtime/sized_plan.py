@@ -2,6 +2,7 @@
 priorities in a simulation are the plan's own, and not told a second time.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from harmony_lightning.errors import ConfigurationError
@@ -44,13 +45,13 @@ def sized_plan(schedule: Schedule, costs: Costs) -> Plan:
     )
 
 
-def named_plan(schedule: Schedule, costs: Costs, memory_bytes: int) -> Plan:
-    """The same where each device offers so much, with layers known by their numbers: what stays is told by names."""
+def named_plan(schedule: Schedule, costs: Costs, memory_bytes: int, names: Sequence[str] | None = None) -> Plan:
+    """The same where each device offers so much, with layers known by their names, or else by their numbers."""
+    names = names or [str(layer) for layer in range(schedule.num_layers)]
     plan = sized_plan(schedule, costs)
-    spans = schedule.packs_backward
     packs = tuple(
-        replace(pack, layers=tuple(map(str, range(first, last + 1))))
-        for pack, (first, last) in zip(plan.packs, spans, strict=True)
+        replace(pack, layers=tuple(names[first : last + 1]))
+        for pack, (first, last) in zip(plan.packs, schedule.packs_backward, strict=True)
     )
     return replace(plan, memory_bytes=memory_bytes, packs=packs, keep=packs[-1].layers[-1:])
 
