@@ -39,9 +39,10 @@ MAX_COMPUTATIONS = 2_500
 """Of all of these, microbatches times packs."""
 MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""
-FINALISTS = 2
-"""Of a rung, those of which it is found out what they take; three times as many of each `THOROUGH`-th rung."""
+FINALISTS = 6
+"""Of these, those of which it is found out what they take."""
 THOROUGH = 8
+"""Each so many-th rung is looked at like that; the others with a third of the simulations."""
 NUM_OTHERS = 3
 """So many candidates are told, if there are."""
 FINE = 12
@@ -179,11 +180,12 @@ class _Search:
         memory count, too."""
         order = sorted(bounds, key=lambda index: (bounds[index], index))
         computations = accumulate(num_computations(self._family[index]) for index in order)
-        few = sum(number <= MAX_COMPUTATIONS for number in computations)
-        count = min(MEMBERS, max(few, FINALISTS))
+        share = 1 if rung % THOROUGH == 0 else 1 / 3
+        few = sum(number <= share * MAX_COMPUTATIONS for number in computations)
+        count = min(MEMBERS, max(few, round(share * FINALISTS)))
         if order and not any(map(self._fits_somehow, reversed(self._family), repeat(RUNG**rung))):
             return order, 2 * len(order)  # with a little less memory nothing fits
-        return order[:count], FINALISTS if rung % THOROUGH else 3 * FINALISTS
+        return order[:count], round(share * FINALISTS)
 
     # Variants ---------------------------------------------------------------------------------------------------------
 
