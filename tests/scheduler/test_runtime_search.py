@@ -68,7 +68,9 @@ def with_abilities(draw, schedule):
     there = tuple(sorted(draw(st.sets(st.sampled_from(packs)))))
     is_dealt = schedule.mode == "pp" and schedule.num_devices > 1 and draw(st.booleans())
     joint = draw(st.integers(1, 2))
-    return replace(schedule, updated_there=there, dealt=(len(packs) - 1,) if is_dealt else (), microbatches_per_forward=joint)
+    return replace(
+        schedule, updated_there=there, dealt=(len(packs) - 1,) if is_dealt else (), microbatches_per_forward=joint
+    )
 
 
 @given(costs_of(), st.integers(1, 9), st.floats(300.0, 2e4), st.booleans(), st.data())

@@ -13,6 +13,7 @@ a bound above the best so far is left out of all that, and cannot be better.
 
 import math
 import time
+from bisect import bisect_left, insort
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,14 +21,14 @@ from itertools import accumulate, pairwise, repeat
 from typing import Literal
 
 from harmony_lightning.errors import CapacityError, ConfigurationError
-from harmony_lightning.plan.schedule import Schedule, Span, split
+from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.levels import Levels
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
-from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
+from harmony_lightning.scheduler.search.runtime_family import Mode, runtime_family
+from harmony_lightning.scheduler.search.schedules import Candidate, Found, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
 
@@ -45,10 +46,7 @@ THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations."""
 NUM_OTHERS = 3
 """So many candidates are told, if there are."""
-FINE = 12
-"""Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
 
-Mode = Literal["pp", "dp"]
 Stash = Literal["device", "host"]
 Change = Callable[[Schedule], Schedule]
 """Adds something to a schedule."""
@@ -89,7 +87,7 @@ def search_runtime(
     modes: tuple[Mode, ...] = ("pp", "dp") if mode == "auto" and costs.machine.gpus > 1 else ("pp",)
     if mode != "auto":
         modes = (mode,)
-    family = tuple(map(abilities, _family(costs, minibatch, modes, microbatch_size, together)))
+    family = tuple(map(abilities, runtime_family(costs, minibatch, modes, microbatch_size, together)))
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
     search = _Search(costs, family, memory_bytes, stashes, stay, moves_stash, in_use)
     found = search.run()
@@ -147,45 +145,62 @@ class _Search:
         self._found: dict[Schedule, Candidate] = {}
         self._left_out: dict[Schedule, float] = {}
         """Bounds of what was not simulated."""
+        self._unseen: dict[int, float] = {}
+        """And of members of the family that were not looked at when the search ended."""
         self._best = math.inf
         self.num_simulated = 0
 
     @property
     def is_complete(self) -> bool:
-        return all(bound >= self._best or schedule in self._found for schedule, bound in self._left_out.items())
+        left_out = (bound for schedule, bound in self._left_out.items() if schedule not in self._found)
+        return all(bound >= self._best for bound in (*left_out, *self._unseen.values()))
 
     def run(self) -> list[Candidate]:
         """Candidates, best first; of those that take as long, the one in use."""
-        hopeful = list(range(len(self._family)))
+        hopeful = dict.fromkeys(range(len(self._family)), 0.0)
+        """Bounds at higher rungs: where less stays they only rise."""
         rung = math.floor(math.log(self._memory_bytes, RUNG))
         rung -= 0 if self._stay is None else rung % 2
         while True:
             if self._in_use is not None:
                 self._look_at([self._variant(self._in_use, rung)])
-            variants = {index: self._variants(self._family[index], rung) for index in hopeful}
+            is_lowest = not any(map(self._fits_somehow, reversed(self._family), repeat(RUNG**rung)))
+            variants = self._first_of(hopeful, rung, len(hopeful) if is_lowest else MEMBERS)
             bounds = {index: min(v.bound for v in those) for index, those in variants.items() if those}
-            members, finalists = self._members(bounds, rung)
+            members, finalists = self._members(bounds, rung, is_lowest)
             self._look_at([v for m in members for v in variants[m]], finalists)
             admitted = (v for those in variants.values() for v in those if v.peak_bytes <= self._memory_bytes)
             self._left_out |= {v.schedule: v.bound for v in admitted if v.schedule not in self._found}
-            # At lower rungs less stays, so bounds only rise.
-            hopeful = [index for index in bounds if bounds[index] < self._best]
+            self._unseen = {index: bound for index, bound in hopeful.items() if index not in variants}
+            hopeful = {index: bound for index, bound in (self._unseen | bounds).items() if bound < self._best}
             is_done = not hopeful and (self._in_use is None or self._stay is None or self._stays_nothing(rung))
             if is_done or RUNG**rung < 1:
                 return sorted(self._found.values(), key=lambda candidate: candidate.seconds)
             rung -= 1 if self._stay is None else 2
 
-    def _members(self, bounds: dict[int, float], rung: int) -> tuple[list[int], int]:
+    def _first_of(self, hopeful: dict[int, float], rung: int, count: int) -> dict[int, list[_Variant]]:
+        """Variants of the family at a rung: of so many with the lowest bounds there, and others on the way to them."""
+        found: dict[int, list[_Variant]] = {}
+        bounds: list[float] = []
+        for index in sorted(hopeful, key=lambda index: (hopeful[index], index)):
+            if bisect_left(bounds, hopeful[index]) >= count:
+                break
+            found[index] = self._variants(self._family[index], rung)
+            if found[index]:
+                insort(bounds, min(variant.bound for variant in found[index]))
+        return found
+
+    def _members(self, bounds: dict[int, float], rung: int, is_lowest: bool) -> tuple[list[int], int]:
         """Of the family, those that may be simulated at a rung, and how many of them in full; those that do not fit the
-        memory count, too."""
+        memory count, too. At the lowest rung at which anything fits it is all of them."""
         order = sorted(bounds, key=lambda index: (bounds[index], index))
+        if is_lowest:
+            return order, 2 * len(order)
         computations = accumulate(num_computations(self._family[index]) for index in order)
         share = 1 if rung % THOROUGH == 0 else 1 / 3
         few = sum(number <= share * MAX_COMPUTATIONS for number in computations)
-        count = min(MEMBERS, max(few, round(share * FINALISTS)))
-        if order and not any(map(self._fits_somehow, reversed(self._family), repeat(RUNG**rung))):
-            return order, 2 * len(order)  # with a little less memory nothing fits
-        return order[:count], round(share * FINALISTS)
+        finalists = round(share * FINALISTS)
+        return order[: min(MEMBERS, max(few, finalists))], finalists
 
     # Variants ---------------------------------------------------------------------------------------------------------
 
@@ -285,47 +300,6 @@ def _best_of_kinds(found: list[Candidate]) -> Iterator[Candidate]:
         schedule = candidate.schedule
         kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
     yield from kinds.values()
-
-
-def _family(
-    costs: Costs, minibatch: int, modes: tuple[Mode, ...], size: int | None, together: tuple[frozenset[int], ...]
-) -> Iterator[Schedule]:
-    gpus = costs.machine.gpus
-    packings = _packings(costs, together)
-    for mode in modes:
-        samples = -(-minibatch // gpus) if mode == "dp" else minibatch
-        sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
-        for one in sizes:
-            for packs in packings:
-                yield Schedule(
-                    mode=mode,
-                    num_devices=gpus,
-                    minibatch=minibatch,
-                    microbatch_forward=one,
-                    packs_forward=packs[:-1],
-                    microbatch_backward=one,
-                    packs_backward=packs,
-                    prefetch=1,
-                )
-
-
-def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:
-    """Packs of about equal seconds and of about equal weights."""
-    sizes = costs.profile.microbatch_sizes.backward
-    layers, size = range(costs.num_layers), sizes[len(sizes) // 2]  # a layer's share hardly depends on the size
-    one = [(layer, layer) for layer in layers]
-    seconds = [costs.forward_seconds(size, span) * 2 + costs.backward_seconds(size, span) for span in one]
-    weights = [costs.weight_bytes(span) + costs.gradient_bytes(span) for span in one]
-    found: dict[tuple[Span, ...], None] = {}
-    tables = [table(seconds), table(weights)]
-    for count in pack_counts(costs.num_layers, FINE):
-        for starts in tables:
-            packs = packs_of(starts, count, costs.num_layers)
-            if all(any(min(s) >= first and max(s) <= last for first, last in packs) for s in together):
-                found[packs] = None
-    if not found:
-        found[((0, costs.num_layers - 1),)] = None
-    return tuple(found)
 
 
 def _too_large(
