@@ -115,7 +115,7 @@ def test_switches_and_levels_in_the_environment():
 
 def test_a_plan_that_cannot_be_read_is_told(tmp_path):
     for plan in ("size", tmp_path):
-        with pytest.raises(ConfigurationError, match="plan must be a Plan, 'auto', 'sizes' or a file"):
+        with pytest.raises(ConfigurationError, match="plan must be a Plan, 'auto', 'packs', 'sizes' or a file"):
             HarmonyStrategy(plan=plan)
 
 

@@ -46,11 +46,8 @@ class Arrival:
 class _Turn:
     number: int
     tensors: list[torch.Tensor] = field(default_factory=list)
+    nbytes: int = 0
     end: Event | None = None
-
-    @property
-    def nbytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors)
 
 
 class Departures:
@@ -77,6 +74,7 @@ class Departures:
         if not turns or turns[-1].number != number:
             turns.append(_Turn(number))
         turns[-1].tensors.append(tensor)
+        turns[-1].nbytes += tensor.nbytes
         end = turns[-1].end = device.record(lane)
         return end
 
