@@ -32,10 +32,9 @@ from harmony_lightning.scheduler.runtime.levels import Levels
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
-from harmony_lightning.scheduler.search.runtime_family import Mode, runtime_family
+from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, num_computations
 from harmony_lightning.scheduler.simulate import Rules
-from harmony_lightning.units import format_nbytes
 
 RUNG = 2 ** (1 / 8)
 """Each rung is so many times the one below."""
@@ -52,7 +51,6 @@ THOROUGH = 8
 NUM_OTHERS = 3
 """So many candidates are told, if there are."""
 
-Stash = Literal["device", "host"]
 Change = Callable[[Schedule], Schedule]
 """Adds something to a schedule."""
 
@@ -97,7 +95,7 @@ def search_runtime(
     search = _Search(costs, family, memory_bytes, stashes, stay, moves_stash, in_use)
     found = search.run()
     if not found:
-        raise CapacityError(_too_large(family, costs, memory_bytes, stashes))
+        raise CapacityError(too_large(family, costs, memory_bytes, stashes))
     return Found(
         rules=str(Rules.RUNTIME),
         best=found[0],
@@ -305,18 +303,3 @@ def _best_of_kinds(found: list[Candidate]) -> Iterator[Candidate]:
         schedule = candidate.schedule
         kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
     yield from kinds.values()
-
-
-def _too_large(
-    family: tuple[Schedule, ...], costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
-) -> str:
-    smallest = [replace(schedule, prefetch=0, stash=stashes[-1]) for schedule in family]
-    peak, schedule = min(((runtime_peak_bytes(s, costs), s) for s in smallest), key=lambda pair: pair[0])
-    heaviest = max(range(costs.num_layers), key=lambda layer: costs.weight_bytes((layer, layer)))
-    name = costs.profile.names[heaviest] if costs.profile.names else str(heaviest)
-    return (
-        f"no plan fits: even {len(schedule.packs_backward)} packs with microbatches of {schedule.microbatch_backward} need "
-        f"{format_nbytes(peak)}, but each GPU offers {format_nbytes(memory_bytes)}; the heaviest layer is {name} with "
-        f"{format_nbytes(costs.weight_bytes((heaviest, heaviest)))} of weights and as much of gradients; raise memory, "
-        f"lower the microbatch size, or split that layer"
-    )

@@ -3,17 +3,21 @@ much memory there is, nor tell what it is used for.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Literal
 
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
 from harmony_lightning.scheduler.search.schedules import choose_sizes
+from harmony_lightning.units import format_nbytes
 
 FINE = 12
 """Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
 
 Mode = Literal["pp", "dp"]
+Stash = Literal["device", "host"]
 
 
 def runtime_family(
@@ -55,3 +59,19 @@ def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple
     if not found:
         found[((0, costs.num_layers - 1),)] = None
     return tuple(found)
+
+
+def too_large(
+    family: tuple[Schedule, ...], costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
+) -> str:
+    """What to say where nothing fits."""
+    smallest = [replace(schedule, prefetch=0, stash=stashes[-1]) for schedule in family]
+    peak, schedule = min(((runtime_peak_bytes(s, costs), s) for s in smallest), key=lambda pair: pair[0])
+    heaviest = max(range(costs.num_layers), key=lambda layer: costs.weight_bytes((layer, layer)))
+    name = costs.profile.names[heaviest] if costs.profile.names else str(heaviest)
+    return (
+        f"no plan fits: even {len(schedule.packs_backward)} packs with microbatches of {schedule.microbatch_backward} need "
+        f"{format_nbytes(peak)}, but each GPU offers {format_nbytes(memory_bytes)}; the heaviest layer is {name} with "
+        f"{format_nbytes(costs.weight_bytes((heaviest, heaviest)))} of weights and as much of gradients; raise memory, "
+        f"lower the microbatch size, or split that layer"
+    )
