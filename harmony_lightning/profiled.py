@@ -31,7 +31,8 @@ from harmony_lightning.runtime.weights.narrow import Reading
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
 from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
-from harmony_lightning.scheduler.runtime.staying import with_what_stays
+from harmony_lightning.scheduler.runtime.levels import Levels
+from harmony_lightning.scheduler.runtime.sized_plan import named_plan
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
 from harmony_lightning.scheduler.search.genetic_runtime import breed_runtime
 from harmony_lightning.scheduler.search.runtime import search_runtime
@@ -225,7 +226,7 @@ def find_plan(
 ) -> Planned:
     """The best plan that the search finds.
 
-    `in_use` is a plan for the same layers, which is found itself unless another one is clearly faster.
+    `in_use` is a plan for the same layers, which is found itself unless another one is faster.
 
     Raises:
         CapacityError: nothing fits.
@@ -237,8 +238,7 @@ def find_plan(
     present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
 
     def stay(schedule: Schedule) -> Schedule:
-        plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
-        return with_what_stays(schedule, plan, costs, moves_stash=question.moves_stash)
+        return Levels(schedule, costs, moves_stash=question.moves_stash).at(question.memory_bytes)
 
     def abilities(schedule: Schedule) -> Schedule:
         last = len(schedule.packs_backward) - 1
@@ -249,11 +249,14 @@ def find_plan(
             dealt=(last,) if is_dealt else (),
             updated_there=tuple(range(last + 1)) if question.update == "device" else (),
         )
+        if not is_dealt and question.update != "first":
+            return schedule
+        # Bytes do: packs with all their weights would be made for each of many schedules.
+        names = [layer.name for layer in ordered.layers]
+        plan = named_plan(schedule, costs, question.memory_bytes, names)
         if is_dealt:
-            plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
             schedule = replace(schedule, dealt_order=dealt_order(plan.packs, plan.num_devices, plan.num_microbatches))
         if question.update == "first":
-            plan = plan_of(schedule, ordered, question.memory_bytes, in_use)
             plan = with_first_on_devices(plan, ordered, is_told=False)
             there = tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device")
             schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
@@ -269,10 +272,11 @@ def find_plan(
         "abilities": abilities,
         "in_use": present,
     }
-    stays = stay if question.stays else None
-    found, default = search_runtime(costs, **asked, stay=stays), None
+    stay_bytes = question.memory_bytes if question.stays else None
+    found = search_runtime(costs, **asked, stay_bytes=stay_bytes, moves_stash=question.moves_stash)
+    default = None
     if question.planner == "genetic":
-        found, default = breed_runtime(costs, **asked, stay=stays), found
+        found, default = breed_runtime(costs, **asked, stay=stay if question.stays else None), found
         log.info(
             "harmony plan: bred, %.4g s per step (search took %.2f s); the default planner's takes %.4g s (%.2f s)",
             found.best.seconds,

@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from harmony_lightning.scheduler.costs import Costs
     from harmony_lightning.scheduler.search.schedules import Found
 
+_WORTH_TELLING = 0.03
+"""Of a step's seconds; predictions are a few per cent off."""
+
 
 def add(commands: Commands) -> None:
     """Add both commands and their arguments."""
@@ -160,7 +163,6 @@ def _mixed(
     """Seconds of the best plan whose last pack is dealt; None where that was not left open, or brings nothing."""
     from harmony_lightning.errors import CapacityError
     from harmony_lightning.profiled import find_plan
-    from harmony_lightning.scheduler.search.runtime import MARGIN
 
     if question.mode != "auto" or machine.gpus < 2:
         return None
@@ -168,7 +170,7 @@ def _mixed(
         found = find_plan(measured, machine, decomposition, replace(question, mode="mixed")).found
     except CapacityError:
         return None
-    return found.best.seconds if found.best.seconds < (1 - MARGIN) * planned.found.best.seconds else None
+    return found.best.seconds if found.best.seconds < (1 - _WORTH_TELLING) * planned.found.best.seconds else None
 
 
 def _advise_mixed(seconds: float, present: float) -> str:

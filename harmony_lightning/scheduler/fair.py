@@ -7,6 +7,7 @@ next among the rest), as the virtual clock of emulated GPUs does it and, nearly,
 
 import heapq
 from collections.abc import Mapping
+from functools import cache
 
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Task, TaskGraph, TaskTimes
 from harmony_lightning.profiler import Machine
@@ -115,6 +116,7 @@ class _Shares:
         if machine.host_link_shared_by > 1 or machine.host_link_bytes_per_second < link:
             self._rates |= dict.fromkeys(("uplink in", "uplink out"), machine.host_link_bytes_per_second)
         self._rates |= dict.fromkeys(("peer in", "peer out"), machine.peer_bytes_per_second)
+        self._shared = cache(self._share)
 
     def nbytes(self, task: Task) -> float:
         return task.nbytes if self.resources(task) else 0.0
@@ -144,14 +146,18 @@ class _Shares:
 
     def rates(self, tasks: list[Task]) -> list[float]:
         """Bytes per second that each gets when all flow at once."""
-        uses = [[r for r in self.resources(task) if r[0] in self._rates] for task in tasks]
+        return self._shared(tuple(map(self.resources, tasks)))
+
+    def _share(self, resources: tuple[tuple[_Resource, ...], ...]) -> list[float]:
+        """By what each of them uses. The same ones flow together again and again."""
+        uses = [[r for r in one if r[0] in self._rates] for one in resources]
         left = {resource: self._rates[resource[0]] for use in uses for resource in use}
         users: dict[_Resource, list[int]] = {resource: [] for resource in left}
         for index, use in enumerate(uses):
             for resource in use:
                 users[resource].append(index)
-        rates = [0.0] * len(tasks)
-        unset = set(range(len(tasks)))
+        rates = [0.0] * len(resources)
+        unset = set(range(len(resources)))
         while unset:
             tightest = min((r for r in left if users[r]), key=lambda r: (left[r] / len(users[r]), r))
             rate = left[tightest] / len(users[tightest])

@@ -22,7 +22,8 @@ from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.steps import RuntimeSteps, fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.runtime.translate import plan_of
 from harmony_lightning.scheduler.runtime.translate import schedule_of as plan_to_schedule
-from harmony_lightning.scheduler.search.runtime import _bound, search_runtime
+from harmony_lightning.scheduler.search.runtime import search_runtime
+from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 
 GROWING = functools.partial(Wide, hidden=(1, 2, 1, 3))
@@ -126,7 +127,7 @@ def test_a_bound_of_dealt_packs_counts_devices_that_get_few_microbatches():
     """One has so much to do of its own that the dealt pack is best left to others."""
     costs = Costs(profile(kind(seconds=50.0), kind(), kind(seconds=20.0)), machine(gpus=4))
     schedule = replace(schedule_of(costs, (1, 1, 1), minibatch=32, stash="device"), dealt=(2,), dealt_order=(2, 3))
-    assert _bound(schedule, costs, stays=False) <= fair_seconds(schedule, costs)
+    assert runtime_bound(schedule, costs) <= fair_seconds(schedule, costs)
 
 
 @pytest.mark.parametrize("memory", [None, 600 << 20])

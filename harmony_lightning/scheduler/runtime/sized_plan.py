@@ -2,6 +2,9 @@
 priorities in a simulation are the plan's own, and not told a second time.
 """
 
+from collections.abc import Sequence
+from dataclasses import replace
+
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan import Pack, Plan
 from harmony_lightning.plan.schedule import Schedule
@@ -40,6 +43,17 @@ def sized_plan(schedule: Schedule, costs: Costs) -> Plan:
         updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),
         microbatches_per_forward=schedule.microbatches_per_forward,
     )
+
+
+def named_plan(schedule: Schedule, costs: Costs, memory_bytes: int, names: Sequence[str] | None = None) -> Plan:
+    """The same where each device offers so much, with layers known by their names, or else by their numbers."""
+    names = names or [str(layer) for layer in range(schedule.num_layers)]
+    plan = sized_plan(schedule, costs)
+    packs = tuple(
+        replace(pack, layers=tuple(names[first : last + 1]))
+        for pack, (first, last) in zip(plan.packs, schedule.packs_backward, strict=True)
+    )
+    return replace(plan, memory_bytes=memory_bytes, packs=packs, keep=packs[-1].layers[-1:])
 
 
 def _pack(schedule: Schedule, costs: Costs, index: int) -> Pack:

@@ -1,0 +1,185 @@
+"""What no step under the runtime's rules can go below, without simulating it: a search need not simulate what is bounded
+above the best that it knows, and looks first where the bound is lowest.
+
+Of each device the longest chain of what it must do, and what must come before and after it:
+
+    gpu0  | pack 0 |                                   | pack 0 | gradients out, update, weights in
+    gpu1           | all that gpu1 computes   | pack 1 |
+            head                                  tail
+
+Beside that what links carry and what the host updates. What stays counts: layers that keep their activations are not
+computed again, resident packs come in once.
+"""
+
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+
+from harmony_lightning.plan.schedule import Schedule, Span, split
+from harmony_lightning.scheduler.costs import Costs
+
+_ROUNDING = 1 - 1e-6
+"""Sums are rounded."""
+_ADDITION_ACCESSES = 3
+"""Of memory, when one gradient is added to another."""
+
+
+def runtime_bound(schedule: Schedule, costs: Costs) -> float:
+    """Seconds of a step in full flow are no less, however links are shared."""
+    bound = _Bound(schedule, costs)
+    return _ROUNDING * max(bound.compute(), bound.cycles(), bound.links(), bound.updates())
+
+
+class _Bound:
+    def __init__(self, schedule: Schedule, costs: Costs) -> None:
+        self._schedule, self._costs, self._machine = schedule, costs, costs.machine
+        self._packs = schedule.packs_backward
+        self._last, self._gpus, self._is_dp = len(self._packs) - 1, schedule.num_devices, schedule.mode == "dp"
+        self._sizes = split(schedule.minibatch, schedule.microbatch_backward)
+        self._visitors = min(self._gpus, len(self._sizes)) if self._is_dp else 1
+        self._weights = [costs.weight_bytes(span) for span in self._packs]
+        self._gradients = [costs.gradient_bytes(span) for span in self._packs]
+        self._there = frozenset(schedule.updated_there)
+        trains = costs.profile.glue_bytes > 0
+        self._goes_back = [trains := trains or nbytes > 0 for nbytes in self._gradients]
+        """Whether gradients go through a pack."""
+        keep = (*schedule.keep, schedule.num_layers - 1)
+        self._kept = [[layer for layer in keep if first <= layer <= last] for first, last in self._packs]
+
+    # Computations -----------------------------------------------------------------------------------------------------
+
+    def compute(self) -> float:
+        packs = range(len(self._packs))
+        if self._is_dp:
+            return self._of_packs(packs, self._sizes[:: self._gpus]) + self._sums(packs) + self._update(0)
+        if self._schedule.dealt:
+            mine = ([p for p in packs[d :: self._gpus] if p not in self._schedule.dealt] for d in range(self._gpus))
+            # Who has more of its own may get less of what is dealt.
+            even = self._of_packs(packs, self._sizes) / self._gpus
+            return max(even, *(self._of_packs(here, self._sizes) for here in mine))
+        own = [self._of_packs(packs[d :: self._gpus], self._sizes) for d in range(min(self._gpus, len(packs)))]
+        first = next((p for p, nbytes in enumerate(self._gradients) if nbytes and p not in self._there), len(packs))
+        # The next step waits until the gradients of this pack have left, and so for all that comes before that.
+        head, tail, most = 0.0, self._update(0), max(own)
+        for d, seconds in enumerate(own):
+            if d:
+                head += self._costs.input_bytes(self._sizes[0], self._packs[d][0]) / self._peer_rate
+            if d >= first:
+                most = max(most, head + seconds + tail)
+                tail += self._backward(d, self._sizes[-1:])
+                tail += self._costs.input_bytes(self._sizes[-1], self._packs[d][1] + 1) / self._peer_rate
+            head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
+        return most
+
+    @property
+    def _peer_rate(self) -> float:
+        machine = self._machine
+        return max(machine.peer_bytes_per_second, machine.host_share(1) if machine.peers_by_host else 0.0)
+
+    def _of_packs(self, packs: Sequence[int], sizes: tuple[int, ...]) -> float:
+        backward = sum(self._backward(p, sizes) for p in packs if self._goes_back[p])
+        return backward + sum(self._forward(p, sizes) for p in packs)
+
+    def _forward(self, pack: int, sizes: tuple[int, ...]) -> float:
+        span, group = self._packs[pack], self._schedule.microbatches_per_forward
+        alone = self._sum(self._costs.forward_seconds, span, sizes)
+        if group == 1 or pack == self._last:
+            return alone
+        largest = self._costs.profile.microbatch_sizes.forward[-1]
+        joint = [split(sum(sizes[i : i + group]), largest) for i in range(0, len(sizes), group)]
+        return min(alone, sum(self._sum(self._costs.forward_seconds, span, one) for one in joint))
+
+    def _backward(self, pack: int, sizes: tuple[int, ...]) -> float:
+        """Recompute included, as in `RuntimeSteps`."""
+        span, costs = self._packs[pack], self._costs
+
+        def seconds(size: int, span: Span) -> float:
+            taken = costs.backward_seconds(size, span) + costs.forward_seconds(size, span)
+            if self._schedule.microbatches_per_forward > 1 and pack != self._last:
+                taken += costs.forward_seconds(size, span) - costs.recompute_seconds(size, span)
+            return max(0.0, taken - sum(costs.recompute_seconds(size, (layer, layer)) for layer in self._kept[pack]))
+
+        # The first one's gradients are not added to others.
+        return max(0.0, self._sum(seconds, span, sizes) - costs.device_seconds(self._gradients[pack]))
+
+    @staticmethod
+    def _sum(seconds: Callable[[int, Span], float], span: Span, sizes: tuple[int, ...]) -> float:
+        return sum(sizes.count(size) * seconds(size, span) for size in dict.fromkeys(sizes))
+
+    def _sums(self, packs: Sequence[int]) -> float:
+        """In dp one device adds up what all have."""
+        total = sum(self._gradients[p] for p in packs)
+        each = total / self._peer_rate + self._costs.device_seconds(_ADDITION_ACCESSES * total)
+        return (self._visitors - 1) * each
+
+    def _update(self, pack: int) -> float:
+        """Between a pack's backward and its next forward: gradients leave, the host steps the weights, these come back."""
+        if not self._gradients[pack] or pack in self._there:
+            return 0.0
+        copied = (self._gradients[pack] + self._weights[pack]) / self._machine.host_share(1)
+        return copied + self._costs.update_seconds(self._packs[pack])
+
+    def cycles(self) -> float:
+        """From a pack's first forward all that its device computes up to its last backward, and its update."""
+        most, sizes = 0.0, self._sizes[:: self._gpus] if self._is_dp else self._sizes
+        step = 1 if self._is_dp else self._gpus
+        behind = [0.0] * step
+        for p in range(len(self._packs) - 1, -1, -1):
+            if p in self._schedule.dealt:
+                continue
+            behind[p % step] += self._of_packs((p,), sizes) + self._sums((p,))
+            if update := self._update(p):
+                most = max(most, behind[p % step] + update)
+        return most
+
+    # Links and the host -----------------------------------------------------------------------------------------------
+
+    def links(self) -> float:
+        packs, schedule = range(len(self._packs)), self._schedule
+        if self._is_dp or schedule.dealt:
+            active = self._visitors if self._is_dp else self._gpus
+            groups = [list(packs)]
+        else:
+            active = min(self._gpus, len(packs))
+            groups = [list(packs[d :: self._gpus]) for d in range(active)]
+        entering = [self._entering(group) * self._visitors for group in groups]
+        leaving = [sum(map(self._leaving, group)) for group in groups]
+        together = active * self._machine.host_share(active)
+        alone = self._machine.host_share(1) * (1 if len(groups) > 1 else active)
+        return max(sum(entering) / together, sum(leaving) / together, max(entering) / alone, max(leaving) / alone)
+
+    def _entering(self, group: list[int]) -> float:
+        """Of packs that share slots: each comes in for forward if it was updated on the host, those that share slots come
+        again for backward unless they are still there, and stashes that left come back."""
+        schedule = self._schedule
+        rotating = [self._weights[p] for p in group if p not in schedule.resident]
+        still_there = max(rotating, default=0.0)
+        if schedule.dealt:  # each device has slots of its own, for other packs
+            still_there *= self._gpus * (1 + schedule.prefetch)
+        elif schedule.prefetch:
+            still_there = max([still_there, *map(sum, pairwise(rotating))])
+        forward = sum(self._weights[p] for p in group if self._gradients[p] and p not in self._there)
+        again = [p for p in group if p not in schedule.resident and self._goes_back[p] and p != self._last]
+        if self._last in group and self._last not in schedule.resident:
+            still_there = max(0.0, still_there - self._weights[self._last])
+        backward = max(0.0, sum(self._weights[p] for p in again if p not in self._there) - still_there)
+        stashes = sum(map(self._stash, group)) / self._visitors
+        return forward + backward + stashes
+
+    def _leaving(self, pack: int) -> float:
+        return self._stash(pack) + (0.0 if pack in self._there else self._gradients[pack])
+
+    def _stash(self, pack: int) -> float:
+        """Of all microbatches, where it goes to the host."""
+        schedule = self._schedule
+        if (
+            schedule.stash == "device"
+            or pack == self._last
+            or pack in schedule.stash_stays
+            or not self._goes_back[pack]
+        ):
+            return 0.0
+        return self._sum(self._costs.stash_bytes, self._packs[pack], self._sizes)
+
+    def updates(self) -> float:
+        updated = (p for p, nbytes in enumerate(self._gradients) if nbytes and p not in self._there)
+        return sum(self._costs.update_seconds(self._packs[p]) for p in updated)

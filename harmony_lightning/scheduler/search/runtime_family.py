@@ -1,0 +1,77 @@
+"""Schedules that the runtime can carry out: each packing (`packings`), microbatch size and mode. They do not depend on how
+much memory there is, nor tell what it is used for.
+"""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Literal
+
+from harmony_lightning.plan.schedule import Schedule, Span
+from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
+from harmony_lightning.scheduler.search.schedules import choose_sizes
+from harmony_lightning.units import format_nbytes
+
+FINE = 12
+"""Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
+
+Mode = Literal["pp", "dp"]
+Stash = Literal["device", "host"]
+
+
+def runtime_family(
+    costs: Costs, minibatch: int, modes: tuple[Mode, ...], size: int | None, together: tuple[frozenset[int], ...]
+) -> Iterator[Schedule]:
+    gpus = costs.machine.gpus
+    packings = _packings(costs, together)
+    for mode in modes:
+        samples = -(-minibatch // gpus) if mode == "dp" else minibatch
+        sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
+        for one in sizes:
+            for packs in packings:
+                yield Schedule(
+                    mode=mode,
+                    num_devices=gpus,
+                    minibatch=minibatch,
+                    microbatch_forward=one,
+                    packs_forward=packs[:-1],
+                    microbatch_backward=one,
+                    packs_backward=packs,
+                    prefetch=1,
+                )
+
+
+def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:
+    """Packs of about equal seconds and of about equal weights."""
+    sizes = costs.profile.microbatch_sizes.backward
+    layers, size = range(costs.num_layers), sizes[len(sizes) // 2]  # a layer's share hardly depends on the size
+    one = [(layer, layer) for layer in layers]
+    seconds = [costs.forward_seconds(size, span) * 2 + costs.backward_seconds(size, span) for span in one]
+    weights = [costs.weight_bytes(span) + costs.gradient_bytes(span) for span in one]
+    found: dict[tuple[Span, ...], None] = {}
+    tables = [table(seconds), table(weights)]
+    for count in pack_counts(costs.num_layers, FINE):
+        for starts in tables:
+            packs = packs_of(starts, count, costs.num_layers)
+            if all(any(min(s) >= first and max(s) <= last for first, last in packs) for s in together):
+                found[packs] = None
+    if not found:
+        found[((0, costs.num_layers - 1),)] = None
+    return tuple(found)
+
+
+def too_large(
+    family: tuple[Schedule, ...], costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
+) -> str:
+    """What to say where nothing fits."""
+    smallest = [replace(schedule, prefetch=0, stash=stashes[-1]) for schedule in family]
+    peak, schedule = min(((runtime_peak_bytes(s, costs), s) for s in smallest), key=lambda pair: pair[0])
+    heaviest = max(range(costs.num_layers), key=lambda layer: costs.weight_bytes((layer, layer)))
+    name = costs.profile.names[heaviest] if costs.profile.names else str(heaviest)
+    return (
+        f"no plan fits: even {len(schedule.packs_backward)} packs with microbatches of {schedule.microbatch_backward} need "
+        f"{format_nbytes(peak)}, but each GPU offers {format_nbytes(memory_bytes)}; the heaviest layer is {name} with "
+        f"{format_nbytes(costs.weight_bytes((heaviest, heaviest)))} of weights and as much of gradients; raise memory, "
+        f"lower the microbatch size, or split that layer"
+    )
