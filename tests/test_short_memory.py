@@ -9,7 +9,11 @@ import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
-from harmony_lightning import DeviceOutOfMemoryError
+from harmony_lightning import CapacityError, DeviceOutOfMemoryError
+from harmony_lightning.decomposer.discover import decompose
+from harmony_lightning.prepare import Workload
+from harmony_lightning.scheduler import make_plan
+from harmony_lightning.strategy.planning import Planning
 from harmony_lightning.strategy.training import PLAN_FILE
 
 LAYERS = ["net.*", "head"]
@@ -156,3 +160,32 @@ def test_a_forward_that_does_not_fit_begins_again_under_a_smaller_plan(
     assert {(plan.microbatch_size, plan.num_microbatches) for plan in taking.plans} == {(2, 4)}
     fit(undisturbed, Taking(), 1, training)
     assert same_weights(module, undisturbed)
+
+
+class Needing(Planning):
+    """There are plans for no less than a share of the memory."""
+
+    def __init__(self, share, least):
+        self._share, self._least = share, least
+
+    def _prepare_for(self, share, workload, mode=None):
+        if share < self._least:
+            raise CapacityError("no plan is for less")
+        decomposition = decompose(nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), 1)
+        return decomposition, make_plan(
+            decomposition,
+            mode="pp",
+            num_devices=1,
+            memory_bytes=int(share * 100_000),
+            microbatch_size=1,
+            num_microbatches=round(100 * share),  # which tells what the plan was made for
+            stash="host",
+        )
+
+
+@pytest.mark.parametrize("failures", [1, 2, 3])
+def test_where_no_plan_is_for_so_little_memory_it_is_the_one_for_the_least_that_there_is(failures):
+    """Not the one for all of it, whose packs are known not to fit."""
+    planning = Needing(0.8 ** (3 + failures), least=0.5)
+    _, plan = planning._prepare(Workload(microbatch_size=1, num_microbatches=1))
+    assert (plan.num_microbatches, plan.memory_bytes) == (51, int(0.8 ** (3 + failures) * 100_000))

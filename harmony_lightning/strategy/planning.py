@@ -83,14 +83,17 @@ class Planning:
         self._load(Workload(microbatch_size=1, num_microbatches=1))
 
     def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
-        """For the share of the memory, if there is a plan for that: else the smallest, with no more for what may stay."""
-        try:
-            return self._prepare_for(self._share, workload, mode)
-        except CapacityError:
-            if self._share == 1:
-                raise
-            decomposition, plan = self._prepare_for(1.0, workload, mode)
-            return decomposition, replace(plan, memory_bytes=int(self._share * plan.memory_bytes))
+        """For the share of the memory, or else the least share that there is a plan for, with no more for what may stay."""
+        share = self._share
+        while True:
+            try:
+                decomposition, plan = self._prepare_for(share, workload, mode)
+            except CapacityError:
+                if share == 1:
+                    raise
+                share = min(1.0, share / SMALLER_SHARE)
+            else:
+                return decomposition, replace(plan, memory_bytes=int(self._share / share * plan.memory_bytes))
 
     def _prepare_for(
         self, share: float, workload: Workload, mode: Literal["pp", "dp"] | None = None
