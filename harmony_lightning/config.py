@@ -18,11 +18,13 @@ class HarmonyConfig:
     """What a user may choose; everything else is in the plan."""
 
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """pp deals packs over the GPUs, dp deals microbatches; auto is pp, which moves N times fewer bytes. mixed deals packs,
-    but of the last pack, where forward and backward meet, it deals microbatches: no GPU then waits for another one's
-    large head. Gradients of that pack alone are added up as in dp: over each GPU's microbatches, then over GPUs."""
+    """pp deals packs over the GPUs, dp deals microbatches; auto is the faster of both where all is searched, or
+    else pp, which moves N times fewer bytes. mixed deals packs, but of the last pack, where forward and backward meet, it
+    deals microbatches: no GPU then waits for another one's large head. Gradients of that pack alone are added up as in dp:
+    over each GPU's microbatches, then over GPUs."""
     microbatch_size: int | Literal["auto"] = "auto"
-    """Samples per microbatch; auto makes four microbatches per GPU, one where the host is the only device."""
+    """Samples per microbatch; auto takes the fastest where all is searched, or else makes four microbatches per
+    GPU, one where the host is the only device."""
     microbatches_per_forward: int = 1
     """Microbatches that go through a layer's forward in one call, where it treats samples independently: larger kernels,
     for devices that small microbatches do not fill. Results are equal but for rounding; backward runs such a layer again
