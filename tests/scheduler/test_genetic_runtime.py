@@ -123,6 +123,14 @@ def test_the_plan_in_use_stays_unless_another_is_clearly_faster():
     assert breed_runtime(costs, **question(in_use=slow)).best.schedule != slow
 
 
+def test_the_plan_in_use_does_not_stay_where_it_does_not_fit():
+    costs = Costs(UNEVEN, machine())
+    fast = search_runtime(costs, **question(memory_bytes=1e12)).best
+    memory_bytes = fast.peak_bytes - 1
+    bred = breed_runtime(costs, **question(in_use=fast.schedule, memory_bytes=memory_bytes))
+    assert all(candidate.peak_bytes <= memory_bytes for candidate in (bred.best, *bred.others))
+
+
 def test_time_is_bounded_by_what_is_simulated(monkeypatch):
     costs = Costs(UNEVEN, machine())
     largest = 7 * 4 * 2

@@ -91,7 +91,7 @@ def breed_runtime(
         together: layers that must share a pack.
         abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
         stay: what a step that was measured will let stay; None if nothing will.
-        in_use: a schedule that fits; it is found unless another one is faster by `MARGIN`.
+        in_use: it is found, if it fits, unless another one is faster by `MARGIN`.
 
     Raises:
         CapacityError: nothing that evolved fits.
@@ -124,11 +124,11 @@ def breed_runtime(
         best = sorted(plans.known, key=plans.fitness)[: POPULATION // 2]
         bred.append(plans)
     found = _closer(plans.best_of_kinds(), costs)
-    if in_use is not None:
+    if in_use is not None and (peak := runtime_peak_bytes(in_use, costs)) <= memory_bytes:
         known = stay(in_use) if stay is not None else in_use
-        present = _closer([Candidate(
-            schedule=known, seconds=runtime_seconds(known, costs, 2), peak_bytes=runtime_peak_bytes(in_use, costs)
-        )], costs)[0]  # fmt: skip
+        present = _closer(
+            [Candidate(schedule=known, seconds=runtime_seconds(known, costs, 2), peak_bytes=peak)], costs
+        )[0]
         if not (found and found[0].seconds < (1 - MARGIN) * present.seconds):
             found = [present, *(candidate for candidate in found if candidate.schedule != known)]
     if not found:

@@ -78,7 +78,7 @@ def search_runtime(
         abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
         stay_bytes: up to which things stay on each GPU, as in steps behind a measured one; None if nothing will.
         moves_stash: stashes go to the host whatever is left.
-        in_use: a schedule that fits; it is found unless another one is faster.
+        in_use: it is found, if it fits, unless another one is faster.
 
     Raises:
         CapacityError: nothing fits, with what the smallest packs need.
