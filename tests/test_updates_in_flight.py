@@ -9,6 +9,8 @@ import lightning as L
 import pytest
 import torch
 from chain import Chain, harmony, loader, same_weights, trainer
+from torch.utils.data import DataLoader, TensorDataset
+from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 from harmony_lightning.hardware.presets import HostModel
@@ -218,6 +220,19 @@ def test_updates_go_on_while_the_next_step_begins():
         span for device in range(2) for span in timeline.lane(device, "compute") if span.name.startswith("forward")
     ]
     assert any(update.start < span.start < update.end for update in updates for span in forward)
+
+
+@pytest.mark.parametrize("update", ["host", "first"])
+def test_updates_of_gradients_over_several_minibatches_hold_nothing_up(update):
+    """Such a minibatch takes as long as one whose gradients wait for more."""
+    options = {"mode": "pp", "microbatch_size": 8, "stash": "host", "one_layer_per_pack": True}
+    cluster = cluster_of(2, "1080ti", memory="200MiB")
+    strategy = HarmonyStrategy(plan="sizes", update=update, cluster=cluster, **options)
+    data = DataLoader(TensorDataset(*batch_of(64 * 6)), batch_size=64)
+    module = on_meta(functools.partial(Wide, depth=16)).to_empty(device="cpu")
+    trainer(strategy, max_steps=3, accumulate_grad_batches=2).fit(module, data)
+    waiting, updating, *_ = strategy.timeline().step_seconds
+    assert updating < 1.025 * waiting
 
 
 @pytest.mark.parametrize("forks", [False, True])

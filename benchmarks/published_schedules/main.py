@@ -5,6 +5,7 @@ Reads the published profiles, machine and schedules from a folder, and prints th
 
 import argparse
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from harmony_lightning.plan import Schedule
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
+from harmony_lightning.scheduler.search.genetic import breed
+from harmony_lightning.scheduler.search.own import search_own
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
@@ -29,10 +32,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parents[2] / ".." / "shared" / "profiles")
     parser.add_argument("--memory", type=float, default=9e9, help="bytes per GPU")
+    parser.add_argument("--genetic", action="store_true", help="the table of bred schedules alone")
     arguments = parser.parse_args()
     folder, memory = arguments.folder, arguments.memory
     machine = read_machine(folder / "machine.json")
     rows = json.loads((folder / "published_schedules.json").read_text())["schedules"]
+    if arguments.genetic:
+        tell_bred(list(rows), folder, memory)
+        return
 
     print("| row | published s | ours | differs | published s, overlap | ours | differs | needs GB |")
     print("|---|---|---|---|---|---|---|---|")
@@ -74,15 +81,23 @@ def main() -> None:
             f"| **{harmony.best.seconds:.3f}** | {describe(harmony.best.schedule)} | {harmony.best.peak_bytes / 1e9:.2f} "
             f"| {harmony.search_seconds:.2f} |"
         )
-        own.append((row, entry["step_seconds_overlap"], schedule, costs, harmony, found[Rules.OWN]))
+        began = time.process_time()
+        ours = search_own(costs, minibatch=schedule.minibatch, mode=schedule.mode, memory_bytes=memory)
+        took = time.process_time() - began
+        own.append((row, entry["step_seconds_overlap"], schedule, costs, found[Rules.OWN], ours, took))
 
-    print("\n| row | *shipped*, overlap | the same under our rules | our search | faster | plan | GB | s |")
-    print("|---|---|---|---|---|---|---|---|")
-    for row, shipped, schedule, costs, _, ours in own:
+    print(
+        "\n| row | *shipped*, overlap | the same under our rules | our search | what stays | faster | plan | GB | s |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    for row, shipped, schedule, costs, prefetching, ours, took in own:
         same = seconds(replace(schedule, prefetch=1), costs, Rules.OWN)
+        stays = f"**{ours.best.seconds:.3f}**" if ours.rules == Rules.RUNTIME else "-"
+        fastest = "" if ours.rules == Rules.RUNTIME else "**"
         print(
-            f"| {row} | {shipped:.3f} | {same:.3f} | **{ours.best.seconds:.3f}** | {shipped / ours.best.seconds:.2f}x "
-            f"| {describe(ours.best.schedule)} | {ours.best.peak_bytes / 1e9:.2f} | {ours.search_seconds:.2f} |"
+            f"| {row} | {shipped:.3f} | {same:.3f} | {fastest}{prefetching.best.seconds:.3f}{fastest} | {stays} "
+            f"| {shipped / ours.best.seconds:.2f}x | {describe(ours.best.schedule)} | {ours.best.peak_bytes / 1e9:.2f} "
+            f"| {took:.2f} |"
         )
 
     print("\n| gpt2_10b | published s | ours | our search, Harmony's rules | our search, our rules | s |")
@@ -109,6 +124,22 @@ def main() -> None:
                 f"| {found[Rules.HARMONY].best.seconds:.1f} | {found[Rules.OWN].best.seconds:.1f} "
                 f"| {found[Rules.HARMONY].search_seconds:.2f} |"
             )
+
+
+def tell_bred(rows: list[str], folder: Path, memory: float) -> None:
+    """Both searchers under both rules."""
+    print("| row | our search, Harmony's rules | bred | | our search, our rules | bred | |")
+    print("|---|---|---|---|---|---|---|")
+    machine = read_machine(folder / "machine.json")
+    for row in rows:
+        model, minibatch, mode = row.split()
+        costs = Costs(read_profile(folder / f"{model}.json"), machine)
+        cells = []
+        for rules in (Rules.HARMONY, Rules.OWN):
+            wanted = {"minibatch": int(minibatch), "mode": mode.lower(), "memory_bytes": memory, "rules": rules}
+            found, bred = (one(costs, **wanted).best.seconds for one in (search, breed))
+            cells += [f"{found:.3f}", f"{bred:.3f}", f"{bred / found - 1:+.1%}"]
+        print(f"| {row} | {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -26,15 +26,15 @@ CLASSES = {
 
 
 class Breakdown(L.Callback):
-    """Counts the last whole one of so many steps; those behind it only show when it ends."""
+    """Counts the last whole one of so many steps, of some minibatches each; those behind it only show when it ends."""
 
-    def __init__(self, num_steps: int) -> None:
-        self._last = num_steps - 1
+    def __init__(self, num_steps: int, num_minibatches: int = 1) -> None:
+        self._last, self._num_minibatches = num_steps - 1, num_minibatches
         self.seconds: Counter[str] = Counter()
         self._is_counting = False
 
     def on_train_batch_start(self, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
-        self._is_counting = batch_idx == self._last
+        self._is_counting = batch_idx // self._num_minibatches == self._last
 
     @contextmanager
     def counting(self) -> Iterator[None]:

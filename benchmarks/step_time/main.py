@@ -56,7 +56,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
     """Raises HarmonyError if GPUs have not the memory."""
     shape, num_gpus, gpu = MODELS[arguments.model], arguments.num_gpus, gpu_model(arguments.gpu)
     cluster = EmulatedCluster(num_gpus, preset=gpu, host=arguments.host, fake=True, check_races=False)
-    num_sequences = max(1, num_tokens // arguments.length)
+    num_sequences = max(1, num_tokens // arguments.length // arguments.accumulate)
     microbatch_size = max(1, num_sequences // arguments.microbatches)
     num_microbatches = -(-num_sequences // microbatch_size)
     with torch.device("meta"):
@@ -87,8 +87,9 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
         strategy=strategy,
         accelerator="cpu",
         precision=arguments.precision,
-        callbacks=[breakdown := Breakdown(num_steps)],
+        callbacks=[breakdown := Breakdown(num_steps, arguments.accumulate)],
         max_steps=num_steps + 1,
+        accumulate_grad_batches=arguments.accumulate,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -97,7 +98,7 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
     begin = time.perf_counter()
     with breakdown.counting() if arguments.breakdown else nullcontext():
         # The last step only shows when it can begin, for which one microbatch will do.
-        sizes = [num_sequences] * num_steps + [microbatch_size]
+        sizes = [num_sequences] * (num_steps * arguments.accumulate) + [microbatch_size]
         trainer.fit(module, batches(sizes, arguments.length, shape.vocabulary))
     timeline, statistics = strategy.timeline(), strategy.statistics()
     took = time.perf_counter() - begin
@@ -105,15 +106,16 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
         arguments.trace.write_text(chrome_trace(timeline))
     one = own_kernels(shape, (microbatch_size, arguments.length + 1), gpu, arguments.precision)
     recomputed = [f"blocks.{i}" for i in range(shape.depth) if f"blocks.{i}" not in strategy.plan.keep]
-    first, second = starts(timeline)[-2:]
+    begun = starts(timeline)
+    first, second = begun[-1 - arguments.accumulate], begun[-1]
     least = bound(
         timeline,
         first,
         second,
         num_gpus=num_gpus,
         num_parameters=sum(module.get_parameter(n).numel() for n in _updated_on_host(strategy.plan)),
-        kernel_seconds=one.per_step(num_microbatches, recomputed),
-        sum_seconds=one.sums_per_step(num_sums(strategy.plan)),
+        kernel_seconds=arguments.accumulate * one.per_step(num_microbatches, recomputed),
+        sum_seconds=arguments.accumulate * one.sums_per_step(num_sums(strategy.plan)),
         gpu=gpu,
         host=host_model(arguments.host),
         dtype="float32" if arguments.precision == "32-true" else "bfloat16",
@@ -122,7 +124,8 @@ def measure(arguments: argparse.Namespace, num_tokens: int) -> Measured:
     return Measured(
         seconds=second - first,
         least=least,
-        microbatches=f"{num_microbatches} of {microbatch_size}",
+        microbatches=("" if arguments.accumulate == 1 else f"{arguments.accumulate} x ")
+        + f"{num_microbatches} of {microbatch_size}",
         weights="travel" if arguments.travelling else stays,
         updated_there=sum(pack.update == "device" for pack in strategy.plan.packs),
         peak_bytes=max(statistics.peak_device_bytes),
@@ -153,6 +156,9 @@ def argument_parser() -> argparse.ArgumentParser:
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384], help="per step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a sequence")
     parser.add_argument("--microbatches", type=int, default=16, help="as far as there are sequences")
+    parser.add_argument(
+        "--accumulate", type=int, default=1, help="minibatches per step, as Trainer(accumulate_grad_batches)"
+    )
     parser.add_argument("--mode", default="mixed", choices=("pp", "mixed"))
     parser.add_argument("--update", default="host", choices=("host", "first"), help="first: that of each GPU there")
     parser.add_argument("--travelling", action="store_true", help="no weights stay, all blocks are computed twice")

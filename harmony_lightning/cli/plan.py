@@ -1,8 +1,10 @@
 """`harmony plan`: the fastest schedule for a profile on a machine.
 
 With --json it prints one object. Its fields tell the best plan under Harmony's rules with overlap; `own` holds the same
-fields for the best plan under our runtime's rules:
+fields for the best plan with what our runtime can do: under our own rules, which prefetch and leave packs as free as
+Harmony's, or under those by which the runtime carries plans out now, where what these let stay and deal is faster.
 
+    rules                "harmony"; in `own` "own" or "runtime"
     step_seconds         of one step, simulated
     peak_bytes           the most that any GPU holds
     mode                 "pp" or "dp"
@@ -13,6 +15,11 @@ fields for the best plan under our runtime's rules:
                          forward and backward together, so the forward packs end before it
     prefetch             packs whose weights come ahead of the running one, and whose gradients leave behind it
     boundary             where packs hand over in dp: "device" or "host"
+    keep                 layers that keep their activations from forward to backward
+    resident             backward packs whose weights stay on their devices
+    stash, stash_stays   where inputs of layers wait from forward to backward: "device" or "host", and in the latter case
+                         backward packs whose inputs stay on the devices nevertheless
+    dealt                backward packs whose microbatches are dealt over the GPUs in pp, as all are in dp ("mixed")
     search_seconds       what the search took
     is_proved            whether nothing in the searched family is better
     planner              "bounds", which proves its plan the best of its family, or "genetic", which breeds plans
@@ -25,7 +32,7 @@ shows both.
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.table import Table
@@ -36,6 +43,7 @@ from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import bound_seconds, describe, explain
 from harmony_lightning.scheduler.search.genetic import breed
+from harmony_lightning.scheduler.search.own import costs_under, search_own
 from harmony_lightning.scheduler.search.schedules import Found, search
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes, parse_nbytes
@@ -69,13 +77,14 @@ def run(arguments: argparse.Namespace) -> int:
     harmony = search(costs, rules=Rules.HARMONY, **question)
     default = {
         Rules.HARMONY: harmony,
-        Rules.OWN: search(costs, rules=Rules.OWN, known=[harmony.best.schedule], **question),
+        Rules.OWN: search_own(costs, known=[harmony.best.schedule], **question),
     }
     found = default
     if arguments.planner == "genetic":
         found = {rules: breed(costs, rules=rules, **question) for rules in default}
     reasons = {
-        rules: list(explain(answer, costs, **question)) if arguments.explain else [] for rules, answer in found.items()
+        rules: list(_explained(rules, answer, costs, question)) if arguments.explain else []
+        for rules, answer in found.items()
     }
     if arguments.json:
         of_harmony, of_own = (
@@ -89,15 +98,32 @@ def run(arguments: argparse.Namespace) -> int:
                 fields["reasons"] = reasons[rules]
         print(json.dumps({**of_harmony, "own": of_own}))
         return 0
-    rows = [(str(rules), answer) for rules, answer in default.items()]
+    rows = [
+        (str(rules) if answer.rules == rules else f"{rules}, {answer.rules}'s rules", answer)
+        for rules, answer in default.items()
+    ]
     if found is not default:
         rows += [(f"{rules}, genetic", answer) for rules, answer in found.items()]
     _show(rows, costs, question, {str(rules): reasons[rules] for rules in found})
     return 0
 
 
+def _explained(rules: Rules, found: Found, costs: Costs, question: dict[str, Any]) -> Iterator[str]:
+    """Sentences on a plan, under the rules that it was found under."""
+    if found.rules == rules:
+        return explain(found, costs, **question)
+
+    def again(changed: Costs, minibatch: int, memory_bytes: float) -> Found:
+        with_original = Costs(costs.profile, changed.machine)
+        return search_own(with_original, minibatch=minibatch, mode=question["mode"], memory_bytes=memory_bytes)
+
+    return explain(found, costs_under(found.rules, costs, question["memory_bytes"]), **question, search_again=again)
+
+
 def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:
     schedule = found.best.schedule
+    first, last = schedule.packs_backward[-1]
+    kept = {*schedule.keep, last} if found.rules == Rules.RUNTIME else range(first, last + 1)
     return {
         "rules": found.rules,
         "mode": schedule.mode,
@@ -110,6 +136,11 @@ def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:
         "packs_backward": schedule.packs_backward,
         "prefetch": schedule.prefetch,
         "boundary": schedule.boundary if found.rules == Rules.OWN or schedule.mode == "pp" else "host",
+        "keep": sorted(kept),
+        "resident": schedule.resident,
+        "stash": schedule.stash,
+        "stash_stays": schedule.stash_stays,
+        "dealt": schedule.dealt,
         "num_schedules": found.num_schedules,
         "num_simulated": found.num_simulated,
         "is_proved": found.is_proved,
@@ -120,7 +151,7 @@ def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:
 def _bound(found: Found, costs: Costs, minibatch: int) -> float:
     """Seconds. The last pack runs forward and backward together, so the larger it is, the less there is to recompute."""
     full = bound_seconds(costs, minibatch, recompute=True)
-    is_full = found.rules != Rules.OWN and full <= found.best.seconds
+    is_full = found.rules == Rules.HARMONY and full <= found.best.seconds
     return full if is_full else bound_seconds(costs, minibatch, recompute=False)
 
 

@@ -18,8 +18,10 @@ from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.updates.device_update import DeviceUpdates
 from harmony_lightning.runtime.updates.gradients import GradientStore
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
+from harmony_lightning.runtime.weights.host_weights import HostWeights
 from harmony_lightning.runtime.weights.masters import WeightStore
-from harmony_lightning.runtime.weights.residency import DeviceWeights, HostWeights, Weights
+from harmony_lightning.runtime.weights.residency import DeviceWeights
+from harmony_lightning.runtime.weights.weight_slot import Weights
 from harmony_lightning.runtime.worker import HostWorker
 
 

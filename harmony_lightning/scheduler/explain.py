@@ -200,4 +200,5 @@ def describe(schedule: Schedule) -> str:
     return (
         f"{schedule.mode}, forward {len(schedule.packs_forward)} packs x {schedule.microbatch_forward} samples, "
         f"backward {len(schedule.packs_backward)} packs x {schedule.microbatch_backward}"
+        f"{', the last one dealt' if schedule.dealt else ''}"
     )

@@ -74,6 +74,17 @@ def test_a_gradient_that_somebody_keeps_is_not_overwritten(cluster, worker):
     assert torch.equal(kept[0], torch.full((16,), 7.0))
 
 
+def test_what_was_kept_until_this_backward_is_taken_in_the_next_one(cluster, worker):
+    """A job of this backward may free it at any time, which would be seen before devices have come so far."""
+    buffers, kept = HostBuffers(cluster, worker, limits={"next": 1}), []
+    first = arrive(buffers, worker, lambda lent: kept.append(lent.pop("weight")))
+    buffers.begin()
+    others = {arrive(buffers, worker, lambda lent: (kept.clear(), lent.clear())) for _ in range(4)}
+    buffers.begin()
+    assert first not in others
+    assert first in {arrive(buffers, worker) for _ in range(4)}
+
+
 def test_an_error_of_the_job_before_is_raised_where_the_next_one_asks(cluster, worker):
     buffers = HostBuffers(cluster, worker, limits={"next": 1})
 

@@ -18,7 +18,9 @@ from small_profiles import (
 )
 
 from harmony_lightning import CapacityError
+from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.search.breeding import stages
 from harmony_lightning.scheduler.search.genetic import breed
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
@@ -57,6 +59,36 @@ def test_it_comes_close_to_the_default_on_small_models():
     for rules in SCHEDULED:
         bred, found = (one(costs, **question(rules=rules, minibatch=8)) for one in (breed, search))
         assert bred.best.seconds <= 1.02 * found.best.seconds
+
+
+@pytest.mark.parametrize(("mode", "boundaries"), [("pp", {"device"}), ("dp", {"device", "host"})])
+def test_where_little_fits_genes_of_memory_give_way(mode, boundaries):
+    """From single layers and single samples up; under Harmony's rules there are no such genes."""
+    costs = Costs(profile(*[kind(activation=40)] * 6), machine())
+    packs = tuple((layer, layer) for layer in range(6))
+    smallest = Schedule(
+        mode=mode, num_devices=2, minibatch=8, microbatch_forward=1, packs_forward=packs[:-1], microbatch_backward=1,
+        packs_backward=packs, boundary="host",
+    )  # fmt: skip
+    least = peak_bytes(smallest, costs, Rules.OWN)
+    bred = [
+        breed(costs, **question(mode=mode, minibatch=8, rules=Rules.OWN, memory_bytes=memory)).best.schedule
+        for memory in (least, 1e6)
+    ]
+    assert [schedule.prefetch for schedule in bred] == [0, 1]
+    assert {schedule.boundary for schedule in bred} == boundaries and bred[1].boundary == "device"
+    plain = breed(costs, **question(mode=mode, minibatch=8, memory_bytes=1e6)).best.schedule
+    assert (plain.prefetch, plain.boundary) == (0, "device")
+
+
+def test_many_samples_are_preceded_by_few(monkeypatch):
+    monkeypatch.setattr("harmony_lightning.scheduler.search.genetic.MAX_COMPUTATIONS", 60_000)
+    assert (stages(15), stages(63), stages(64), stages(250)) == ([15], [63], [16, 64], [62, 250])
+    costs = Costs(profile(*[kind(weights=50 * i, seconds=0.5 * i) for i in range(1, 8)]), machine())
+    wanted = question(minibatch=64, memory_bytes=4000)
+    bred = breed(costs, **wanted).best
+    assert bred.schedule.minibatch == 64
+    assert bred.seconds <= 1.05 * search(costs, **wanted).best.seconds
 
 
 def test_nothing_bred_may_fit():

@@ -129,10 +129,10 @@ def test_packs_are_smaller_than_units_where_these_are_too_large():
 
 def test_a_search_that_must_stop_early_is_no_worse_than_what_it_knows(monkeypatch):
     costs, options = Costs(deep(40), machine(gpus=4)), {"minibatch": 8, "rules": Rules.OWN}
-    thorough = found(costs, 4000, **options)
+    thorough = found(costs, 2500, **options)
     monkeypatch.setattr("harmony_lightning.scheduler.search.schedules.MAX_COMPUTATIONS", 0)
-    hasty = found(costs, 4000, **options)
-    told = found(costs, 4000, known=[thorough.best.schedule], **options)
+    hasty = found(costs, 2500, **options)
+    told = found(costs, 2500, known=[thorough.best.schedule], **options)
     assert not hasty.is_proved
     assert told.best.seconds == thorough.best.seconds < hasty.best.seconds
 
@@ -240,6 +240,19 @@ def test_more_memory_and_faster_links_never_give_a_worse_plan(layers, server, mo
     for link in ("host_link_bytes_per_second", "peer_bytes_per_second", "host_message_bytes_per_second"):
         faster = replace(server, **{link: getattr(server, link) * data.draw(st.floats(1.0, 10.0))})
         assert seconds_or_inf(Costs(layers, faster), little, **options) <= least + 1e-9
+
+
+def test_a_search_that_cannot_prove_its_plan_looks_first_where_there_is_room():
+    """Forty layers alike: with more memory larger packs and microbatches fit, but not beside the next pack's weights."""
+    costs = Costs(
+        profile(*[kind(weights=50, seconds=3.0, update=0.05, sizes=(1, 2, 3, 6))] * 40, sizes=(1, 2, 3, 6)),
+        machine(gpus=3, host_link_bytes_per_second=50.0, host_link_shared_by=3),
+    )
+    little, more = (
+        search(costs, minibatch=16, mode="dp", memory_bytes=memory, rules=Rules.OWN) for memory in (300, 400)
+    )
+    assert little.is_proved and not more.is_proved
+    assert more.best.seconds <= little.best.seconds
 
 
 @pytest.mark.parametrize("rules", SCHEDULED)

@@ -17,7 +17,7 @@ from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.layer.written_weights import refuse_other_writes
 from harmony_lightning.runtime.structure import clone_with_strides, flatten_result
 from harmony_lightning.runtime.thread_state import Autocast
-from harmony_lightning.runtime.weights.residency import Weights
+from harmony_lightning.runtime.weights.weight_slot import Weights
 
 
 def differentiate(

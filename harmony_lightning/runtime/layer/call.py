@@ -17,7 +17,7 @@ from harmony_lightning.runtime.segment import Segment, Sink
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments
 from harmony_lightning.runtime.thread_state import Autocast
-from harmony_lightning.runtime.weights.residency import Weights
+from harmony_lightning.runtime.weights.weight_slot import Weights
 
 
 class LayerCall:

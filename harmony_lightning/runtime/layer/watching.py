@@ -9,7 +9,7 @@ from harmony_lightning.hardware.device import Device
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.weights.narrow import Guard, Probe, Watch
-from harmony_lightning.runtime.weights.residency import Weights
+from harmony_lightning.runtime.weights.weight_slot import Weights
 
 Begin = Callable[[torch.Tensor, bool], torch.Tensor]
 """Makes what a layer gets of a weight on its device; the second says whether the weight trains."""

@@ -60,6 +60,8 @@ class DeviceUpdates:
         self._update: JustInTimeUpdate | None = None
         """Of the running backward; None if its updates are none of ours."""
         self._states: dict[int, StateArena] = {}
+        self._read: list[tuple[Event, list[torch.Tensor]]] = []
+        """Gradients of minibatches before, on the host, and the point from which on nobody reads them."""
         self._told: set[str] = set()
         uses = Counter(name for pack in plan.packs for name in pack.parameters)
         self._layouts: dict[int, Layout] = {
@@ -75,6 +77,10 @@ class DeviceUpdates:
     def begin(self, update: JustInTimeUpdate | None) -> None:
         """A backward begins, in which this update, if any, may be taken on devices."""
         self._update = update
+        while self._read:
+            event, gradients = self._read.pop()
+            event.synchronize()
+            gradients.clear()
 
     def end(self) -> None:
         """It ends, or is given up."""
@@ -95,8 +101,8 @@ class DeviceUpdates:
         """Update a pack's weights on the device that has their gradients, all of them complete.
 
         Returns:
-            The names of those that are updated, which may be fewer, and the point from which on the host has them; None if
-            they stay.
+            The names of those that are updated, which may be fewer, and the point from which on the host has them, and
+            nobody reads its memory; None if they stay.
         """
         stepped = frozenset(gradients).intersection(self._names(pack))
         states = self._arena(pack) if stepped else None
@@ -106,14 +112,21 @@ class DeviceUpdates:
         here = self._cluster.devices[device]
         for event in (self.slots.arrived(slot, device), *self._reads(stepped)):
             here.wait(Lane.COMPUTE, event)  # what stays here may be being read from here
+        earlier: list[torch.Tensor] = []
         with torch._C.DisableTorchFunction(), here.lane(Lane.COMPUTE, f"update of pack {pack}"):
-            stand_ins = self._stand_ins(slot, pack, device, {n: g for n, g in gradients.items() if n in stepped})
+            complete = {name: gradient for name, gradient in gradients.items() if name in stepped}
+            stand_ins = self._stand_ins(slot, pack, device, complete, earlier)
             self._update.step_there(stand_ins)
             for name, stand_in in stand_ins.items():
                 self._take_over(slot, name, stand_in)
         torch.autograd.graph.increment_version([self._parameters[name] for name in stepped])
         self._counters.updates_on_devices += 1
-        return stepped, self.slots.keep_or_leave(slot, pack, device, stepped)
+        arrival = self.slots.keep_or_leave(slot, pack, device, stepped)
+        if earlier:
+            read = here.record(Lane.COMPUTE)
+            self._read.append((read, earlier))
+            arrival = arrival or read
+        return stepped, arrival
 
     def _names(self, pack: int) -> list[str]:
         """Weights that may be updated on a device in this step."""
@@ -147,8 +160,14 @@ class DeviceUpdates:
     # What is stepped --------------------------------------------------------------------------------------------------
 
     def _stand_ins(
-        self, slot: UpdateSlot, pack: int, device: int, gradients: Mapping[str, torch.Tensor]
+        self,
+        slot: UpdateSlot,
+        pack: int,
+        device: int,
+        gradients: Mapping[str, torch.Tensor],
+        earlier: list[torch.Tensor],
     ) -> dict[str, StandIn]:
+        """`earlier` is given gradients of minibatches before, which are being read until they are added."""
         assert self._update is not None and slot.states is not None
         layout, weights = self._layouts[pack], self._weights[device].acquire(pack, gradients)
         copies = {name: layout[name].view(slot.bytes) for name in gradients}
@@ -159,9 +178,10 @@ class DeviceUpdates:
         stand_ins: dict[str, StandIn] = {}
         for name, gradient in gradients.items():
             parameter, master = nn.Parameter(copies[name]), self._parameters[name]
-            if master.grad is not None:  # of minibatches before
+            if master.grad is not None:
                 self._counters.swap_in_bytes += master.grad.nbytes
-                gradient.add_(master.grad.to(gradient.device))
+                gradient.add_(master.grad.to(gradient.device, non_blocking=True))
+                earlier.append(master.grad)
                 master.grad = None
             parameter.grad = gradient
             stand_ins[name] = StandIn(parameter, dict(self._update.remembered(name)))

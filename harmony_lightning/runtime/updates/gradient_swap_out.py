@@ -67,6 +67,12 @@ class GradientSwapOut:
         self.in_parts: set[str] = set()
         """Weights of which some part has been sent in this backward."""
 
+    def begin(self) -> None:
+        """A backward begins."""
+        self.tickets.clear()
+        self._buffers.begin()
+        self._narrow_buffers.begin()
+
     @torch.inference_mode(False)
     @torch.no_grad()
     def send_slot(self, slot: GradientSlot, complete: frozenset[str], on_complete: OnComplete) -> None:

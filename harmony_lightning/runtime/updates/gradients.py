@@ -250,7 +250,7 @@ class GradientStore:
 
     def begin(self) -> None:
         """A backward begins."""
-        self._out.tickets.clear()
+        self._out.begin()
 
     def finish(self, on_complete: OnComplete) -> None:
         """End of a backward: whatever has not become complete by now never gets more."""

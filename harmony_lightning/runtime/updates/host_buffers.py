@@ -27,10 +27,20 @@ class HostBuffers:
         self._limits = limits
         self._in_use: dict[Urgency, deque[tuple[torch.Tensor, Ticket]]] = {urgency: deque() for urgency in limits}
         """What was taken last, with the jobs that work with it."""
-        self._dealt_with: list[torch.Tensor] = []
-        """What those before have worked with: free, or kept by somebody."""
+        self._ready: list[torch.Tensor] = []
+        """What those before have worked with, and nobody keeps."""
+        self._kept: list[torch.Tensor] = []
+        """What somebody kept, such as `Parameter.grad`, until this backward. It may have become free in it, but by a job
+        that is still to be done as devices count time, for which no copy should wait."""
         self._free: dict[int, Mark] = {}
         """By identity of the buffer: the point at which the last user was done."""
+
+    def begin(self) -> None:
+        """A backward begins: the jobs of the one before are done."""
+        for buffer in self._kept:
+            if id(buffer) in self._free:
+                self._ready.append(buffer)
+        self._kept = [buffer for buffer in self._kept if id(buffer) not in self._free]
 
     def take(self, nbytes: int, urgency: Urgency = "next") -> torch.Tensor:
         in_use = self._in_use[urgency]
@@ -38,11 +48,11 @@ class HostBuffers:
             buffer, ticket = in_use.popleft()
             ticket.join()
             self._worker.raise_error()  # the step is lost, and what was sent since may still be on its way here
-            self._dealt_with.append(buffer)
-        for index, buffer in enumerate(self._dealt_with):
-            if nbytes <= buffer.numel() <= 2 * nbytes and (free_since := self._free.pop(id(buffer), None)) is not None:
-                free_since.synchronize()
-                del self._dealt_with[index]
+            (self._ready if id(buffer) in self._free else self._kept).append(buffer)
+        for index, buffer in enumerate(self._ready):
+            if nbytes <= buffer.numel() <= 2 * nbytes:
+                self._free.pop(id(buffer)).synchronize()
+                del self._ready[index]
                 return buffer
         return self._cluster.host_buffer(nbytes)
 

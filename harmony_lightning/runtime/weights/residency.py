@@ -11,73 +11,20 @@ place of packs that are in use, which have to come back then: `Counters.out_of_t
 """
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import nn
-from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.weights.arena import (
-    Region,
-)
+from harmony_lightning.runtime.weights.arena import Region
 from harmony_lightning.runtime.weights.masters import WeightStore
+from harmony_lightning.runtime.weights.weight_slot import Weights, WeightSlot
 from harmony_lightning.runtime.worker import HostWorker, Ticket
-
-
-class Weights(dict[str, torch.Tensor]):
-    """Device-resident weights by name: leaves over slot memory, valid until the slot is released."""
-
-    def __init__(self, *args: Any) -> None:
-        super().__init__(*args)
-        self._edges: dict[str, tuple[torch.Tensor, GradientEdge]] = {}
-
-    def edge(self, name: str) -> GradientEdge:
-        """Where gradients of a weight that requires one end. Torch makes a view of the leaf to find out."""
-        weight, (of, edge) = self[name], self._edges.get(name, (None, None))
-        if of is not weight or edge is None:
-            edge = get_gradient_edge(weight)
-            self._edges[name] = (weight, edge)
-        return edge
-
 
 Newer = tuple[dict[str, torch.Tensor], Event]
 """Weights on a device that are newer than the masters, and the point behind what has made them."""
-
-
-@dataclass(slots=True, eq=False)
-class _Slot:
-    pack: int
-    memory: torch.Tensor
-    """The piece that it lies in: of its own, or that of all packs that are not resident."""
-    start: int
-    bytes: torch.Tensor
-    """From there on; it counts its own versions."""
-    weights: Weights
-    """Leaves over it."""
-    released: Event | None
-    """Behind the last compute on its content, or on what the memory was before; None once a swap-in has waited for that."""
-    is_free: bool = True
-    """Whether nobody needs the pack here now."""
-    generation: int = -1
-    """Of the masters that its content are copies of; -1: of none, another slot has had the memory."""
-    versions: tuple[int, int] = (-1, -1)
-    """Of those masters, and of the copy, behind the swap-in."""
-    loading: Ticket | None = None
-    """Of the job that enqueues the swap-in of the present content; None once compute waits for that."""
-    ready: Event | None = None
-    """Behind that swap-in."""
-
-    @property
-    def stop(self) -> int:
-        return self.start + self.bytes.numel()
-
-    def overlaps(self, memory: torch.Tensor, start: int, stop: int) -> bool:
-        return self.memory is memory and max(self.start, start) < min(self.stop, stop)
 
 
 class DeviceWeights:
@@ -106,12 +53,12 @@ class DeviceWeights:
         """By pack: the last job that has enqueued its swap-in."""
         self._reads: dict[int, Event] = {}
         """By pack: behind the last swap-in."""
-        self._slots: list[_Slot] = []
+        self._slots: list[WeightSlot] = []
         self._shared: torch.Tensor | None = None
         """Memory for packs that are not resident."""
         self._keys: dict[int, int] = {}
         """Bytes of each piece of memory that slots lie in, by what tells that a tensor does."""
-        self._last: _Slot | None = None
+        self._last: WeightSlot | None = None
         self.find_newer: Callable[[int], Newer | None] = lambda pack: None
         """Tells of a pack whose newest weights are on this device (`update_slots`)."""
 
@@ -140,7 +87,7 @@ class DeviceWeights:
         if self._find(pack) is not None or self._vacant(pack) is not None:
             self._load(pack)
 
-    def _finish_loading(self, slot: _Slot) -> None:
+    def _finish_loading(self, slot: WeightSlot) -> None:
         """Let compute wait for the present content."""
         if slot.loading is not None:
             slot.loading.wait()
@@ -155,7 +102,7 @@ class DeviceWeights:
             if slot.pack == pack:
                 self._release(slot)
 
-    def _release(self, slot: _Slot) -> None:
+    def _release(self, slot: WeightSlot) -> None:
         if not slot.is_free:
             slot.is_free, slot.released = True, self._device.record(Lane.COMPUTE)
 
@@ -166,7 +113,7 @@ class DeviceWeights:
         for slot in [s for s in self._slots if s.memory is not self._shared and s.pack not in self._plan.resident]:
             self._remove(slot)
 
-    def _remove(self, slot: _Slot) -> None:
+    def _remove(self, slot: WeightSlot) -> None:
         """Free the slot, which has memory of its own."""
         self._finish_loading(slot)
         self._slots.remove(slot)
@@ -220,7 +167,7 @@ class DeviceWeights:
         self._last = self._shared = None
         self._plan = plan
 
-    def _find(self, pack: int) -> _Slot | None:
+    def _find(self, pack: int) -> WeightSlot | None:
         """The slot with good weights of `pack`."""
         for slot in self._slots:
             if slot.pack == pack and slot.generation == self._store.generations[pack]:
@@ -232,7 +179,7 @@ class DeviceWeights:
                 return slot if is_good and not self._store.arenas[pack].is_out_of_date() else None
         return None
 
-    def _vacant(self, pack: int) -> _Slot | None:
+    def _vacant(self, pack: int) -> WeightSlot | None:
         """A slot that the pack may have without taking the memory of one that is needed: its own, else anywhere."""
         for slot in self._slots:
             if slot.pack == pack and self._is_vacant(pack, slot.memory, slot.start):
@@ -250,7 +197,7 @@ class DeviceWeights:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def _load(self, pack: int) -> _Slot:
+    def _load(self, pack: int) -> WeightSlot:
         if (found := self._find(pack)) is not None:
             found.is_free = False
             return found
@@ -289,7 +236,12 @@ class DeviceWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _swap_in(
-        self, slot: _Slot, pack: int, after: Iterable[Event], newer: Mapping[str, torch.Tensor], cast: Ticket | None
+        self,
+        slot: WeightSlot,
+        pack: int,
+        after: Iterable[Event],
+        newer: Mapping[str, torch.Tensor],
+        cast: Ticket | None,
     ) -> None:
         """On the worker."""
         arena, layout = self._store.arenas[pack], self._store.layouts[pack]
@@ -322,7 +274,7 @@ class DeviceWeights:
             if pack in plan.resident:
                 self._add_own(pack)
 
-    def _add_own(self, pack: int) -> _Slot:
+    def _add_own(self, pack: int) -> WeightSlot:
         return self._add_slot(pack, self._make_memory(max(1, self._plan.packs[pack].slot_nbytes)), 0)
 
     @torch.inference_mode(False)
@@ -332,49 +284,10 @@ class DeviceWeights:
         return memory
 
     @torch.inference_mode(False)
-    def _add_slot(self, pack: int, memory: torch.Tensor, start: int) -> _Slot:
+    def _add_slot(self, pack: int, memory: torch.Tensor, start: int) -> WeightSlot:
         # `data` counts versions by itself: a swap-in beside it is no write of this one.
         slot_bytes = memory[start : start + self._plan.packs[pack].slot_nbytes].data
         # The allocator may hand out memory that compute has freed and still uses.
-        slot = _Slot(pack, memory, start, slot_bytes, Weights(), released=self._device.record(Lane.COMPUTE))
+        slot = WeightSlot(pack, memory, start, slot_bytes, Weights(), released=self._device.record(Lane.COMPUTE))
         self._slots.append(slot)
         return slot
-
-
-class HostWeights:
-    """The same face where the host is the only device: the masters serve directly."""
-
-    def __init__(self, parameters: Mapping[str, nn.Parameter], plan: Plan) -> None:
-        self._parameters = parameters
-        self._views = [Weights() for _ in plan.packs]
-
-    def acquire(self, pack: int, names: Iterable[str]) -> Weights:
-        weights = self._views[pack]
-        for name in names:
-            parameter = self._parameters[name]
-            if name not in weights or weights[name].data_ptr() != parameter.data_ptr():
-                with torch.inference_mode(False), torch.no_grad():
-                    weights[name] = parameter.detach()
-        return weights
-
-    def holds(self, tensor: torch.Tensor) -> bool:
-        return False  # the user's own memory, which stays
-
-    def last_read(self, pack: int) -> None: ...
-
-    def prefetch(self, pack: int) -> None: ...
-
-    def release(self, pack: int) -> None: ...
-
-    def release_all(self) -> None: ...
-
-    def find_slice(self, tensor: torch.Tensor) -> None: ...
-
-    slots_nbytes = 0
-
-    def allocate(self) -> None: ...
-
-    def let_go_idle(self) -> bool:
-        return False
-
-    def change_slots(self, plan: Plan) -> None: ...

@@ -73,8 +73,12 @@ class Turns:
     """Seconds for which inputs of all microbatches occupy the lane on which weights come."""
 
 
-def fitting(setting: Setting, direction: str, choices: Sequence[Choice], memory_bytes: float) -> list[Choice]:
-    """Choices of which every pack fits the memory by itself, stashes and whatever else is on the device left out."""
+def fitting(
+    setting: Setting, direction: str, choices: Sequence[Choice], memory_bytes: float, *, is_able: bool = False
+) -> list[Choice]:
+    """Choices of which every pack fits the memory by itself, stashes and whatever else is on the device left out. If it
+    `is_able`, every pack fits beside what our rules have there meanwhile, among packs of this direction: the next one's
+    weights, the gradients of the one before, and in dp what is handed over on the device."""
     rows: list[Ints] = []
     for size, members in _by_size(choices).items():
         counts = np.array([len(choices[row][1]) for row in members])
@@ -87,9 +91,31 @@ def fitting(setting: Setting, direction: str, choices: Sequence[Choice], memory_
         needs = peaks[end] - peaks[start] + 2 * inputs[start] + inputs[end]
         if direction == "backward":
             needs += np.where(start > 0, 2.0, 1.0) * inputs[start]
+        if is_able:
+            needs = _with_abilities(setting, direction, needs, start, end, counts)
         too_large = np.bincount(np.repeat(np.arange(len(members)), counts), needs > memory_bytes, len(members))
         rows.append(np.array(members)[too_large == 0])
     return [choices[row] for row in np.sort(np.concatenate(rows))] if rows else []
+
+
+def _with_abilities(setting: Setting, direction: str, needs: Floats, start: Ints, end: Ints, counts: Ints) -> Floats:
+    """Bytes while each pack computes, as `rules.memory.own_peak_bytes` counts them. Packs of one choice are in a row."""
+    costs, stride = setting.costs, setting.stride
+    weights, states = np.array(costs.weight_prefix), np.array(costs.state_prefix)
+    if not setting.is_pp:
+        waiting = np.array(costs.inputs(setting.samples))
+        needs = needs + np.maximum(np.where(start > 0, waiting[start], 0.0), waiting[end])
+    place = np.arange(len(start)) - np.repeat(np.cumsum(counts) - counts, counts)
+    if direction == "forward":
+        has_next = place + stride < np.repeat(counts, counts)
+        coming = np.minimum(np.arange(len(start)) + stride, len(start) - 1)
+    else:
+        has_next = place - stride >= 0
+        coming = np.maximum(np.arange(len(start)) - stride, 0)
+        has_left = place + stride < np.repeat(counts, counts)
+        left = np.minimum(np.arange(len(start)) + stride, len(start) - 1)
+        needs = needs + np.where(has_left, weights[end[left]] - weights[start[left]], 0.0)
+    return np.asarray(needs + np.where(has_next, states[end[coming]] - states[start[coming]], 0.0))
 
 
 def measure(setting: Setting, direction: str, choices: Sequence[Choice]) -> Turns:

@@ -32,7 +32,6 @@ from harmony_lightning.scheduler.search.breeding import (
     packs_between,
     stages,
 )
-from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
@@ -46,7 +45,8 @@ MAX_SHARE = 0.25
 MAX_SIMULATED = 800
 """Of small schedules: their plans take longer to make than to simulate."""
 NUM_FINALISTS = 4
-"""So many, as far as they are small enough, are simulated with links that are shared fairly."""
+MAX_FAIR_COMPUTATIONS = 2_000
+"""So many, as far as all are no larger than this, are simulated with links that are shared fairly: about a second."""
 MARGIN = 0.03
 """By so much of its seconds another plan must be faster than the one in use: predictions are about as much off."""
 

@@ -2,7 +2,7 @@
 
 The family joins every packing of `packings` for backward with every one for forward, at every microbatch size. It does
 not depend on memory or on links: memory only rules members out, and each member's seconds only grow when a link gets
-slower. As the best of the family is always found, more memory or a faster link never gives a worse plan.
+slower. Where the best of the family is proved (`Found.is_proved`), more memory or a faster link never makes a plan worse.
 
 Branch and bound, in three steps of rising cost: a bound for a backward packing with the least that any of a group of
 forward packings leaves behind; bounds for its pairs with each of them; the simulation. Whatever is not looked at closer
@@ -152,6 +152,8 @@ class _Search:
         )
         self.num_schedules = self.num_simulated = self.num_computations = self.num_reduced = self.num_sized = 0
         self.num_bounded = 0
+        self.share = 1.0
+        """Of that, what may be used by now."""
         self.is_complete = True
         self.best: dict[tuple[int, int, int, int], Candidate] = {}
         """By four-tuple with packs counted: the best of those."""
@@ -159,28 +161,41 @@ class _Search:
 
     def run(self) -> list[Candidate]:
         """Candidates, best first."""
-        samples = self.setting.samples
-        sizes_backward = choose_sizes(self.costs, "backward", samples)
+        sizes_backward = choose_sizes(self.costs, "backward", self.setting.samples)
         choices = [(size, packs) for size in sizes_backward for packs in self.packings.backward(size)]
         backward = fitting(self.setting, "backward", choices, self.memory_bytes)
+        if self.rules is Rules.OWN:
+            # Bounds know nothing of the memory that our abilities take: what has room for them comes first, or the search
+            # would look at larger packs and microbatches, which promise more, until it must end.
+            able = fitting(self.setting, "backward", choices, self.memory_bytes, is_able=True)
+            if len(able) < len(backward):
+                self.share = 0.5
+                self._walk(able, is_able=True)
+                self.share = 1.0
+        self._walk(backward, is_able=False)
+        return sorted(self.best.values(), key=lambda c: c.seconds)
+
+    def _walk(self, backward: list[Choice], *, is_able: bool) -> None:
+        """Look at pairs of these choices with those of forward, in the order of bounds."""
         if not backward:
-            return []
+            return
         turns = measure(self.setting, "backward", backward)
-        forward, leaves, groups, pairs = self._groups(backward)
+        forward, leaves, groups, pairs = self._groups(backward, is_able=is_able)
         if not len(pairs):
-            return []
+            return
         # A pair is a backward choice and a group of forward choices, (row, group).
         state = leaves.least_of(groups[:-1]).rows(pairs[:, 1])
         bounds = after_backward(self.setting, state, turns, pairs[:, 0])
         sizes = np.diff(groups)[pairs[:, 1]]
         self.num_schedules = int(sizes.sum())
+        self.is_complete = True
         order = np.argsort(bounds, kind="stable")
         for at in range(0, len(order), BLOCK):
             block = order[at : at + BLOCK]
             block = block[bounds[block] < self.least]
             if not len(block):
                 break
-            if self.num_bounded > self.max_bounded:
+            if self.num_bounded > self.share * self.max_bounded or self.is_exhausted:
                 self.is_complete = False
                 break
             rows = np.repeat(pairs[block, 0], sizes[block])
@@ -190,7 +205,12 @@ class _Search:
             self._look_at(
                 forward, backward, members, rows, after_backward(self.setting, leaves.rows(members), turns, rows)
             )
-        return sorted(self.best.values(), key=lambda c: c.seconds)
+
+    @property
+    def is_exhausted(self) -> bool:
+        """Whether as much has been simulated or sized as may be by now."""
+        most = self.share * self.max_computations, self.share * self.max_sized
+        return self.num_computations > most[0] or self.num_sized > most[1]
 
     def _look_at(
         self, forward: list[Choice], backward: list[Choice], members: Ints, rows: Ints, bounds: Floats
@@ -207,7 +227,7 @@ class _Search:
             if not (bounds[pair] < self.least or is_other):
                 continue
             self.num_sized += len(forward_packs) + len(backward_packs)
-            if self.num_computations > self.max_computations or self.num_sized > self.max_sized:
+            if self.is_exhausted:
                 self.is_complete = False
                 break
             self.simulate(
@@ -246,7 +266,7 @@ class _Search:
 
     # The family -------------------------------------------------------------------------------------------------------
 
-    def _groups(self, backward: list[Choice]) -> tuple[list[Choice], State, Ints, Ints]:
+    def _groups(self, backward: list[Choice], *, is_able: bool) -> tuple[list[Choice], State, Ints, Ints]:
         """Forward choices for all backward choices, sorted into groups that are alike.
 
         Returns:
@@ -263,7 +283,7 @@ class _Search:
             for num_layers, packings in by_layers.items()
             for packing in packings.union(self.packings.forward(size, num_layers))
         ]
-        choices = fitting(self.setting, "forward", family, self.memory_bytes)
+        choices = fitting(self.setting, "forward", family, self.memory_bytes, is_able=is_able)
         choices.sort(key=lambda choice: (self._group(choice), choice[1]))
         starts: dict[tuple[int, int, int], int] = {}
         for row, choice in enumerate(choices):

@@ -1,0 +1,59 @@
+"""A slot for the weights of a pack on a device, and the leaves over it that layers compute with."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+from harmony_lightning.hardware.device import Event
+from harmony_lightning.runtime.worker import Ticket
+
+
+class Weights(dict[str, torch.Tensor]):
+    """Device-resident weights by name: leaves over slot memory, valid until the slot is released."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._edges: dict[str, tuple[torch.Tensor, GradientEdge]] = {}
+
+    def edge(self, name: str) -> GradientEdge:
+        """Where gradients of a weight that requires one end. Torch makes a view of the leaf to find out."""
+        weight, (of, edge) = self[name], self._edges.get(name, (None, None))
+        if of is not weight or edge is None:
+            edge = get_gradient_edge(weight)
+            self._edges[name] = (weight, edge)
+        return edge
+
+
+@dataclass(slots=True, eq=False)
+class WeightSlot:
+    """What is in it, whether that is good, and who works with it: `residency` moves it from state to state."""
+
+    pack: int
+    memory: torch.Tensor
+    """The piece that it lies in: of its own, or that of all packs that are not resident."""
+    start: int
+    bytes: torch.Tensor
+    """From there on; it counts its own versions."""
+    weights: Weights
+    """Leaves over it."""
+    released: Event | None
+    """Behind the last compute on its content, or on what the memory was before; None once a swap-in has waited for that."""
+    is_free: bool = True
+    """Whether nobody needs the pack here now."""
+    generation: int = -1
+    """Of the masters that its content are copies of; -1: of none, another slot has had the memory."""
+    versions: tuple[int, int] = (-1, -1)
+    """Of those masters, and of the copy, behind the swap-in."""
+    loading: Ticket | None = None
+    """Of the job that enqueues the swap-in of the present content; None once compute waits for that."""
+    ready: Event | None = None
+    """Behind that swap-in."""
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.bytes.numel()
+
+    def overlaps(self, memory: torch.Tensor, start: int, stop: int) -> bool:
+        return self.memory is memory and max(self.start, start) < min(self.stop, stop)
