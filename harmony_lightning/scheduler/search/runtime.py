@@ -3,7 +3,7 @@
 More memory never gives a slower plan, by construction. Candidates belong to *rungs*, amounts of memory that are always the
 same: at each the packings that are most promising there, with as much staying on the devices as fits at that rung
 (`levels`). Memory admits rungs, and changes nothing in them; what a candidate takes does not depend on it either; and what
-is found is the fastest of all that are admitted.
+is found is the fastest of all that are admitted. (Of very large models the lowest are left out: `MAX_TOTAL`.)
 
 Rungs are looked at from the highest down. A rung's candidates are thinned by bounds (`runtime_bound`), then by simulations
 with links of its own for each GPU, which is about the best case, and with a fixed share, which is the worst. Finally the
