@@ -10,7 +10,7 @@ behind j:
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Literal
@@ -18,7 +18,7 @@ from typing import Literal
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.residency import HEADROOM
-from harmony_lightning.scheduler.runtime.memory import visit_bytes
+from harmony_lightning.scheduler.runtime.memory import VisitBytes, visit_bytes
 from harmony_lightning.scheduler.runtime.sized_plan import named_plan
 from harmony_lightning.scheduler.runtime.staying import with_what_stays
 
@@ -30,8 +30,15 @@ _Candidate = tuple[_What, int, float]
 class Levels:
     """What stays under one schedule."""
 
-    def __init__(self, schedule: Schedule, costs: Costs, *, moves_stash: bool = False) -> None:
-        """`moves_stash`: stashes go to the host whatever is left."""
+    def __init__(
+        self,
+        schedule: Schedule,
+        costs: Costs,
+        *,
+        moves_stash: bool = False,
+        visits: Iterable[VisitBytes] | None = None,
+    ) -> None:
+        """`moves_stash`: stashes go to the host whatever is left. `visits` are those of `visit_bytes`, if at hand."""
         self._schedule, self._costs, self._moves_stash = schedule, costs, moves_stash
         self._chains: list[tuple[list[float], list[tuple[_What, int]]]] = []
         if schedule.dealt:
@@ -41,7 +48,7 @@ class Levels:
         if schedule.mode == "pp":
             groups = [range(d, num_packs, schedule.num_devices) for d in range(min(num_packs, schedule.num_devices))]
         most: list[dict[int, float]] = [{} for _ in groups]
-        for visit in visit_bytes(schedule, costs):
+        for visit in visit_bytes(schedule, costs) if visits is None else visits:
             of_device = most[visit.device if schedule.mode == "pp" else 0]
             of_device[visit.pack] = max(visit.nbytes, of_device.get(visit.pack, 0.0))
         for packs, in_use in zip(groups, most, strict=True):

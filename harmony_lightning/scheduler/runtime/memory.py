@@ -14,7 +14,7 @@ All of these change evenly from microbatch to microbatch, so the most is at the 
 device updates the pack, behind the last one.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
 
@@ -43,11 +43,11 @@ class VisitBytes:
     nbytes: float
 
 
-def runtime_peak_bytes(schedule: Schedule, costs: Costs) -> float:
-    """The most that any device holds if nothing stays that need not."""
+def runtime_peak_bytes(schedule: Schedule, costs: Costs, visits: Iterable[VisitBytes] | None = None) -> float:
+    """The most that any device holds if nothing stays that need not. `visits` are those of `visit_bytes`, if at hand."""
     packs = schedule.packs_backward
     beside: dict[int, float] = {}
-    for visit in visit_bytes(schedule, costs):
+    for visit in visit_bytes(schedule, costs) if visits is None else visits:
         beside[visit.device] = max(visit.nbytes, beside.get(visit.device, 0.0))
 
     def slots(device: int) -> float:
@@ -83,6 +83,7 @@ class _Device:
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
         visitors = {p: visitors_of(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
         self._here = {p: here for p, here in visitors.items() if here.count}
+        self._last_to_leave = max((p for p in self._here if p != self._last), default=None)
         self._before: dict[int, int | None] = dict(zip(self._here, (None, *self._here), strict=False))
         """The pack that is visited here in front of another."""
         self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
@@ -218,7 +219,7 @@ class _Device:
         """The last stash that has left in forward is held until something is sent from here in another turn."""
         if self._sent_behind[pack] or m > self._here[pack].stayed(m):
             return 0.0
-        return self._stashes[max((p for p in self._here if p != self._last), default=pack)]
+        return self._stashes[pack if self._last_to_leave is None else self._last_to_leave]
 
     def _inputs_waiting(self, pack: int, m: int) -> float:
         """Of microbatches behind this one, and those that go with it: all if they are made here, else as many as are sent

@@ -3,7 +3,7 @@
 More memory never gives a slower plan, by construction. Candidates belong to *rungs*, amounts of memory that are always the
 same: at each the packings that are most promising there, with as much staying on the devices as fits at that rung
 (`levels`). Memory admits rungs, and changes nothing in them; what a candidate takes does not depend on it either; and what
-is found is the fastest of all that are admitted.
+is found is the fastest of all that are admitted. (Of very large models the lowest are left out: `MAX_TOTAL`.)
 
 Rungs are looked at from the highest down. A rung's candidates are thinned by bounds (`runtime_bound`), then by simulations
 with links of its own for each GPU, which is about the best case, and with a fixed share, which is the worst. Finally the
@@ -29,7 +29,7 @@ from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule, split
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.levels import Levels
-from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes, visit_bytes
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
@@ -46,6 +46,9 @@ MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""
 FINALISTS = 6
 """Of these, those of which it is found out what they take."""
+MAX_TOTAL = 60_000
+"""Computations of all that is simulated, about a second and a half: rungs below those that were looked at by then are left
+out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
 THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations."""
 NUM_OTHERS = 3
@@ -140,8 +143,9 @@ class _Search:
         self._costs, self._family, self._memory_bytes, self._stay = costs, family, memory_bytes, stay
         self._stashes, self._in_use = stashes, in_use
         self._alone = costs.on(replace(costs.machine, host_link_shared_by=1))
-        self._peak = cache(lambda schedule: runtime_peak_bytes(schedule, costs))
-        self._levels = cache(lambda schedule: Levels(schedule, costs, moves_stash=moves_stash))
+        visits = cache(lambda schedule: tuple(visit_bytes(schedule, costs)))
+        self._peak = cache(lambda schedule: runtime_peak_bytes(schedule, costs, visits(schedule)))
+        self._levels = cache(lambda one: Levels(one, costs, moves_stash=moves_stash, visits=visits(one)))
         self._bound = cache(lambda schedule: runtime_bound(schedule, costs))
         self._limits = cache(self._simulate)
         self._least = cache(self._count_least)
@@ -151,6 +155,7 @@ class _Search:
         self._unseen: dict[int, float] = {}
         """And of members of the family that were not looked at when the search ended."""
         self._best = math.inf
+        self._num_computed = 0
         self.num_simulated = 0
 
     @property
@@ -177,7 +182,7 @@ class _Search:
             self._unseen = {index: bound for index, bound in hopeful.items() if index not in variants}
             hopeful = {index: bound for index, bound in (self._unseen | bounds).items() if bound < self._best}
             is_done = not hopeful and (self._in_use is None or self._stay is None or self._stays_nothing(rung))
-            if is_done or RUNG**rung < 1:
+            if is_done or RUNG**rung < 1 or self._has_done_enough:
                 return sorted(self._found.values(), key=lambda candidate: candidate.seconds)
             rung -= 1 if self._stay is None else 2
 
@@ -276,6 +281,8 @@ class _Search:
             hopeful.sort(key=lambda variant: sum(self._limits(variant.schedule)))
         for variant in hopeful[:finalists]:
             schedule = variant.schedule
+            if self._has_done_enough:
+                return
             if variant.peak_bytes > self._memory_bytes or schedule in self._found or self._is_hopeless(variant.bound):
                 continue
             is_small = num_computations(schedule) <= MAX_FAIR_COMPUTATIONS
@@ -287,10 +294,15 @@ class _Search:
 
     def _simulate(self, schedule: Schedule) -> tuple[float, float]:
         """Seconds with links of its own for each GPU, and with a fixed share of those that they share."""
+        self._num_computed += num_computations(schedule)
         fixed = runtime_seconds(schedule, self._costs, 2)
         if self._costs.machine.host_link_shared_by == 1 or num_computations(schedule) > MAX_FAIR_COMPUTATIONS:
             return fixed, fixed
         return runtime_seconds(schedule, self._alone, 2), fixed
+
+    @property
+    def _has_done_enough(self) -> bool:
+        return self._num_computed > MAX_TOTAL and bool(self._found)
 
     def _is_hopeless(self, seconds: float) -> bool:
         return seconds >= self._best and len(self._found) >= NUM_OTHERS
