@@ -15,6 +15,7 @@ from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.sized_plan import named_plan
 from harmony_lightning.scheduler.runtime.staying import with_what_stays
 from harmony_lightning.scheduler.runtime.steps import fair_seconds
+from harmony_lightning.scheduler.search import runtime
 from harmony_lightning.scheduler.search.runtime import _Search, search_runtime
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 
@@ -126,6 +127,15 @@ def test_more_memory_is_never_slower(costs, minibatch, stays, deals, data):
             assert found.best.seconds <= best
             best = found.best.seconds
         memory_bytes *= step
+
+
+def test_a_search_that_ends_early_proves_nothing(monkeypatch):
+    """Of lower rungs, that is, of which it has seen nothing."""
+    costs = Costs(profile(kind(100, 1.0)), machine(gpus=1, host_link_shared_by=1))
+    question = {"minibatch": 1, "mode": "pp", "memory_bytes": 4000}
+    assert search_runtime(costs, **question).is_proved
+    monkeypatch.setattr(runtime, "MAX_TOTAL", -1)
+    assert not search_runtime(costs, **question).is_proved
 
 
 FASTER = {

@@ -153,7 +153,7 @@ class _Search:
         self._left_out: dict[Schedule, float] = {}
         """Bounds of what was not simulated."""
         self._unseen: dict[int, float] = {}
-        """And of members of the family that were not looked at when the search ended."""
+        """And of members of the family that lower rungs were still to be looked at for when the search ended."""
         self._best = math.inf
         self._num_computed = 0
         self.num_simulated = 0
@@ -179,8 +179,9 @@ class _Search:
             self._look_at([v for m in members for v in variants[m]], finalists)
             admitted = (v for those in variants.values() for v in those if v.peak_bytes <= self._memory_bytes)
             self._left_out |= {v.schedule: v.bound for v in admitted if v.schedule not in self._found}
-            self._unseen = {index: bound for index, bound in hopeful.items() if index not in variants}
-            hopeful = {index: bound for index, bound in (self._unseen | bounds).items() if bound < self._best}
+            unseen = {index: bound for index, bound in hopeful.items() if index not in variants}
+            hopeful = {index: bound for index, bound in (unseen | bounds).items() if bound < self._best}
+            self._unseen = hopeful
             is_done = not hopeful and (self._in_use is None or self._stay is None or self._stays_nothing(rung))
             if is_done or RUNG**rung < 1 or self._has_done_enough:
                 return sorted(self._found.values(), key=lambda candidate: candidate.seconds)
