@@ -57,7 +57,8 @@ def _check_pack(plan: Plan, index: int, decomposition: Decomposition, weights: d
         # Without a slot at all, gradients of what has begun to train since are added up wherever there is room.
         told = getattr(pack, field)
         if told < least and (told or field == "slot_nbytes"):
-            raise plan_fault(plan, index, f"pack {index} has {field} of {told}, its weights need {least}")
+            remedy = f"write {least}, or leave plan= out, if some of them were frozen when the plan was made"
+            raise plan_fault(plan, index, f"pack {index} has {field} of {told}, its weights need {least}; {remedy}")
 
 
 def _check_capacity(plan: Plan, memory_bytes: int) -> None:
