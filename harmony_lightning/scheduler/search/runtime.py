@@ -50,7 +50,9 @@ MAX_TOTAL = 60_000
 """Computations of all that is simulated, about a second and a half: rungs below those that were looked at by then are left
 out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
 THOROUGH = 8
-"""Each so many-th rung is looked at like that; the others with a third of the simulations."""
+"""Each so many-th rung is looked at like that; the others with a third of the simulations, if the model is not small."""
+SMALL = 1_000
+"""Computations of the largest member of a small model's family."""
 NUM_OTHERS = 3
 """So many candidates are told, if there are."""
 
@@ -155,6 +157,7 @@ class _Search:
         self._unseen: dict[int, float] = {}
         """And of members of the family that lower rungs were still to be looked at for when the search ended."""
         self._best = math.inf
+        self._is_small = all(num_computations(schedule) <= SMALL for schedule in family)
         self._num_computed = 0
         self.num_simulated = 0
 
@@ -206,7 +209,7 @@ class _Search:
         if is_lowest:
             return order, 2 * len(order)
         computations = accumulate(num_computations(self._family[index]) for index in order)
-        share = 1 if rung % THOROUGH == 0 else 1 / 3
+        share = 1 if rung % THOROUGH == 0 or self._is_small else 1 / 3
         few = sum(number <= share * MAX_COMPUTATIONS for number in computations)
         finalists = round(share * FINALISTS)
         return order[: min(MEMBERS, max(few, finalists))], finalists
