@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 SMALLER_SHARE = 0.8
 """Of the memory planned with so far, when memory turned out to be short."""
+_LEAST_SHARE = 1e-3
 
 
 class Planning:
@@ -185,7 +186,7 @@ class Planning:
         workload = Workload(microbatch_size=plan.microbatch_size, num_microbatches=plan.num_microbatches)
         least, found = plan.arena_nbytes(), None
         with contextlib.suppress(CapacityError):
-            while True:
+            while share > _LEAST_SHARE:  # a module without weights has a plan for any
                 share *= SMALLER_SHARE
                 if (nbytes := self._prepare_for(share, workload)[1].arena_nbytes()) < least:
                     least, found = nbytes, share

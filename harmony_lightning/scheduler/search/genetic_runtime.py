@@ -32,7 +32,7 @@ from harmony_lightning.scheduler.search.breeding import (
     packs_between,
     stages,
 )
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations
+from harmony_lightning.scheduler.search.schedules import Candidate, Found, best_of_kinds, choose_sizes, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
 
@@ -123,7 +123,7 @@ def breed_runtime(
         evolve(plans, dice, plans.is_spent, [*founders, *plans.smallest()])
         best = sorted(plans.known, key=plans.fitness)[: POPULATION // 2]
         bred.append(plans)
-    found = _closer(plans.best_of_kinds(), costs)
+    found = _closer(list(best_of_kinds(sorted(plans.candidates, key=lambda candidate: candidate.seconds))), costs)
     if in_use is not None and (peak := runtime_peak_bytes(in_use, costs)) <= memory_bytes:
         known = stay(in_use) if stay is not None else in_use
         present = _closer(
@@ -193,14 +193,6 @@ class _Plans:
             self._num_computations >= self._share * MAX_COMPUTATIONS
             or len(self.candidates) >= self._share * MAX_SIMULATED
         )
-
-    def best_of_kinds(self) -> list[Candidate]:
-        """One for each combination of mode, size and number of packs, best first."""
-        kinds: dict[tuple[str, int, int], Candidate] = {}
-        for candidate in sorted(self.candidates, key=lambda candidate: candidate.seconds):
-            schedule = candidate.schedule
-            kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
-        return list(kinds.values())
 
     def fitness(self, genome: Genome) -> Fitness:
         if genome not in self.known:

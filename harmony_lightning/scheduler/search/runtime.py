@@ -3,7 +3,8 @@
 More memory never gives a slower plan, by construction. Candidates belong to *rungs*, amounts of memory that are always the
 same: at each the packings that are most promising there, with as much staying on the devices as fits at that rung
 (`levels`). Memory admits rungs, and changes nothing in them; what a candidate takes does not depend on it either; and what
-is found is the fastest of all that are admitted. (Of very large models the lowest are left out: `MAX_TOTAL`.)
+is found is the fastest of all that are admitted. (Of very large models the lowest rungs are left out, and with them this
+promise: `MAX_TOTAL`.)
 
 Rungs are looked at from the highest down. A rung's candidates are thinned by bounds (`runtime_bound`), then by simulations
 with links of its own for each GPU, which is about the best case, and with a fixed share, which is the worst. Finally the
@@ -19,7 +20,7 @@ What moves the plan made from sizes with the memory is not held by this: `in_use
 import math
 import time
 from bisect import bisect_left, insort
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 from itertools import accumulate, pairwise, repeat
@@ -33,7 +34,7 @@ from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes, visit
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, num_computations
+from harmony_lightning.scheduler.search.schedules import Candidate, Found, best_of_kinds, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 
 RUNG = 2 ** (1 / 8)
@@ -104,7 +105,7 @@ def search_runtime(
     return Found(
         rules=str(Rules.RUNTIME),
         best=found[0],
-        others=tuple(_best_of_kinds(found))[1:],
+        others=tuple(best_of_kinds(found))[1:],
         num_schedules=len(family),
         num_simulated=search.num_simulated,
         is_proved=search.is_complete
@@ -310,12 +311,3 @@ class _Search:
 
     def _is_hopeless(self, seconds: float) -> bool:
         return seconds >= self._best and len(self._found) >= NUM_OTHERS
-
-
-def _best_of_kinds(found: list[Candidate]) -> Iterator[Candidate]:
-    """One for each combination of mode, size and number of packs, best first."""
-    kinds: dict[tuple[str, int, int], Candidate] = {}
-    for candidate in found:
-        schedule = candidate.schedule
-        kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
-    yield from kinds.values()

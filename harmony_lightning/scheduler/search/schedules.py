@@ -331,6 +331,15 @@ def fitting_variants(
     yield from found or fitting(prefetch=0, boundary="host")
 
 
+def best_of_kinds(found: Sequence[Candidate]) -> Iterator[Candidate]:
+    """One for each combination of mode, size and number of packs, best first."""
+    kinds: dict[tuple[str, int, int], Candidate] = {}
+    for candidate in found:
+        schedule = candidate.schedule
+        kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
+    yield from kinds.values()
+
+
 def num_computations(schedule: Schedule) -> int:
     """Microbatches times packs: what a simulation takes time for."""
     forward = len(schedule.packs_forward) * len(schedule.sizes_forward)
