@@ -10,8 +10,9 @@ for the device, and so waits for the compute enqueued by then, in whose place it
 front of its own begins; before that an area with two halves would have no room for it, either. Steps on the emulated
 clock (`benchmarks/step_time --travelling --stash host`) are at most 0.2 % shorter if such copies wait for no compute at
 all, as if memory had no end: 8B and 70B models on 3090s, GPT-2 XL on 1080 Tis. They are 2.3 % shorter where four 3090s
-share the uplink of a desktop, but to ask for stashes two visits ahead gains nothing there. And an area would hold all
-that a visit needs until its end, where memory goes back layer by layer now.
+share the uplink of a desktop, but to ask for stashes two visits ahead gains nothing there. An area would hold all that a
+visit needs until its end, where memory goes back layer by layer. And a layer may keep an input that came back, in its own
+code or in a graph: memory of its own lives as long as somebody holds it, a place would be given to the next tensor.
 """
 
 import contextlib
