@@ -1,8 +1,9 @@
 """What torch keeps per thread, kept per microbatch instead.
 
 Microbatches are greenlets of one thread. One may be parked inside the user's `with torch.no_grad():`, `autocast`,
-`inference_mode`, any function, dispatch or saved-tensor mode, or a function that torch.compile has compiled; none of that may leak to the others. So at each switch
-the state *above* the runtime's own base is taken off the thread and put back when the microbatch goes on.
+`inference_mode`, any function, dispatch or saved-tensor mode, or a function that torch.compile has compiled; none of that
+may leak to the others. So at each switch the state *above* the runtime's own base is taken off the thread and put back
+when the microbatch goes on.
 """
 
 from dataclasses import dataclass
