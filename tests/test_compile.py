@@ -4,6 +4,7 @@ import pytest
 import torch
 from chain import harmony, loader, same_weights, trainer, twins
 from torch import nn
+from torch._C._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from harmony_lightning import HarmonyStrategy
@@ -85,6 +86,17 @@ def test_a_compiled_module_evaluates_and_predicts():
     assert fitted.validate(compiled, loader(8), verbose=False) == plain.validate(reference, loader(8), verbose=False)
     mine, theirs = trainer(harmony()).predict(compiled, loader(8)), plain.predict(reference, loader(8))
     assert all(torch.equal(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_compiled_module_around_several_packs_leaves_the_compiler_off():
+    """Its microbatches are parked in the middle of it; what runs meanwhile, and after `fit`, must not be compiled."""
+    ours, reference = twins()
+    ours.net = torch.compile(ours.net, backend="eager")
+    trainer().fit(reference, loader(8))
+    trainer(harmony(microbatch_size=2, one_layer_per_pack=True)).fit(ours, loader(8))
+    assert eval_frame.get_eval_frame_callback() is None
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_microbatches_through_compiled_layers():

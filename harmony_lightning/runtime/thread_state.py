@@ -1,14 +1,16 @@
 """What torch keeps per thread, kept per microbatch instead.
 
 Microbatches are greenlets of one thread. One may be parked inside the user's `with torch.no_grad():`, `autocast`,
-`inference_mode` or any function, dispatch or saved-tensor mode; none of that may leak to the others. So at each switch
-the state *above* the runtime's own base is taken off the thread and put back when the microbatch goes on.
+`inference_mode`, any function, dispatch or saved-tensor mode, or a function that torch.compile has compiled; none of that
+may leak to the others. So at each switch the state *above* the runtime's own base is taken off the thread and put back
+when the microbatch goes on.
 """
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch._C._dynamo import eval_frame as _compiler
 from torch.overrides import _pop_mode as _pop_function_mode
 from torch.overrides import _push_mode as _push_function_mode
 from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
@@ -53,9 +55,13 @@ class ThreadState:
         self._num_function_modes = torch._C._len_torch_function_stack()
         self._num_dispatch_modes = torch._C._len_torch_dispatch_stack()
         self._saved_tensor_hooks = _hooks._top_saved_tensors_default_hooks(True)
+        self._compiler = _compiler.get_eval_frame_callback()
 
     def park(self) -> "Parked":
         """Bring the thread back to this state and return what was taken off."""
+        # First, as the compiler takes every function that is called while it is on.
+        if (compiler := _compiler.get_eval_frame_callback()) is not self._compiler:
+            _compiler.set_eval_frame(self._compiler)
         function_modes = []
         while torch._C._len_torch_function_stack() > self._num_function_modes:
             function_modes.append(_pop_function_mode())  # type: ignore[no-untyped-call]
@@ -77,6 +83,7 @@ class ThreadState:
             inference_guard=torch._C._InferenceMode(self._inference)
             if torch.is_inference_mode_enabled() != self._inference
             else None,
+            compiler=compiler,
         )
         if parked.autocast is not None:
             self._autocast.apply()
@@ -95,6 +102,8 @@ class Parked:
     dispatch_modes: tuple[Any, ...] = ()
     saved_tensor_hooks: tuple[Any, ...] = ()
     inference_guard: Any = None
+    compiler: Any = None
+    """torch.compile's look at each call: a callable, None where it is off, False where only compiled code is looked up."""
 
     def resume(self) -> None:
         """Put the state back onto the thread."""
@@ -108,6 +117,8 @@ class Parked:
             _push_function_mode(mode)  # type: ignore[no-untyped-call]
         for pack, unpack in self.saved_tensor_hooks:
             _hooks._push_saved_tensors_default_hooks(pack, unpack)
+        if self.compiler is not _compiler.get_eval_frame_callback():
+            _compiler.set_eval_frame(self.compiler)
 
 
 def _set_grad_enabled(enabled: bool) -> None:

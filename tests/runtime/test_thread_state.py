@@ -1,8 +1,11 @@
 """Greenlets stand here for microbatches: each is parked in the middle of a `with` block."""
 
+from contextlib import contextmanager
+
 import greenlet
 import pytest
 import torch
+from torch._C._dynamo import eval_frame
 from torch.autograd.graph import saved_tensors_hooks
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode_stack
@@ -28,6 +31,16 @@ def keep(tensor):
     return tensor
 
 
+@contextmanager
+def compiled():
+    """As within a compiled function, which only looks up what has been compiled."""
+    before = eval_frame.set_eval_frame(False)
+    try:
+        yield
+    finally:
+        eval_frame.set_eval_frame(before)
+
+
 def observe():
     """All that is kept per thread, as it shows from outside."""
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
@@ -40,6 +53,7 @@ def observe():
         "functions": [id(mode) for mode in _get_current_function_mode_stack()],
         "dispatches": [id(mode) for mode in _get_current_dispatch_mode_stack()],
         "hooks": None if hooks is None else tuple(map(id, hooks)),
+        "compiler": eval_frame.get_eval_frame_callback(),
     }
 
 
@@ -76,6 +90,7 @@ SCOPES = {
     "default device": lambda: torch.device("meta"),
     "dispatch mode": Dispatches,
     "saved tensors": lambda: saved_tensors_hooks(keep, keep),
+    "compiled": compiled,
 }
 
 
