@@ -200,6 +200,9 @@ class CudaCluster:
             )
         return buffer
 
+    def trim_device_memory(self) -> None:
+        torch.cuda.empty_cache()
+
     def trim_host_memory(self) -> None:
         for device in self._devices:
             torch.cuda.synchronize(device.torch_device)  # what copies may still use is not given back

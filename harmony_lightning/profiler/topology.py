@@ -102,6 +102,7 @@ def _measure(devices: Sequence[torch.device], progress: Progress) -> Machine:
     peer = _peer_rate(devices[0], devices[1]) if len(devices) > 1 else alone
     progress("memory of the GPUs")
     memory_rate = min(gpu_memory_bytes_per_second(device) for device in devices)
+    torch._C._host_emptyCache()  # what was pinned here would stay so for good
     return Machine(
         name=platform.node(),
         gpus=len(devices),
