@@ -93,7 +93,7 @@ def machine_of(cluster: Cluster) -> Machine | None:
         memory_bytes = min(device.memory_bytes for device in cluster.devices)
         return preset_machine(len(cluster.devices), clock.gpu, clock.host, memory_bytes)
     if isinstance(cluster, CudaCluster):
-        machine, _ = machine_at_hand()
+        machine, _ = machine_at_hand([device.torch_device for device in cluster.devices])
         memory_bytes = min(device.memory_bytes for device in cluster.devices)
         return replace(machine, gpus=len(cluster.devices), memory_bytes=memory_bytes)
     return None

@@ -210,6 +210,23 @@ def test_the_second_run_finds_the_profile_in_the_cache(told, monkeypatch):
     assert [("(from the cache)" in m) for m in told.messages if m.startswith("harmony profile: ")] == [False, True]
 
 
+@pytest.mark.parametrize("fails", [False, True])
+def test_memory_that_the_search_has_used_goes_back_before_slots_are_made(fails, monkeypatch):
+    events = []
+    find = automatic.find_plan
+
+    def found(*args):
+        events.append("searched")
+        if fails:
+            raise ValueError("for a test")
+        return find(*args)
+
+    monkeypatch.setattr(automatic, "find_plan", found)
+    monkeypatch.setattr(EmulatedCluster, "trim_device_memory", lambda cluster: events.append("trimmed"), raising=False)
+    trainer(HarmonyStrategy(cluster=EmulatedCluster(1, "1MiB", preset="3090")), max_steps=1).fit(Chain(), loader(8))
+    assert events[:2] == ["searched", "trimmed"]
+
+
 def test_a_microbatch_size_of_the_user_is_kept():
     strategy = automatic_strategy(microbatch_size=4, mode="pp", stash="host")
     trainer(strategy, max_steps=1).fit(Chain(depth=6), loader(16, 16))

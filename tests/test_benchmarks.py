@@ -12,6 +12,7 @@ from small_profiles import FOLDER, published
 
 from harmony_lightning import HarmonyError
 from harmony_lightning.plan.timeline import Span, Timeline
+from harmony_lightning.strategy.overrides import looks_back, observer_of_gradients
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 
@@ -126,6 +127,15 @@ def test_competitors_train_the_same_model_on_the_same_data(tmp_path):
     losses = {result["name"]: result.get("losses") for result in json.loads(results.read_text())["results"]}
     assert losses["harmony"] == pytest.approx(losses["plain"], rel=1e-5)
     assert losses["fsdp2"] == pytest.approx(losses["plain"], rel=1e-5)
+
+
+def test_who_takes_the_time_of_steps_does_not_hold_up_updates(modules):
+    (training,) = modules("against_peers", "training")
+    module = training.LanguageModel(training.SMALL)
+    module.trainer = training.L.Trainer(callbacks=[training._StepEnds(None)], logger=False, enable_checkpointing=False)
+    package = sys.modules[training.L.__name__ + ".pytorch"] if training.L.__name__ == "lightning" else training.L
+    assert not looks_back(module, package)
+    assert observer_of_gradients(module, module.trainer.precision_plugin, package) is None
 
 
 def test_without_a_gpu_it_says_so(modules, capsys, monkeypatch):

@@ -1,10 +1,13 @@
 """The same promises on a real GPU: results of plain training on it, the plan's bytes, the limit kept."""
 
+import os
+
 import pytest
 import torch
 from chain import loader, same_weights, trainer, twins
 
 from harmony_lightning import HarmonyStrategy
+from harmony_lightning.hardware.cuda import CudaCluster
 
 pytestmark = [
     pytest.mark.gpu,
@@ -47,3 +50,18 @@ def test_host_and_device_stash_give_the_same_weights():
     fit(HarmonyStrategy(microbatch_size=2, memory=MEMORY, stash="device"), ours, 8)
     fit(HarmonyStrategy(microbatch_size=2, memory=MEMORY, stash="host"), others, 8)
     assert same_weights(ours, others)
+
+
+def test_what_the_host_writes_while_a_child_process_lives_arrives():
+    """Were the memory private, a fork might leave the GPU with pages that the host does not write any more."""
+    buffer = CudaCluster([torch.device("cuda", 0)]).host_buffer(2**20).zero_()
+    assert buffer.is_pinned()
+    may_end, end = os.pipe()
+    if (child := os.fork()) == 0:
+        os.read(may_end, 1)
+        os._exit(0)
+    buffer.fill_(7)
+    arrived = buffer.to("cuda:0", non_blocking=True)
+    os.write(end, b"1")
+    os.waitpid(child, 0)
+    assert bool((arrived == 7).all())

@@ -43,17 +43,24 @@ class Report:
 
 
 class _StepEnds(L.Callback):
-    """Reports the loss of the last microbatch, which Lightning has divided by their number; of all where it sees one."""
+    """Reports the loss of the last microbatch, which Lightning has divided by their number; of all where it sees one.
+
+    A step ends where the next one begins: who overrides `on_train_batch_end` may look at gradients there, so that harmony
+    would keep them, wait for its updates and take none on the GPU.
+    """
 
     def __init__(self, report: Report) -> None:
         self._report = report
         self._steps = 0
+        self._loss = torch.zeros(())
 
-    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, outputs: object, *args: object) -> None:
+    def on_before_backward(self, trainer: L.Trainer, module: L.LightningModule, loss: torch.Tensor) -> None:
+        self._loss = loss.detach()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *args: object) -> None:
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            assert isinstance(outputs, dict)
-            self._report.step_ended(float(outputs["loss"]) * trainer.accumulate_grad_batches)
+            self._report.step_ended(float(self._loss) * trainer.accumulate_grad_batches)
 
 
 class _Checkpointed(LanguageModel):
@@ -77,7 +84,7 @@ def _fit(
     L.Trainer(
         strategy=strategy,
         devices=1,
-        max_steps=options.steps + 1,
+        max_steps=options.steps + 2,  # the first is not reported, and the last has none behind it
         accumulate_grad_batches=options.sequences // options.microbatch if accumulates else 1,
         callbacks=[_StepEnds(report)],
         use_distributed_sampler=False,  # it would deal the sequences in another order
@@ -90,7 +97,7 @@ def _fit(
 
 
 def _num_batches(options: argparse.Namespace, batch_size: int) -> int:
-    return (options.steps + 1) * options.sequences // batch_size
+    return (options.steps + 2) * options.sequences // batch_size
 
 
 def train_plain(options: argparse.Namespace, report: Report) -> None:

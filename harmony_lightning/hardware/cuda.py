@@ -6,8 +6,9 @@ import mmap
 import threading
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
+import numpy as np
 import torch
 
 from harmony_lightning.errors import ConfigurationError
@@ -126,9 +127,10 @@ class CudaDevice:
         if lane is Lane.COMPUTE:
             # Inside a swap lane torch's current stream is that lane's.
             return getattr(self._outside, "stream", None) or torch.cuda.current_stream(self.torch_device)
-        if lane not in self._swap_streams:
-            self._swap_streams[lane] = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]
-        return self._swap_streams[lane]
+        if (stream := self._swap_streams.get(lane)) is None:
+            # Whichever thread comes first: a lane of two streams would have no order.
+            stream = self._swap_streams.setdefault(lane, torch.cuda.Stream(self.torch_device))  # type: ignore[no-untyped-call]
+        return stream
 
 
 class CudaCluster:
@@ -151,7 +153,9 @@ class CudaCluster:
         return False
 
     def activate(self, *, continues: bool = False) -> AbstractContextManager[None]:
-        return nullcontext()
+        """A thread begins on GPU 0, and what it asks CUDA for would make a context there, also where that GPU is none of
+        ours: it takes hundreds of MiB, or is refused."""
+        return torch.cuda.device(self._devices[0].torch_device)
 
     def mark(self) -> Mark:
         return Reached()
@@ -166,19 +170,25 @@ class CudaCluster:
             device.lift_limit()
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        """Page-aligned and pinned in place: torch's own pinned allocator would round up to a power of two."""
-        block = torch.empty(nbytes + mmap.PAGESIZE, dtype=torch.uint8, device="cpu")
-        start = -block.data_ptr() % mmap.PAGESIZE
-        buffer = block[start : start + nbytes]
+        """Pinned in place: torch's own pinned allocator would round up to a power of two.
+
+        In memory that child processes share. Of private memory that is pinned, a fork copies every page at once, for each
+        worker of a data loader anew; and systems that do not (Linux before 5.9) give this process other pages than those
+        that the GPUs know, as soon as it writes.
+        """
         if nbytes == 0:
-            return buffer
+            return torch.empty(0, dtype=torch.uint8, device="cpu")
+        try:
+            memory = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+        except OSError as error:
+            raise MemoryError(f"the host has no {format_nbytes(nbytes)} in one piece: {error}") from error
+        buffer = torch.from_numpy(memory)
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._devices[0].torch_device):
-            error = int(cudart.cudaHostRegister(buffer.data_ptr(), nbytes, _REGISTER_PORTABLE))
-        if error == 0:
-            # Unregistered before the memory goes back to the system; not at exit, when the driver cleans up by itself.
-            finalizer = weakref.finalize(buffer.untyped_storage(), cudart.cudaHostUnregister, buffer.data_ptr())
-            finalizer.atexit = False
+            error_code = int(cudart.cudaHostRegister(buffer.data_ptr(), nbytes, _REGISTER_PORTABLE))
+        if error_code == 0:
+            # The array goes before its memory does, a tensor's storage behind it. Not at exit: the driver cleans up itself.
+            weakref.finalize(memory, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
             return buffer
         self._clear_last_error()
         if not self._has_warned:
@@ -186,9 +196,12 @@ class CudaCluster:
             log.warning(
                 "cannot pin host memory (cudaHostRegister error %d); copies to and from it block. Raise the limit "
                 "on locked memory (ulimit -l) or free host memory",
-                error,
+                error_code,
             )
         return buffer
+
+    def trim_device_memory(self) -> None:
+        torch.cuda.empty_cache()
 
     def trim_host_memory(self) -> None:
         for device in self._devices:

@@ -128,5 +128,8 @@ class Cluster(Protocol):
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         """An uninitialised uint8 host tensor that the devices can copy to and from without blocking."""
 
+    def trim_device_memory(self) -> None:
+        """Slots of another plan come: what torch keeps of freed memory for later must not lie in their way in pieces."""
+
     def trim_host_memory(self) -> None:
         """Wait for all that the devices do, and give the system back what torch keeps of pinned memory for later."""

@@ -120,6 +120,9 @@ class EmulatedCluster:
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
+    def trim_device_memory(self) -> None:
+        """Memory goes back at once, and has no gaps."""
+
     def trim_host_memory(self) -> None:
         """Nothing here is pinned, and memory goes back at once."""
 

@@ -85,6 +85,8 @@ class HostCluster:
     def host_buffer(self, nbytes: int) -> torch.Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
+    def trim_device_memory(self) -> None: ...
+
     def trim_host_memory(self) -> None: ...
 
     def __repr__(self) -> str:

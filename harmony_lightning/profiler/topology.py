@@ -25,21 +25,32 @@ _NUM_RUNS = 3
 Progress = Callable[[str], None]
 
 
-def machine_at_hand(*, is_fresh: bool = False, progress: Progress = lambda what: None) -> tuple[Machine, bool]:
+def machine_at_hand(
+    devices: Sequence[torch.device] | None = None,
+    *,
+    is_fresh: bool = False,
+    progress: Progress = lambda what: None,
+) -> tuple[Machine, bool]:
     """The machine that this process runs on, measured once; and whether it was known already.
 
+    Args:
+        devices: the GPUs that are meant; None for all. Others, which may be somebody else's, are not touched.
+
     Raises:
-        ConfigurationError: there is no GPU.
+        ConfigurationError: there is no GPU, or they are not equal.
     """
     if not torch.cuda.is_available():
         raise ConfigurationError(
             "this machine has no GPU that torch can use; name the GPUs to plan for, such as --gpus 4x3090"
         )
-    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    if devices is None:
+        devices = [torch.device("cuda", index) for index in range(torch.cuda.device_count())]
     if is_fresh:
-        return _measure(names, progress), False
-    key = fingerprint("machine 2", platform.node(), str(os.cpu_count()), torch.__version__, *names, *_uuids())
-    return cached(Machine, key, lambda: _measure(names, progress))
+        return _measure(devices, progress), False
+    gpus = [torch.cuda.get_device_properties(device) for device in devices]
+    names = [f"{gpu.name} {gpu.uuid}" for gpu in gpus]
+    key = fingerprint("machine 2", platform.node(), str(os.cpu_count()), torch.__version__, *names)
+    return cached(Machine, key, lambda: _measure(devices, progress))
 
 
 def host_memory_bytes() -> int:
@@ -73,10 +84,12 @@ def _least_seconds(run: Callable[[], Any], wait: Callable[[], Any] = lambda: Non
     return max(min(taken[1:]), 1e-9)
 
 
-def _measure(names: Sequence[str], progress: Progress) -> Machine:
+def _measure(devices: Sequence[torch.device], progress: Progress) -> Machine:
+    names = [torch.cuda.get_device_name(device) for device in devices]
     if len(set(names)) > 1:
-        raise ConfigurationError(f"plans are for equal GPUs, this machine has {', '.join(names)}; choose with devices=")
-    devices = [torch.device("cuda", index) for index in range(len(names))]
+        raise ConfigurationError(
+            f"plans are for equal GPUs, these are {', '.join(names)}; choose with devices= or CUDA_VISIBLE_DEVICES"
+        )
     progress("host memory")
     copy_rate = host_copy_bytes_per_second()
     progress("updates on the host")
@@ -89,6 +102,7 @@ def _measure(names: Sequence[str], progress: Progress) -> Machine:
     peer = _peer_rate(devices[0], devices[1]) if len(devices) > 1 else alone
     progress("memory of the GPUs")
     memory_rate = min(gpu_memory_bytes_per_second(device) for device in devices)
+    torch._C._host_emptyCache()  # what was pinned here would stay so for good
     return Machine(
         name=platform.node(),
         gpus=len(devices),
@@ -145,18 +159,3 @@ def gpu_memory_bytes_per_second(device: torch.device, wait: Callable[[], Any] | 
 def _wait(devices: Sequence[torch.device]) -> None:
     for device in devices:
         torch.cuda.synchronize(device)
-
-
-def _uuids() -> list[str]:
-    """Of the GPUs, as far as NVML tells."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        try:
-            count = pynvml.nvmlDeviceGetCount()
-            return [str(pynvml.nvmlDeviceGetUUID(pynvml.nvmlDeviceGetHandleByIndex(index))) for index in range(count)]
-        finally:
-            pynvml.nvmlShutdown()
-    except Exception:  # no NVML, or none that answers: names must do
-        return []

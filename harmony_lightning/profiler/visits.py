@@ -95,6 +95,8 @@ def visit_layers(
     with ExitStack() as stack:
         for name in layers:
             stack.callback(_interpose(modules[name], name, run))
+        # As in a run: autograd's own threads for GPUs know nothing of autocast's type, in which layers run again.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(torch.enable_grad())
         stack.enter_context(device.torch_device)  # tensors that the user's code makes of nothing
         stack.enter_context(saved_tensors_hooks(run.note_saved, lambda tensor: tensor))

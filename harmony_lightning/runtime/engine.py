@@ -69,6 +69,7 @@ class Engine:
         if self._code is not None:
             self.rest.bring_home()
             self._unload()
+            self.cluster.trim_device_memory()
         with self.cluster.activate():
             state = RuntimeState(self.root, self.cluster, plan, self.counters, self.worker, self.uses, self.measuring)
         self.rest.load(state, find_derived(self.root))

@@ -300,6 +300,8 @@ class RuntimeState:
     def take_up(self, plan: Plan) -> None:
         """Go on under another plan for the same packs."""
         self.weights.take_up(plan)
+        if plan.resident != self.plan.resident:
+            self.cluster.trim_device_memory()
         self.plan = plan
 
     def allocate(self) -> None:

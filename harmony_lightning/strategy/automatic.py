@@ -90,6 +90,8 @@ class AutomaticPlan:
             reason = reason or "nobody knows how fast these devices are"
         except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
             reason = (str(error) or type(error).__name__).splitlines()[0]
+        finally:
+            self._engine.cluster.trim_device_memory()
         log.info("harmony: the plan made from sizes stays: %s", reason)
         return None
 

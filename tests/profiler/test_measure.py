@@ -62,6 +62,21 @@ def test_equal_layers_are_costed_once(monkeypatch):
     assert profile.layers[1:20] == (profile.layers[1],) * 19
 
 
+def test_layers_run_again_on_the_thread_that_knows_autocast():
+    """On GPUs autograd has threads of its own otherwise, in which autocast's type is another one."""
+    seen = set()
+
+    class Looks(torch.nn.Linear):
+        def forward(self, inputs):
+            seen.add((torch._C._current_graph_task_id() >= 0, torch._C._is_multithreading_enabled()))
+            return super().forward(inputs)
+
+    module = Chain(depth=2)
+    module.net[1][0] = Looks(WIDTH, WIDTH)
+    profile_of(module, largest=1)
+    assert seen == {(False, False), (True, False)}
+
+
 def test_nothing_happens_to_the_module():
     module = Chain(depth=3)
     before = {name: value.clone() for name, value in module.state_dict().items()}

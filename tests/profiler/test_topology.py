@@ -2,6 +2,7 @@
 
 import itertools
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -62,6 +63,28 @@ def test_without_a_gpu_the_machine_must_be_named(monkeypatch):
     monkeypatch.setattr(topology.torch.cuda, "is_available", lambda: False)
     with pytest.raises(ConfigurationError, match="--gpus 4x3090"):
         topology.machine_at_hand()
+
+
+def test_gpus_of_others_are_not_touched(monkeypatch):
+    touched = []
+
+    def properties(device):
+        touched.append(device)
+        return SimpleNamespace(name="GPU", uuid=str(device.index))
+
+    def measure(devices, progress):
+        touched.extend(devices)
+        return preset_machine(*parse_gpus(f"{len(devices)}x3090"), host_model("server"))
+
+    monkeypatch.setattr(topology.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(topology.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(topology.torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(topology, "_measure", measure)
+    monkeypatch.setenv("HARMONY_CACHE", "off")
+    ours = [torch.device("cuda", index) for index in (3, 1)]
+    machine, _ = topology.machine_at_hand(ours)
+    assert machine.gpus == 2 and set(touched) == set(ours)
+    assert topology.machine_at_hand()[0].gpus == 4
 
 
 @pytest.mark.gpu

@@ -39,6 +39,17 @@ def test_a_device_gets_one_copy_from_the_host(cluster, store):
     assert (store._counters.input_bytes, store._counters.p2p_bytes) == (MEAN_BYTES, 0)
 
 
+@pytest.mark.parametrize(("size", "waits"), [(4, False), (2**17, False), (2**18 + 1, True)])
+def test_nobody_waits_for_small_ones(size, waits, monkeypatch):
+    cluster, home, seen = EmulatedCluster(1, "4MiB"), Home(), []
+    home.mean = torch.ones(size)
+    monkeypatch.setattr(cluster.machine, "synchronize", seen.append)
+    with cluster.activate():
+        copy = BufferStore(Counters()).fetch((home, "mean"), cluster.devices[0])
+        assert bool(seen) is waits
+        assert copy.sum() == size
+
+
 def test_another_device_gets_its_copy_from_the_holder(cluster, store):
     home, (one, two) = Home(), cluster.devices
     store.fetch((home, "mean"), one)

@@ -15,6 +15,11 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Device
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.transfer import bring_in
+
+_STAGED_NBYTES = 2**20
+"""Buffers of up to so many bytes come by pinned memory, so that nobody waits for what the device was given before. Larger
+ones, which may be quantised weights, would take too much of it."""
 
 Place = tuple[nn.Module, str]
 """A buffer's place: the module that has it, and its name there."""
@@ -66,7 +71,8 @@ class BufferStore:
             assert source is not None
             if not buffer.is_written:
                 self._make_room(device.index, source.nbytes)
-            copy = source.to(device.torch_device)
+            is_staged = holder is None and type(source) is torch.Tensor and source.nbytes <= _STAGED_NBYTES
+            copy = bring_in(source, device) if is_staged else source.to(device.torch_device)
             if copy is source:
                 copy = source.clone()
             if holder is None:
