@@ -18,6 +18,8 @@ from harmony_lightning.strategy import precision
 from harmony_lightning.strategy.merged_log import Losses, direct_log, merged_log, unlogged
 from harmony_lightning.strategy.merged_profile import merged_profile
 from harmony_lightning.strategy.microbatch_check import compare_losses, losses_of_pieces, untouched
+from harmony_lightning.strategy.overrides import observer_of_gradients
+from harmony_lightning.strategy.root_loss import foreseen_gradient
 from harmony_lightning.strategy.session import Session
 
 log = logging.getLogger(__name__)
@@ -209,6 +211,7 @@ class Training(Session):
         """What the precision plugin's `backward` is during a run: Lightning's own goes to the root of the loss, and what is
         left goes through the packs, before any hook sees gradients. The strategy's own `backward` is not touched: it is
         what others watch."""
+        foreseen = self._foreseen(loss, module) if self._root_loss is not None else None
         try:
             lightnings(loss, module, optimizer, *args, **kwargs)
         except RuntimeError as error:
@@ -233,7 +236,8 @@ class Training(Session):
         on_complete = self._updates.on_complete(engine, module, self.precision_plugin, self._pl)
         on_device = self._updates.on_device(engine)
         with self._in_step():  # while gradients are accumulated, no optimizer's step is around it
-            engine.backward(self._factor(root.grad) * self._loss_scale, on_complete, on_device)
+            factor = self._factor(root.grad if foreseen is None else foreseen)
+            engine.backward(factor * self._loss_scale, on_complete, on_device)
         may_go_on = self._updates.may_go_on(engine)
         if may_go_on or engine.state.weights.is_behind:
             engine.rest.is_updated = self._updates.watch(optimizer, engine.state.parameters.values())
@@ -245,6 +249,13 @@ class Training(Session):
         super().on_train_end()  # type: ignore[misc]
         if self._engine is not None:
             self._engine.settle()
+
+    def _foreseen(self, loss: torch.Tensor, module: Any) -> torch.Tensor | None:
+        """The gradient of the root, where nobody but Lightning has a hand in this backward."""
+        assert self._root_loss is not None
+        if observer_of_gradients(module, self.precision_plugin, self._pl) is not None:
+            return None
+        return foreseen_gradient(loss, self._root_loss)
 
     def _factor(self, gradient: torch.Tensor) -> float:
         """What the loss counts; the expected number where the loss's type can only hold it rounded."""
