@@ -5,7 +5,7 @@ they say where the seconds go; what binds is the largest part.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -79,20 +79,19 @@ def break_down(schedule: Schedule, costs: Costs, rules: Rules) -> Breakdown:
 
 
 def bound_seconds(costs: Costs, minibatch: int, *, recompute: bool) -> float:
-    """All computation of a step shared equally by all GPUs, at the microbatch sizes where it is fastest.
+    """All computation of a step shared equally by all GPUs, at the microbatch size where it is fastest.
 
     With recompute, every layer's forward is counted twice, also that of a fused pack, which need not be.
     """
-    sizes = costs.profile.microbatch_sizes
 
-    def least(prefix_of: str, measured: tuple[int, ...]) -> float:
-        even = [size for size in measured if minibatch % size == 0]
-        capped = {min(size, minibatch) for size in even or measured}
-        per_sample: list[float] = [getattr(costs, prefix_of)(size)[-1] / size for size in capped]
+    def least(prefix: Callable[[int], Sequence[float]], measured: tuple[int, ...]) -> float:
+        # Between sizes that were measured no sample takes less than at one of them.
+        per_sample = (prefix(size)[-1] / size for size in {min(size, minibatch) for size in measured})
         return min(per_sample) * minibatch / costs.machine.gpus
 
-    backward = least("backward_prefix", sizes.backward)
-    return backward + (least("forward_prefix", sizes.forward) if recompute else 0.0)
+    sizes = costs.profile.microbatch_sizes
+    forward = least(costs.forward_prefix, sizes.forward) if recompute else 0.0
+    return forward + least(costs.backward_prefix, sizes.backward)
 
 
 def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str, float]:

@@ -34,7 +34,7 @@ from harmony_lightning.scheduler.search.packings import (
     table,
     units,
 )
-from harmony_lightning.scheduler.search.schedules import Found, search
+from harmony_lightning.scheduler.search.schedules import Found, choose_sizes, search
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 BEST = {
@@ -288,6 +288,15 @@ def test_minibatches_that_cannot_be_cut_evenly_are_planned_too(minibatch, mode):
     assert sum(answer.best.schedule.sizes_forward) == answer.best.schedule.samples
 
 
+@pytest.mark.parametrize(
+    ("samples", "sizes"),
+    [(12, [1, 2, 3, 4, 6]), (10, [1, 2, 5]), (11, [1, 2, 3, 4, 5, 6, 7, 8]), (14, [1, 2, 7]), (26, list(range(1, 9)))],
+)
+def test_microbatches_are_equal_unless_they_would_be_small(samples, sizes):
+    costs = Costs(profile(kind(sizes=(1, 4, 8)), sizes=(1, 4, 8)), machine())
+    assert choose_sizes(costs, "backward", samples) == sizes
+
+
 def test_what_cannot_fit_is_told_with_the_layer_and_its_bytes():
     with pytest.raises(CapacityError, match="layer 1 needs 480 B, but each GPU offers 400 B; raise memory"):
         found(Costs(profile(), machine()), 400)
@@ -297,6 +306,7 @@ def test_what_cannot_fit_is_told_with_the_layer_and_its_bytes():
     ("options", "message"),
     [
         ({"minibatch": 0}, "the minibatch must have at least one sample"),
+        ({"minibatch": 4001}, "at least 1001 microbatches of up to 4.*plan for at most 4000 samples, and accumulate"),
         ({"mode": "tp"}, "mode must be 'pp', 'dp' or 'auto'"),
     ],
 )

@@ -39,6 +39,8 @@ from harmony_lightning.units import format_nbytes
 
 MAX_SIZES = 8
 """Microbatch sizes that are tried per direction."""
+MAX_MICROBATCHES = 1_000
+"""Of a minibatch that is planned for: what a search takes grows with them, and so does what lies between two packs."""
 BLOCK = 64
 """Groups of pairs whose bounds are refined at once."""
 MAX_COMPUTATIONS = 60_000
@@ -347,10 +349,10 @@ def num_computations(schedule: Schedule) -> int:
 
 
 def choose_sizes(costs: Costs, direction: Literal["forward", "backward"], samples: int) -> list[int]:
-    """Microbatch sizes to try, ascending: those that cut the samples evenly, or all if none does.
+    """Microbatch sizes to try, ascending: those that cut the samples evenly, or all if no large one does.
 
     Raises:
-        ConfigurationError: there are no samples.
+        ConfigurationError: there are no samples, or far too many.
     """
     if samples < 1:
         raise ConfigurationError(f"the minibatch must have at least one sample, got {samples}")
@@ -359,7 +361,15 @@ def choose_sizes(costs: Costs, direction: Literal["forward", "backward"], sample
     # Backward recomputes forward, which must have been profiled at that size too.
     most = min(measured[-1], sizes_of.forward[-1], samples)
     least = min(measured[0], most)
-    sizes = [size for size in range(least, most + 1) if samples % size == 0] or list(range(least, most + 1))
+    if samples > MAX_MICROBATCHES * most:
+        raise ConfigurationError(
+            f"a minibatch of {samples} samples would be at least {-(-samples // most)} microbatches of up to {most}, and "
+            f"what lies between packs grows with them; plan for at most {MAX_MICROBATCHES * most} samples, and "
+            f"accumulate minibatches"
+        )
+    sizes = [size for size in range(least, most + 1) if samples % size == 0]
+    if not sizes or 2 * sizes[-1] < most:
+        sizes = list(range(least, most + 1))
     if len(sizes) <= MAX_SIZES:
         return sizes
     wanted = np.geomspace(sizes[0], sizes[-1], MAX_SIZES)
