@@ -213,6 +213,36 @@ def test_the_model_s_own_kernels_are_those_that_run(modules):
     assert 0.98 < one.sums_per_step(own.num_sums(strategy.plan)) / sums <= 1
 
 
+@pytest.mark.parametrize(
+    ("depth", "num_gpus", "num_microbatches", "dealt"),
+    [(5, 3, 12, (4, 5, 6)), (5, 3, 11, (6,)), (6, 3, 12, (7,))],
+    ids=["two left over", "few microbatches", "none left over"],
+)
+def test_blocks_that_are_left_over_are_dealt_with_the_head(modules, depth, num_gpus, num_microbatches, dealt):
+    models, plans = modules("step_time", "models", "plans")
+    module = models.LanguageModel(models.Shape(depth, 64, 4, 4, 128, 256, is_gated=False))
+    plan = plans.travelling(
+        module,
+        mode="mixed",
+        num_gpus=num_gpus,
+        memory_bytes=2**30,
+        microbatch_size=1,
+        num_microbatches=num_microbatches,
+        stash="host",
+    )
+    assert plan.dealt == dealt
+    taken = [len([p for p in range(1, dealt[0]) if plan.device(p, 0) == d]) for d in range(num_gpus)]
+    assert (len(set(taken)) == 1) == (num_microbatches == 12)
+    assert {plan.device(p, m) for p in dealt for m in range(num_microbatches)} == set(range(num_gpus))
+
+
+def test_eight_gpus_get_more_microbatches_than_twice_four(modules):
+    """As they wait for each other in more turns."""
+    (sweep,) = modules("step_time", "sweep")
+    assert [next(sweep.attempts(count, 4, 1 << 30))[0] for count in (8, 32, 128)] == [1, 4, 8]
+    assert [next(sweep.attempts(count, 8, 1 << 30))[0] for count in (8, 32, 128, 512)] == [1, 1, 4, 8]
+
+
 def test_rows_of_a_sweep_are_measured_once(modules, tmp_path, monkeypatch):
     """What is in the file is not measured again; what did not fit in one step is not tried in a larger one."""
     sweep, bounds, main = modules("step_time", "sweep", "bound", "main")

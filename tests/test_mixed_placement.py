@@ -183,6 +183,16 @@ def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(head, 
     assert packing.dealt_order(packs, 4, count) == devices
 
 
+@pytest.mark.parametrize(
+    ("count", "devices"),
+    [(4, ()), (8, (0, 1, 2, 3, 0, 1, 2, 0)), (12, (0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 0))],
+)
+def test_several_packs_that_are_dealt_count_together(count, devices):
+    """Of seven packs on four GPUs the fourth one is the first that is dealt, so that the third one's GPU gets fewer."""
+    pack = Pack(layers=(), parameters=(), nbytes=100, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
+    assert packing.dealt_order([pack] * 7, 4, count, num_dealt=3) == devices
+
+
 def test_plans_say_what_is_dealt():
     plan = train_both(2, 4, num_batches=1)[2].plan
     assert Plan.from_json(plan.to_json()) == plan

@@ -10,11 +10,14 @@ from torch import nn
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.plan import Plan
-from harmony_lightning.scheduler.packing import make_plan, with_first_on_devices
+from harmony_lightning.scheduler.packing import dealt_order, make_plan, with_first_on_devices
 
 LAYERS = ("embedding", "blocks.*", "head")
 SLOTS_SHARE = 0.75
 """Of the memory of a device, if first packs are updated there; activations of one microbatch need the rest."""
+
+LEAST_DEALT = 4
+"""Microbatches for each device, for blocks to be dealt."""
 
 
 def travelling(
@@ -41,7 +44,18 @@ def travelling(
         one_layer_per_pack=True,
         narrow_dtype="bfloat16",
     )
-    return replace(plan, prefetch=1)
+    return replace(left_over_dealt(plan) if mode == "mixed" else plan, prefetch=1)
+
+
+def left_over_dealt(plan: Plan) -> Plan:
+    """The plan with blocks that are left over, when each device has as many, dealt with the head. Else some devices would
+    have one more than others. It takes many microbatches: each of them goes through all that is dealt on one device."""
+    left_over = (len(plan.packs) - 2) % plan.num_devices
+    if not left_over or plan.num_microbatches < LEAST_DEALT * plan.num_devices:
+        return plan
+    order = dealt_order(plan.packs, plan.num_devices, plan.num_microbatches, num_dealt=1 + left_over)
+    last = len(plan.packs)
+    return replace(plan, dealt=tuple(range(last - 1 - left_over, last)), dealt_order=order)
 
 
 def first_on_devices(plan: Plan, module: nn.Module) -> Plan:

@@ -4,8 +4,8 @@
     python benchmarks/step_time/sweep.py --table
 
 Weights travel, stashes wait on the host, first packs are updated on GPUs where there is room. Microbatches are as large as
-fits, up to 8 sequences, but there are at least two for each GPU, if there are so many sequences. A minibatch has at most 32
-of them: a step of more is one of several minibatches, whose gradients are accumulated.
+fits, up to 8 sequences, but there are at least 8 on four GPUs and 32 on eight, if there are so many sequences. A minibatch
+has at most 32 of them: a step of more is one of several minibatches, whose gradients are accumulated.
 """
 
 import argparse
@@ -22,8 +22,6 @@ from harmony_lightning import HarmonyError
 MACHINES = ("4x3090", "8x4090", "4x1080ti")
 TOKENS = (2048, 8192, 32768, 131072, 524288)
 LENGTH = 1024
-LEAST_MICROBATCHES = 2
-"""For each GPU, as far as there are sequences."""
 MOST_SEQUENCES = 8
 """Of a microbatch. Larger ones have fewer sums, which are few by then, and leave no memory for what is on its way: with 16
 of 1024 tokens a step of the 30B model on 3090s takes 5 % longer."""
@@ -34,10 +32,16 @@ ROWS = Path(__file__).parent / "rows.jsonl"
 Row = dict[str, object]
 
 
+def least_microbatches(num_gpus: int) -> int:
+    """As far as there are sequences. In the turns of a pipeline N GPUs wait for N (N - 1) / (2 M L) of the time in L
+    blocks, which is about 1 / L with so many."""
+    return max(2, num_gpus**2 // 2)
+
+
 def attempts(num_sequences: int, num_gpus: int, largest: int) -> Iterator[tuple[int, str]]:
     """Sequences per microbatch, and where first packs are updated, best first."""
     size = 1
-    while size < min(largest, MOST_SEQUENCES) and 2 * size * LEAST_MICROBATCHES * num_gpus <= num_sequences:
+    while size < min(largest, MOST_SEQUENCES) and 2 * size * least_microbatches(num_gpus) <= num_sequences:
         size *= 2
     while size:
         yield size, "first"

@@ -4,7 +4,7 @@ from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, Urgency, aligned
 from harmony_lightning.plan.schedule import Schedule, Span
-from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak
+from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak, travelling_nbytes
 from harmony_lightning.plan.validate import check_plan, order_fault, plan_fault
 from harmony_lightning.record import Record
 
@@ -31,4 +31,5 @@ __all__ = [
     "lay_at_offsets",
     "order_fault",
     "plan_fault",
+    "travelling_nbytes",
 ]

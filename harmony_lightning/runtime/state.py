@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_
 
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
-from harmony_lightning.plan import Plan
+from harmony_lightning.plan import Plan, travelling_nbytes
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
@@ -46,8 +46,7 @@ class RuntimeState:
         depth: how many layers the running code is inside of; 0 in glue.
         spare_nbytes: what copies, sums and the like that the plan knows nothing of may take on a device, each kind, before
             they give way to the next: code between layers may go through all weights.
-        travelling_nbytes: what tensors may take on a device that are on their way to or from others, beyond those of the
-            running microbatch and its neighbours.
+        travelling_nbytes: what tensors may take on a device that are on their way to or from others.
         num_together: microbatches in one call of a layer, at most.
         weights: those of layers, on all devices.
         glue: device copies of weights that user code uses outside of layers.
@@ -82,9 +81,9 @@ class RuntimeState:
         self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
         self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
         self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
-        self.spare_nbytes = min(device.memory_bytes for device in cluster.devices) // 16
-        # Where not even a second pack fits, nothing is to spare.
-        self.travelling_nbytes = self.spare_nbytes if plan.prefetch else 0
+        memory_bytes = min(device.memory_bytes for device in cluster.devices)
+        self.spare_nbytes = memory_bytes // 16
+        self.travelling_nbytes = travelling_nbytes(memory_bytes, plan.prefetch)
         self.weights = SwappedWeights(
             self.parameters,
             plan,

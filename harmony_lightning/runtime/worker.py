@@ -3,6 +3,11 @@
 A worker takes the job with the lowest priority number first, and jobs of one priority in the order of submission. Results
 do not depend on timing as long as jobs that must keep an order share a priority. A job's exception is raised on the
 controller at the next `drain`, and the jobs behind it are dropped.
+
+One worker updates, and torch's own threads share each operation of it. Two workers with one such thread each were 0.91 to
+1.13 times as fast on two cores: fused, foreach and for-loop AdamW and SGD with momentum, float32 packs of 64 MiB in one
+tensor or 48 MiB in twelve, medians of 7 pairs. With packs of 200 tensors of 64 KiB it is 1.5 to 1.6 times for foreach, 0.93
+to 1.11 times for fused ones and the SGD loop, and 0.58 times for the AdamW loop, where Python is what two threads share.
 """
 
 import functools

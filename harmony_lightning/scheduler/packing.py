@@ -129,22 +129,23 @@ def make_plan(
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
-def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int) -> tuple[int, ...]:
-    """Devices of the last pack's microbatches, for backward to begin early:
+def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int, num_dealt: int = 1) -> tuple[int, ...]:
+    """Devices of the last packs' microbatches, for backward to begin early:
 
-        device of pack n-4  | forward |   last pack   |                 | backward
-        device of pack n-3    | forward |   last pack   |        | backward
-        device of pack n-2      | forward | last |          | backward
+        device of pack n-4  | forward |  dealt packs  |                 | backward
+        device of pack n-3    | forward |  dealt packs  |        | backward
+        device of pack n-2      | forward | dealt |         | backward
 
     The device of the pack before ends its forward last, and all others wait for its backward. Each microbatch goes to the
     device that is done with it soonest, compared with when its backward can begin. Times are taken from weights: two
-    operations for each in forward, four in backward, and two when forward is done again.
+    operations for each in forward, four in backward, and two when forward is done again, as in all but the last pack.
     """
-    others = num_devices - 1
-    if num_microbatches <= num_devices or len(packs) < 2:  # one each, and sums are those of one device
+    others, first = num_devices - 1, len(packs) - num_dealt
+    if num_microbatches <= num_devices or first < 1:  # one each, and sums are those of one device
         return ()
-    forward, backward, both = 2 * packs[-2].nbytes, 6 * packs[-2].nbytes, 6 * packs[-1].nbytes
-    devices = [(len(packs) - 1 + i) % num_devices for i in range(num_devices)]
+    forward, backward = 2 * packs[first - 1].nbytes, 6 * packs[first - 1].nbytes
+    both = 8 * sum(pack.nbytes for pack in packs[first:-1]) + 6 * packs[-1].nbytes
+    devices = [(first + i) % num_devices for i in range(num_devices)]
     begins = [-forward * (others - i) for i in range(num_devices)]
     may_end = [backward * (others - i) for i in range(num_devices)]
     counts = [0] * num_devices

@@ -156,6 +156,29 @@ def test_two_that_copy_at_once_share_an_uplink():
     assert fair_seconds(schedule, fast) < fair_seconds(schedule, slow) <= runtime_seconds(schedule, slow) + 1e-9
 
 
+def test_an_eighth_of_the_memory_is_enough_for_what_travels():
+    """Packs go round two devices, and 14 microbatches of 100 bytes wait in front of the first."""
+    spans = tuple((layer, layer) for layer in range(8))
+    schedule = Schedule(
+        mode="pp",
+        num_devices=2,
+        minibatch=16,
+        microbatch_forward=1,
+        packs_forward=spans[:-1],
+        microbatch_backward=1,
+        packs_backward=spans,
+        prefetch=1,
+        stash="host",
+    )
+    links = {"host_link_bytes_per_second": 1000.0, "peer_bytes_per_second": 1000.0, "host_link_shared_by": 1}
+    layers = profile(*[kind(activation=100)] * 8)
+    little, half, much = (
+        runtime_seconds(schedule, Costs(layers, machine(memory_bytes=nbytes, **links)))
+        for nbytes in (10000, 5000, 10**9)
+    )
+    assert little == much < half
+
+
 def test_updates_go_in_the_order_of_their_priority():
     costs = Costs(profile(*(kind(update=50.0) for _ in range(4))), machine(gpus=1))
     schedule = schedule_of(costs, (1, 1, 1, 1), minibatch=2)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, split
+from harmony_lightning.plan.usage import travelling_nbytes
 from harmony_lightning.scheduler.clock import Event, Listener
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.slots import Point
@@ -59,7 +60,7 @@ class RuntimeLanes:
         self.controller: Event = None
         self.turn = -1
         self.host_share = costs.machine.host_share(num_active)
-        self.travelling_nbytes = costs.machine.memory_bytes // 16 if schedule.prefetch else 0
+        self.travelling_nbytes = travelling_nbytes(costs.machine.memory_bytes, schedule.prefetch)
         self._num_microbatches = len(split(schedule.minibatch, schedule.microbatch_backward))
         self._devices = [_Device() for _ in range(schedule.num_devices)]
         self._copied: dict[int, Event] = {}

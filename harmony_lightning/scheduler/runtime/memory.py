@@ -7,7 +7,7 @@ Slots for weights, gradients and updates are there throughout. Beside them, whil
     waiting   what the microbatches behind m have left for this pack, and those in front of it for the next one:
               inputs and outputs in forward, gradients in backward
     stash     those that stay; else one that is on its way out, or comes in ahead
-    held      copies to other devices, for M microbatches while `_TRAVELLING` of the memory lasts (`transfer.Departures`),
+    held      copies to other devices, for M microbatches within `plan.travelling_nbytes` (`transfer.Departures`),
               and the place where the next one from there arrives (`transfer.Landings`)
 
 All of these change evenly from microbatch to microbatch, so the most is at the first one or at the last ones; or when a
@@ -20,13 +20,11 @@ from functools import cache
 
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
+from harmony_lightning.plan.usage import travelling_nbytes
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.packing import STEP_TEMPORARIES
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 from harmony_lightning.scheduler.runtime.visitors import place, visitors_of
-
-_TRAVELLING = 16
-"""Of the memory, one in so many bytes may be in tensors that wait for their turn on other devices."""
 
 _TURNS_HELD = 2
 """Microbatches for which what is copied to other devices is held in any case."""
@@ -86,7 +84,7 @@ class _Device:
         self._last_to_leave = max((p for p in self._here if p != self._last), default=None)
         self._before: dict[int, int | None] = dict(zip(self._here, (None, *self._here), strict=False))
         """The pack that is visited here in front of another."""
-        self._limit = costs.machine.memory_bytes // _TRAVELLING if self._is_ahead else 0
+        self._limit = travelling_nbytes(costs.machine.memory_bytes, schedule.prefetch)
         gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in _packs_on(schedule, index)])
         self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
