@@ -59,7 +59,8 @@ class HarmonyConfig:
     loss_weight: LossWeight = "mean"
     """What a microbatch's loss counts. "mean" for a loss that is a mean over samples; "sum" for one that is a sum
     (`reduction="sum"`), so that microbatches are added up; a function of a microbatch that counts what the loss is the mean
-    of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`. One that counts 0 has no backward."""
+    of, such as its tokens: `lambda batch: (batch["labels"] != -100).sum()`. One that counts 0 has no backward. Where
+    all do, they weigh as their samples: gradients are what your code makes of nothing to count, as on one device."""
     gradient_wire: Literal["exact", "half"] = "exact"
     """How gradients of weights that autocast casts leave the GPUs, in mixed precision. "exact": in float32 where several
     microbatches have been summed up, so that results are those of one device; "half": that sum rounded once to autocast's

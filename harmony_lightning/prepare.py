@@ -13,7 +13,7 @@ from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.decomposer.discover import decompose, decompose_as
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.device import Cluster
-from harmony_lightning.plan import Plan, check_plan, plan_fault
+from harmony_lightning.plan import Plan, check_plan, plan_fault, refit
 from harmony_lightning.scheduler import make_plan, unit_nbytes
 from harmony_lightning.units import format_nbytes
 
@@ -117,8 +117,11 @@ def _update(
     return "host" if state_nbytes is None or config.update == "auto" else config.update
 
 
-def prepare_given(root: nn.Module, cluster: Cluster, plan: Plan) -> Decomposition:
-    """The layers of `root` that a given plan names; they need not be those that would be found without it.
+def prepare_given(
+    root: nn.Module, cluster: Cluster, plan: Plan, *, is_under_way: bool = False
+) -> tuple[Decomposition, Plan]:
+    """The layers of `root` that a given plan names; they need not be those that would be found without it. And the plan: if
+    the run `is_under_way`, for the weights that train by now.
 
     Raises:
         ConfigurationError: a weight is not on the host, or the plan is for another module or another number of devices.
@@ -131,8 +134,14 @@ def prepare_given(root: nn.Module, cluster: Cluster, plan: Plan) -> Decompositio
             if name not in modules:
                 raise plan_fault(plan, index, f"the plan names layer {name!r}, which this module does not have")
     decomposition = decompose_as(root, [name for pack in plan.packs for name in pack.layers])
+    plan, given = refit(plan, decomposition) if is_under_way else plan, plan
     check_plan(plan, decomposition, len(cluster.devices), min(device.memory_bytes for device in cluster.devices))
-    return decomposition
+    if plan is not given:
+        log.warning(
+            "harmony: other weights train than when plan= was made; its packs stay, with slots for the gradients of these, "
+            "and those where that makes a difference are updated on the host; leave plan= out for a new plan"
+        )
+    return decomposition, plan
 
 
 def _check_masters(root: nn.Module) -> None:

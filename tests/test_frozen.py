@@ -1,10 +1,14 @@
 """Frozen weights: no gradients leave, and what comes before everything that trains runs no backward."""
 
+import dataclasses
+
 import pytest
 import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
+from lightning.pytorch import callbacks
 from torch import nn
 
+from harmony_lightning import ConfigurationError
 from harmony_lightning.runtime.layer import node
 
 DEPTH = 12
@@ -198,3 +202,51 @@ def test_lora_of_peft_trains_like_on_one_device():
     trained = sum(p.nbytes for p in module.parameters() if p.requires_grad)
     assert statistics.swap_out_bytes == 3 * trained
     assert sum(p.nbytes for p in module.parameters()) > run.strategy.plan.memory_bytes
+
+
+class Thawing(callbacks.BaseFinetuning):
+    """Biases train from the start, the first four blocks' weights from the second epoch on."""
+
+    def freeze_before_training(self, module):
+        for block in module.net:
+            block[0].weight.requires_grad_(False)
+
+    def finetune_function(self, module, epoch, optimizer):
+        if epoch == 1:
+            self.unfreeze_and_add_param_group(module.net[:4], optimizer, lr=1e-2)
+
+
+class OnlyTrainable(Chain):
+    def configure_optimizers(self):
+        return self.optimizer([p for p in self.parameters() if p.requires_grad], **self.options)
+
+
+@pytest.mark.parametrize("update", ["host", "device"])
+def test_a_given_plan_goes_on_when_weights_are_thawed(update, caplog):
+    """It was made while they were frozen: in the same packs, with larger slots for gradients; told once."""
+
+    def fit(strategy, max_epochs=3, **options):
+        torch.manual_seed(0)
+        module = OnlyTrainable()
+        fitted = trainer(strategy, max_epochs=max_epochs, callbacks=[Thawing()], **options)
+        fitted.fit(module, loader(8))
+        return module, fitted
+
+    _, first = fit(harmony(memory="160KiB", update=update), max_epochs=1)
+    made = first.strategy.plan
+    given = harmony(memory="160KiB", plan=made)
+    ours, _ = fit(given)
+    reference, _ = fit(harmony(memory="160KiB"))
+    assert same_weights(ours, reference)
+    assert sum("other weights train than when plan= was made" in record.message for record in caplog.records) == 1
+    pairs = list(zip(made.packs, given.plan.packs, strict=True))
+    assert [one.layers for one, _ in pairs] == [other.layers for _, other in pairs]
+    grown = [index for index, (one, other) in enumerate(pairs) if other.gradient_slot_nbytes > one.gradient_slot_nbytes]
+    assert grown and all(pairs[index][1].update == "host" for index in grown)
+    assert made.packs[-1] == given.plan.packs[-1] and made.packs[-1].update == update
+    if update == "host":  # before the first step it is a fault
+        short = dataclasses.replace(
+            made, packs=(dataclasses.replace(made.packs[0], gradient_slot_nbytes=64), *made.packs[1:])
+        )
+        with pytest.raises(ConfigurationError, match="gradient_slot_nbytes of 64"):
+            fit(harmony(memory="160KiB", plan=short))

@@ -189,3 +189,37 @@ def test_where_no_plan_is_for_so_little_memory_it_is_the_one_for_the_least_that_
     planning = Needing(0.8 ** (3 + failures), least=0.5)
     _, plan = planning._prepare(Workload(microbatch_size=1, num_microbatches=1))
     assert (plan.num_microbatches, plan.memory_bytes) == (51, int(0.8 ** (3 + failures) * 100_000))
+
+
+class HungryLate(Chain):
+    """Code between layers needs memory from the third step on, and most of it in its backward."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        x = self.net[:4](inputs)
+        if self.trainer.global_step >= 2:
+            x = nn.functional.gelu(x.repeat(1, 64)).unflatten(1, (64, WIDTH)).mean(1)
+        return nn.functional.mse_loss(self.head(self.net[4:](x)).squeeze(1), targets)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "kib", "options"),
+    [
+        (1, 186, {}),
+        (1, 192, {"stash": "device"}),
+        (1, 204, {}),  # all weights were to stay
+        (2, 150, {"mode": "dp"}),
+    ],
+)
+def test_backward_of_code_between_layers_goes_on_when_memory_is_short(num_gpus, kib, options):
+    """What stays and sums of gradients go, and the operation that lacked memory is called again."""
+    fits = []
+    for memory in (f"{kib}KiB", "1MiB"):
+        strategy = harmony(num_gpus, memory, **options)
+        torch.manual_seed(0)
+        module = HungryLate()
+        trainer(strategy, limit_train_batches=4).fit(module, loader(8))
+        fits.append((module, strategy.statistics().short_of_memory))
+    (ours, num_short), (roomy, none_short) = fits
+    assert same_weights(ours, roomy)
+    assert num_short > 0 and none_short == 0

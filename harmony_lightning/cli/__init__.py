@@ -3,6 +3,7 @@
 Each command is a module with `add` (its arguments) and `run` (its exit code)."""
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -13,10 +14,23 @@ CAPACITY = 1
 """Exit code: the question was understood, but nothing fits."""
 FAULT = 2
 """Exit code: arguments or files are faulty."""
+UNREAD = 141
+"""Exit code: nobody reads on, as for `| head`; a shell's own for what ends by SIGPIPE."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; errors go to stderr as one line. Returns the exit code."""
+    try:
+        try:
+            return _run(arguments)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes again when it ends
+        return UNREAD
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     parser = argparse.ArgumentParser(prog="harmony", description="Plan training that is larger than the GPUs.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     for command in (topology, profile, plan, estimate):

@@ -3,6 +3,7 @@
 from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, Urgency, aligned
+from harmony_lightning.plan.refit import refit
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak, travelling_nbytes
 from harmony_lightning.plan.validate import check_plan, order_fault, plan_fault
@@ -31,5 +32,6 @@ __all__ = [
     "lay_at_offsets",
     "order_fault",
     "plan_fault",
+    "refit",
     "travelling_nbytes",
 ]

@@ -114,6 +114,7 @@ class Glue(TorchFunctionMode):
                 with torch._C.DisableTorchFunction():
                     refuse_second_derivatives(segment.state)
             return result
+        segment.has_glue = True
         if (host := self.host_arithmetic) is not None:
             with torch._C.DisableTorchFunction():
                 if host.concerns(segment.state, args, kwargs, is_write=kind == "write"):

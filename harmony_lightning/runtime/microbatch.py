@@ -192,13 +192,14 @@ class Microbatch:
         arrived = [self.pending.pop(key) for key in mine]
         segment.close()
         self._in_backward = segment
+        has_glue = segment.has_glue or not self.is_cut
         try:
             if arrived:
-                with segment.device.lane(Lane.COMPUTE, f"backward of pack {segment.pack}, microbatch {self.index}"):
+                name = f"backward of pack {segment.pack}, microbatch {self.index}"
+                lane, state = segment.device.lane(Lane.COMPUTE, name), self._state
+                with lane, state.differentiating(segment.device, has_glue=has_glue):
                     with torch._C.DisableTorchFunction():
-                        gradients = self._state.with_room(
-                            segment.device, lambda: [_total(parts) for _, parts in arrived]
-                        )
+                        gradients = state.with_room(segment.device, lambda: [_total(parts) for _, parts in arrived])
                     edges = [edge for edge, _ in arrived]
                     del arrived
                     accumulate(edges, gradients)

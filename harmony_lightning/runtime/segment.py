@@ -82,6 +82,7 @@ class Segment:
         is_cut: the autograd graph ends at the borders of segments.
         start: autograd nodes with a smaller sequence number are older than this segment.
         has_graph: whether anything in here may get a gradient.
+        has_glue: whether code between layers has computed anything.
         uses: how often each weight that trains is used; counts down in backward.
         partial: gradients of weights with uses still to come.
         replaced: tensors whose later value is another object, by identity, with the original held; shared by all
@@ -103,6 +104,7 @@ class Segment:
         self.is_cut = is_cut
         self.start = torch.autograd._get_sequence_nr() if is_cut else 0  # type: ignore[attr-defined]
         self.has_graph = False
+        self.has_glue = False
         self.uses: dict[str, int] = defaultdict(int)
         self.partial: dict[str, torch.Tensor] = {}
         self.replaced = replaced

@@ -16,12 +16,16 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
+from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
+from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan, travelling_nbytes
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.glue_backward import GlueBackward
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
 from harmony_lightning.runtime.thread_state import ThreadState
 from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
@@ -51,6 +55,7 @@ class RuntimeState:
         weights: those of layers, on all devices.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
+        is_differentiating: a segment's backward runs.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         slot_nbytes: of the largest pack's weights.
         objects: what the running layer has been given within objects.
@@ -105,6 +110,7 @@ class RuntimeState:
         self.gradients = self.weights.gradients
         self.depth = 0
         self.is_recomputing = False
+        self.is_differentiating = False
         self.is_holding = False
         self.objects: Any = None
         self.uses = uses
@@ -241,11 +247,28 @@ class RuntimeState:
     def recomputing(self, device: Device) -> Iterator[None]:
         """The code within runs a layer again: what it saves is used at once and stays where it is."""
         before, self.is_recomputing = self.is_recomputing, True
+        mode = _pop_dispatch_mode() if isinstance(_get_current_dispatch_mode(), GlueBackward) else None
         try:
             with self.inside_layer(device):
                 yield
         finally:
+            if mode is not None:
+                _push_dispatch_mode(mode)
             self.is_recomputing = before
+
+    @contextmanager
+    def differentiating(self, device: Device, *, has_glue: bool) -> Iterator[None]:
+        """The code within is a segment's backward."""
+        before, self.is_differentiating = self.is_differentiating, True
+        tries_again = has_glue and not self.cluster.host_is_device
+        if tries_again:
+            _push_dispatch_mode(GlueBackward(functools.partial(self.with_room, device)))
+        try:
+            yield
+        finally:
+            if tries_again:
+                _pop_dispatch_mode()
+            self.is_differentiating = before
 
     @contextmanager
     def capturing(self, names: frozenset[str]) -> Iterator[dict[str, torch.Tensor]]:
@@ -309,14 +332,14 @@ class RuntimeState:
             self.with_room(device, functools.partial(self.weights.allocate, device))
         self.gradients.allocate()
 
-    def with_room(self, device: Device, function: Callable[[], Result], *, adds_later: bool = False) -> Result:
+    def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
         """What the function returns, which needs memory of the device: if there is none, it is called again when what was
-        to stay there has gone. `adds_later`: it adds no gradients itself, so that the sums of others may go, too."""
-        for _ in range(1 + adds_later):
+        to stay there has gone, and in backward once more when sums of gradients have, too."""
+        for _ in range(2):
             try:
                 return function()
             except OUT_OF_MEMORY:
-                if not self.make_room(device, adds_later=adds_later):
+                if not self.make_room(device):
                     raise
         return function()
 
@@ -327,10 +350,10 @@ class RuntimeState:
             self._give_way(device)
         self.has_given_way = True
 
-    def make_room(self, device: Device, *, adds_later: bool = False) -> bool:
-        """The device has run out of memory: let go of what it can do without. Returns whether there was anything.
-        `adds_later`: who has asked is not adding gradients, and needs none that are there."""
-        found = self._give_way(device) or (adds_later and self.gradients.leave(device))
+    def make_room(self, device: Device) -> bool:
+        """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
+        is_backward = self.is_differentiating or self.is_recomputing  # a forward begins again, in smaller packs
+        found = self._give_way(device) or (is_backward and self.gradients.leave(device))
         self.counters.short_of_memory += found and not self.has_lacked_memory
         self.has_lacked_memory |= found
         return found
@@ -378,6 +401,7 @@ class RuntimeState:
         """Drop what a step has left behind when it is given up; masters stay as they are."""
         self.depth = 0
         self.is_recomputing = False
+        self.is_differentiating = False
         self.is_holding = False
         self.objects = None
         self.captured = None

@@ -107,10 +107,12 @@ class Planning:
             engine.root, engine.cluster, config, workload, self._call_order, self._narrow, states, share=share
         )
 
-    def _load(self, workload: Workload) -> None:
+    def _load(self, workload: Workload, *, is_under_way: bool = False) -> None:
         self.searched = None
         if self._given is not None:
-            plan, decomposition = self._given, prepare_given(self._engine.root, self._engine.cluster, self._given)
+            root, cluster = self._engine.root, self._engine.cluster
+            decomposition, plan = prepare_given(root, cluster, self._given, is_under_way=is_under_way)
+            self._given = plan
         else:
             decomposition, plan = self._prepare(workload)
             tell(plan)
@@ -236,7 +238,7 @@ class Planning:
         workload = _workload(parts)
         self._notice_shortage()
         if engine.is_out_of_date():
-            self._load(workload)
+            self._load(workload, is_under_way=True)
             self._is_searched = False  # again with the next minibatch
         if engine.trace.is_complete and self._given is not None and not self._has_traced:
             self._has_traced = True

@@ -1,6 +1,7 @@
 """`harmony plan`: what it prints, and how it fails."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -119,6 +120,16 @@ def test_wrong_arguments_are_told_by_the_parser(files, capsys):
         main([*files, "--minibatch", "four"])
     assert ended.value.code == 2
     assert "invalid int value: 'four'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("form", ["--json", "--explain"])
+def test_it_ends_quietly_where_nobody_reads_on(files, form):
+    reads, writes = os.pipe()
+    os.close(reads)
+    arguments = [*files, "--minibatch", "4", form]
+    with os.fdopen(writes, "w") as pipe:
+        done = subprocess.run([sys.executable, "-m", "harmony_lightning.cli", *arguments], stdout=pipe, stderr=-1)
+    assert (done.returncode, done.stderr) == (128 + 13, b"")
 
 
 def test_planning_needs_no_torch(files):

@@ -186,3 +186,27 @@ def test_options_survive_where_one_microbatch_is_all():
     ours, _ = fit("sum", HarmonyStrategy(loss_weight="sum", check_microbatches=True))
     assert same_weights(ours, plain)
     assert isinstance(ours, L.LightningModule)
+
+
+@pytest.mark.parametrize("least", [0, 1])
+def test_where_nothing_counts_the_loss_is_what_the_code_makes_of_nothing(least):
+    """As on one device: 0 / 0 if it divides by nothing, else what it adds, a mean over samples."""
+
+    class Adding(Losing):
+        def step(self, batch):
+            inputs, targets = batch
+            errors = (self.head(self.net(inputs)).squeeze(1) - targets).square()
+            of_tokens = (errors * counts(targets)).sum() / counts(targets).sum().clamp(min=least)
+            return of_tokens + 0.1 * errors.mean()
+
+    modules = []
+    for strategy in ("auto", harmony(microbatch_size=3, loss_weight=tokens)):
+        torch.manual_seed(0)
+        modules.append(Adding())
+        batches = [(inputs, -targets.abs()) for inputs, targets in loader(8)]
+        trainer(strategy).fit(modules[-1], torch.utils.data.DataLoader(batches, batch_size=None))
+    plain, ours = modules
+    torch.testing.assert_close(torch.tensor(ours.outputs), torch.tensor(plain.outputs), equal_nan=True)
+    for mine, theirs in zip(ours.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6, equal_nan=True)
+    assert torch.tensor(ours.outputs).isnan().all() == (least == 0)

@@ -39,6 +39,8 @@ def loss_shares(loss_weight: LossWeight, parts: Microbatches) -> tuple[float, ..
         counts = [float(loss_weight(batch)) for batch in parts.batches]
         if not all(0 <= count < math.inf for count in counts):
             raise ConfigurationError(f"loss_weight must give finite numbers of at least 0, got {counts}")
+        if not any(counts):  # the loss is what the user's code makes of nothing, and what it adds to that
+            counts = list(parts.num_samples)
     total = sum(counts)
     return tuple(count / total if total else 1 / len(counts) for count in counts)
 

@@ -74,6 +74,7 @@ class GradientStore:
         """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
         self._owned: set[tuple[str, int]] = set()
         """Which of those are ours alone."""
+        self._is_adding = False
         self.updates: DeviceUpdates | None = None
         self.casts: Casts | None = None
 
@@ -90,14 +91,18 @@ class GradientStore:
         """
         in_slot = {} if pack is None or self._host_is_device else self._slots.layouts[pack]
         slot: GradientSlot | None = None
-        for name in list(gradients):
-            gradient = gradients[name]
-            if pack is not None and name in in_slot and gradient.layout == torch.strided:
-                slot = slot or self._slots.acquire(pack, device)
-                slot.add(name, gradient, is_narrow=gradient.dtype is not in_slot[name].dtype)
-            else:
-                self._add_loose((name, device), gradient, name in owned)
-            del gradients[name]
+        self._is_adding = True
+        try:
+            for name in list(gradients):
+                gradient = gradients[name]
+                if pack is not None and name in in_slot and gradient.layout == torch.strided:
+                    slot = slot or self._slots.acquire(pack, device)
+                    slot.add(name, gradient, is_narrow=gradient.dtype is not in_slot[name].dtype)
+                else:
+                    self._add_loose((name, device), gradient, name in owned)
+                del gradients[name]
+        finally:
+            self._is_adding = False
 
     def _add_loose(self, key: tuple[str, int], gradient: torch.Tensor, is_ours: bool) -> None:
         held, dtype = self._loose.get(key), self._parameters[key[0]].dtype
@@ -147,9 +152,9 @@ class GradientStore:
             self._slots.allocate()
 
     def leave(self, device: Device) -> bool:
-        """Memory of the device is short, and nobody is adding anything: sums in slots wait on the host until somebody does.
-        Returns whether there were slots."""
-        return self._slots.leave(device.index)
+        """Memory of the device is short: sums in slots wait on the host until somebody adds to them, unless somebody does
+        now. Returns whether they have left."""
+        return not self._is_adding and self._slots.leave(device.index)
 
     def _bring_back(self) -> None:
         for device in self._slots.devices_without:

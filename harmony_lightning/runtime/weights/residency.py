@@ -56,6 +56,8 @@ class DeviceWeights:
         self._slots: list[WeightSlot] = []
         self._shared: torch.Tensor | None = None
         """Memory for packs that are not resident."""
+        self._is_allocated = False
+        """Whether the plan's slots have been made; some may have gone since, and do not come again."""
         self._keys: dict[int, int] = {}
         """Bytes of each piece of memory that slots lie in, by what tells that a tensor does."""
         self._last: WeightSlot | None = None
@@ -165,6 +167,7 @@ class DeviceWeights:
         self._slots.clear()
         self._keys.clear()
         self._last = self._shared = None
+        self._is_allocated = False
         self._plan = plan
 
     def _find(self, pack: int) -> WeightSlot | None:
@@ -263,13 +266,14 @@ class DeviceWeights:
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)
 
     def _allocate(self) -> None:
-        if self._slots:
+        if self._is_allocated:
             return
         plan, device = self._plan, self._device.index
         if (nbytes := plan.shared_slots_nbytes(device)) > 0:
             self._shared = self._make_memory(nbytes)
             for pack, start in plan.slot_offsets(device).items():
                 self._add_slot(pack, self._shared, start)
+        self._is_allocated = True
         for pack in plan.packs_on(device):
             if pack in plan.resident:
                 self._add_own(pack)
