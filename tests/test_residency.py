@@ -218,6 +218,63 @@ def test_batches_larger_than_all_before_leave_nothing_where_it_was():
     assert max(map(max, looking.peaks)) <= 700 << 10
 
 
+class Skipping(Chain):
+    """Stochastic depth: which block is left out differs from step to step."""
+
+    def __init__(self, is_skipped):
+        super().__init__()
+        self.is_skipped = is_skipped
+
+    def step(self, batch):
+        x = batch[0]
+        for index, block in enumerate(self.net):
+            if not self.is_skipped(index, self.global_step):
+                x = x + block(x)
+        return nn.functional.mse_loss(self.head(x).squeeze(1), batch[1])
+
+
+def every_block_in_turn(index, step):
+    return index == step % 8
+
+
+def half_of_them_in_turn(index, step):
+    return index < 4 and step % 2 == 0
+
+
+def one_at_times(index, step):
+    return index == 5 and step % 4 != 3
+
+
+@pytest.mark.parametrize("is_skipped", [every_block_in_turn, half_of_them_in_turn, one_at_times])
+@pytest.mark.parametrize("memory", ["110KiB", AMPLE])
+def test_steps_that_call_other_layers_do_not_end_residency(is_skipped, memory, caplog):
+    torch.manual_seed(0)
+    ours, reference = Skipping(is_skipped), Skipping(is_skipped)
+    reference.load_state_dict(ours.state_dict())
+    looking = Looking()
+    strategy = harmony(2, memory, layers=LAYERS, one_layer_per_pack=True)
+    trainer(strategy, callbacks=[looking], max_epochs=4).fit(ours, loader(8))
+    trainer(accumulate_grad_batches=4, max_epochs=4).fit(reference, loader(2))
+    assert same_weights(ours, reference)
+    assert strategy.statistics().short_of_memory == 0 and "had to go" not in caplog.text
+    assert max(map(max, looking.peaks)) <= EmulatedCluster(1, memory).devices[0].memory_bytes
+    assert all(plan.stash_stays and plan.resident for plan in looking.plans[8:])
+    if memory == AMPLE:
+        assert all(len(plan.resident) == len(plan.keep) == len(plan.packs) == 9 for plan in looking.plans[8:])
+        assert looking.each("stash_out_bytes")[8:] == [0] * 12
+
+
+def test_in_a_step_with_unknown_calls_nothing_stays_where_memory_is_full():
+    """From the call on that was not measured; the room for it was given to others."""
+    looking = Looking()
+    module = Skipping(lambda index, step: index == 5 and step < 4)
+    trainer(harmony(1, "110KiB", layers=LAYERS, one_layer_per_pack=True), callbacks=[looking], max_epochs=2).fit(
+        module, loader(8)
+    )
+    assert [bool(plan.stash_stays) for plan in looking.plans[1:8]] == [True, True, True, False, False, True, True]
+    assert all(max(peaks) <= 110 << 10 for peaks in looking.peaks)
+
+
 def test_results_that_user_code_keeps_hold_no_slots():
     """With the graph that made them, as metrics keep them: it leads to weights, which lie in slots of earlier plans."""
     kept, allocated = [], []

@@ -3,7 +3,9 @@
 And what tensors on their way between devices may take, for the runtime and for those who predict it.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from difflib import SequenceMatcher
 
 from harmony_lightning.record import Record
 
@@ -67,3 +69,30 @@ class Usage(Record):
     """In use in front of the step, slots for weights left out."""
     seen: Seen | None = None
     """What has come of that, where it is known."""
+
+    def including(self, other: "Usage") -> "Usage":
+        """Of a step with the calls of both, each the most that it was seen to take. `seen` was of other calls."""
+        most: dict[tuple[tuple[int, ...], tuple[str, ...]], ByDevice] = {}
+        for one in (*self.held, *other.held):
+            key = one.stashes, one.layers
+            most[key] = _largest(most.get(key, one.nbytes), one.nbytes)
+        return Usage(
+            visits=tuple(_merged(self.visits, other.visits)),
+            held=tuple(Held(stashes=p, layers=names, nbytes=nbytes) for (p, names), nbytes in most.items()),
+            resting=tuple(map(min, self.resting, other.resting)),  # what is there by then beside it counts as grown
+        )
+
+
+def _merged(visits: Sequence[VisitPeak], others: Sequence[VisitPeak]) -> Iterator[VisitPeak]:
+    """One step may skip packs that another visits."""
+    matcher = SequenceMatcher(None, [one.pack for one in visits], [one.pack for one in others], autojunk=False)
+    for kind, start, stop, other_start, other_stop in matcher.get_opcodes():
+        both = visits[start:stop], others[other_start:other_stop]
+        if kind == "equal":
+            yield from (replace(a, nbytes=_largest(a.nbytes, b.nbytes)) for a, b in zip(*both, strict=True))
+        else:
+            yield from (*both[0], *both[1])
+
+
+def _largest(one: ByDevice, other: ByDevice) -> ByDevice:
+    return tuple(map(max, one, other))

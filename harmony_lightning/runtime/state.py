@@ -126,7 +126,7 @@ class RuntimeState:
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
         """By device: what layers keep from forward to backward."""
         self.has_given_way = False
-        """Whether something has gone that was to stay."""
+        """Whether something has gone that was to stay, as there was no room for it."""
         self.has_lacked_memory = False
         """Whether that was because memory was short."""
         self.num_together = plan.microbatches_per_forward
@@ -344,16 +344,17 @@ class RuntimeState:
         return function()
 
     def let_nothing_stay(self) -> None:
-        """The step is none for which the plan was made: go on as if memory were short everywhere."""
+        """The step is none for which the plan was made: go on as if memory were short everywhere, though it is not."""
         self.plan = dataclasses.replace(self.plan, keep=(), stash_stays=(), peak_bytes=())
         for device in self.cluster.devices:
             self._give_way(device)
-        self.has_given_way = True
 
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
+        gives_way = self._give_way(device)
+        self.has_given_way |= gives_way
         is_backward = self.is_differentiating or self.is_recomputing  # a forward begins again, in smaller packs
-        found = self._give_way(device) or (is_backward and self.gradients.leave(device))
+        found = gives_way or (is_backward and self.gradients.leave(device))
         self.counters.short_of_memory += found and not self.has_lacked_memory
         self.has_lacked_memory |= found
         return found
@@ -377,13 +378,12 @@ class RuntimeState:
         )
 
     def _give_way(self, device: Device) -> bool:
-        found = self.let_go_idle(device)
+        found = self.weights.let_go_idle(device)
         for activations in list(self.kept[device.index]):
             found |= activations.drop()
         found |= self.spill(device)
         found |= self.landings.give_back(device)
         found |= self.departures.release(device)
-        self.has_given_way |= found
         return found
 
     def masters_written(self, *, trained_only: bool = False) -> None:

@@ -240,10 +240,6 @@ class Planning:
         if engine.is_out_of_date():
             self._load(workload, is_under_way=True)
             self._is_searched = False  # again with the next minibatch
-        if engine.trace.is_complete and self._given is not None and not self._has_traced:
-            self._has_traced = True
-            if (fault := order_fault(self._given, engine.trace.order())) is not None:
-                log.warning("harmony: the plan's packs are in another order than they are called: %s", fault)
         if engine.trace.is_complete and self._given is None:
             share, former, learned = self._share, self._loaded[1], self._learn()
             chooses = self._automatic is not None and self._automatic.chooses_all
@@ -259,6 +255,14 @@ class Planning:
             engine.resize(workload.microbatch_size, workload.num_microbatches)
         if self._residency is not None:
             self._residency.before("training", parts.batches)
+
+    def check_order(self) -> None:
+        """Behind the forward of a step: the first one shows whether a given plan is in the order of calls."""
+        if self._given is None or self._has_traced or not self._engine.trace.is_complete:
+            return
+        self._has_traced = True
+        if (fault := order_fault(self._given, self._engine.trace.order())) is not None:
+            log.warning("harmony: the plan's packs are in another order than they are called: %s", fault)
 
     def before_evaluation(self, stage: str, batches: Sequence[Any]) -> None:
         """Steps of these batches share a pass."""

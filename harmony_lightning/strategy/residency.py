@@ -3,13 +3,17 @@
 A step whose batch is larger than all before it, in whatever dimension, runs under the plan by which nothing stays that need
 not, and is measured. Steps of batches no larger than a measured one run under a plan that fills the memory which that one
 has left. So a batch of unknown size never finds less room than it would have had without.
+
+Steps of one size may differ in what they call, as with blocks that are skipped at times. Where a plan takes more than half
+of the memory, nothing stays from the first call on that goes beyond those of the measured steps; else all does. Such calls
+are looked for in the steps behind, for a while: these are measured, too, and what they have taken counts together.
 """
 
 import functools
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -33,6 +37,8 @@ _MOST_FAILURES = 3
 """How often memory may be short though it was measured to suffice."""
 _MOST_CORRECTIONS = 3
 """What is seen to stay leaves room for more, which must be seen in its turn."""
+_MOST_SEARCHES = 16
+"""How many steps of a run are measured because others called layers that no measured one did."""
 
 
 @dataclass(slots=True)
@@ -41,7 +47,7 @@ class _Measured:
 
     extent: Extent
     calls: Counter[str]
-    """Of layers, in training."""
+    """Of layers, in training: of each, the most in any step that is part of this."""
     estimate: Usage
     usage: Usage
     """The estimate, corrected by what was seen to stay."""
@@ -51,6 +57,8 @@ class _Measured:
     plan: Plan | None = None
     """The last one made for such steps, when `grown` bytes were taken by others."""
     grown: tuple[int, ...] = ()
+    sought: Counter[str] = field(default_factory=Counter)
+    """Calls of a step that had more of them: such a step is to be measured, too."""
 
 
 class Residency:
@@ -65,6 +73,7 @@ class Residency:
         self._known: dict[tuple[str, int], list[_Measured]] = {}
         """By kind of step and number of batches; the last one first."""
         self._num_failures = 0
+        self._num_searches = 0
         self._take_note: Callable[[], None] = lambda: None
         """What the step that was run last has shown."""
 
@@ -75,10 +84,10 @@ class Residency:
         extent = extent_of(batches)
         if self._engine.state.has_given_way:
             self._engine.state.has_given_way = False
-            self._known.clear()  # a step was not like the measured one
+            self._known.clear()
             self._num_failures += 1
             log.warning(
-                "harmony: a step was not like the measured one, and what was to stay on GPUs had to go; %s",
+                "harmony: memory was short, and what was to stay on GPUs had to go; %s",
                 "steps are measured anew" if self._num_failures < _MOST_FAILURES else "nothing stays any more",
             )
         if self._num_failures == _MOST_FAILURES:
@@ -86,17 +95,23 @@ class Residency:
             return
         known = self._known.setdefault((kind, len(batches)), [])
         measured = min((one for one in known if covers(one.extent, extent)), key=_size, default=None)
-        if measured is None:
+        if measured is None or measured.sought:
             self.let_go()
             if kind == "training" and self._is_to_come():
                 return
+            self._num_searches += measured is not None
             self._engine.measuring.measure(trains=kind == "training")
-            self._take_note = functools.partial(self._note_usage, known, extent)
+            self._take_note = functools.partial(self._note_usage, known, extent, measured)
             return
-        self._engine.take_up(self._plan_for(measured), measured.calls if kind == "training" else None)
-        if kind == "training" and measured.extent == extent and not measured.is_complete:
+        plan = self._plan_for(measured)
+        if kind != "training":
+            self._engine.take_up(plan)
+            return
+        self._engine.take_up(plan, None if _is_ample(plan) else measured.calls)
+        holding = None
+        if measured.extent == extent and not measured.is_complete:
             holding = self._engine.measuring.watch(self._engine.plan)
-            self._take_note = functools.partial(self._note_holding, measured, holding)
+        self._take_note = functools.partial(self._note_step, measured, plan, holding)
 
     def _is_to_come(self) -> bool:
         """Whether devices will update weights, but have not begun: the first update of an optimizer is the host's."""
@@ -113,12 +128,38 @@ class Residency:
         self._base, self._take_note = None, lambda: None
         self._known.clear()
 
-    def _note_usage(self, known: list[_Measured], extent: Extent) -> None:
-        measuring = self._engine.measuring
+    def _note_usage(self, known: list[_Measured], extent: Extent, former: _Measured | None) -> None:
+        """Of a step that was measured, `former` in mind, which knows less than is to be known."""
+        measuring, calls = self._engine.measuring, self._engine.calls
         usage, measuring.usage = measuring.usage, None
-        if usage is not None:
-            known.insert(0, _Measured(extent, self._engine.calls, usage, usage))
-            del known[_MOST_EXTENTS:]
+        if usage is None:
+            return
+        sought = Counter[str]()
+        if former is not None:
+            known.remove(former)
+            usage, calls = usage.including(former.estimate), calls | former.calls
+            sought = former.sought if self._num_searches < _MOST_SEARCHES else sought
+        known.insert(0, _Measured(extent, calls, usage, usage, sought=sought - calls))
+        del known[_MOST_EXTENTS:]
+
+    def _note_step(self, measured: _Measured, plan: Plan, holding: Holding | None) -> None:
+        """Of a step in which this was to stay."""
+        calls = self._engine.calls
+        beyond = calls - measured.calls
+        if _is_ample(plan):  # more calls of a layer have room, but of an unknown one nothing is kept
+            beyond = Counter(name for name in beyond if name not in measured.calls)
+        if beyond and self._num_searches < _MOST_SEARCHES:
+            measured.sought = beyond
+            log.info(
+                "harmony: a step called layers more often than the measured ones, such as %s; the next steps are measured, "
+                "too",
+                next(iter(beyond)),
+            )
+        elif holding is not None and calls == measured.calls:
+            self._note_holding(measured, holding)
+        elif holding is not None:  # less may have stayed than in the measured steps
+            measured.num_corrections += 1
+            measured.is_complete = measured.num_corrections == _MOST_CORRECTIONS
 
     def _note_holding(self, measured: _Measured, holding: Holding) -> None:
         if not holding.is_complete:
@@ -141,6 +182,11 @@ class Residency:
             measured.plan = _plan(self._base, measured.usage, grown, self._moves_stash)
             measured.grown = grown
         return measured.plan
+
+
+def _is_ample(plan: Plan) -> bool:
+    """Whether calls that were not measured find as much room as all that were."""
+    return all(2 * nbytes <= plan.memory_bytes for nbytes in plan.peak_bytes)
 
 
 def _size(measured: _Measured) -> int:

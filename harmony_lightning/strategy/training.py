@@ -98,6 +98,7 @@ class Training(Session):
         if is_too_large:  # the error, and what it held on the devices, is gone by now
             self._shrink_plan(batch, *args)
             return self.training_step(batch, *args)
+        self._planning.check_order()
         loss = loss_of(output)
         if loss is None or not engine.has_loss:
             return output
