@@ -189,7 +189,7 @@ def test_microbatches_are_not_searched_where_numbers_must_not_depend_on_speed(ki
 def test_a_plan_that_stays_though_memory_was_short_is_not_said_to_be_another(told, monkeypatch):
     class Short(L.Callback):
         def on_train_batch_end(self, trainer, *args):
-            trainer.strategy._engine.state.has_lacked_memory = True
+            trainer.strategy._engine.state.memory.has_lacked_memory = True
             monkeypatch.delattr(automatic, "find_plan", raising=False)  # the search fails from here on
 
     strategy = automatic_strategy()

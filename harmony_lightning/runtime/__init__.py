@@ -7,7 +7,7 @@ user_code   what user code meets while it runs: glue, checkpointing, host_arithm
 microbatch  the user's training_step on a slice of the minibatch, as a greenlet
 segment     what a microbatch does in one visit to a pack; how tensors get in
 layer/      one layer's forward and backward as one autograd node; site: the seam in the user's modules
-state       what is where while a step runs
+state       what is where while a step runs; device_memory: what gives way where memory is short
 swapped_weights  the weights of all devices, with weights/: of one, and the masters; updates/: gradients, and what they do
 stash       what waits from forward to backward; stash_places: where on the host; activations: what layers save
 transfer    copies from device to device

@@ -140,7 +140,7 @@ class Glue(TorchFunctionMode):
             kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
-        return segment.state.with_room(segment.device, lambda: func(*args, **kwargs))
+        return segment.state.memory.with_room(segment.device, lambda: func(*args, **kwargs))
 
     def _read(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
@@ -164,7 +164,7 @@ class Glue(TorchFunctionMode):
             return result
         written = segment.bring_written(target)
         rest, named = _bring_all(segment, args[1:]), _bring_all(segment, kwargs)
-        return segment.state.with_room(segment.device, lambda: func(written, *rest, **named))
+        return segment.state.memory.with_room(segment.device, lambda: func(written, *rest, **named))
 
     def _write_each(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """`torch._foreach_mul_(list, ...)` and its like, tensor by tensor: some may stay where they are, and others not.
@@ -183,7 +183,7 @@ class Glue(TorchFunctionMode):
         """`func(..., out=tensor)`: no gradient passes through it, so it is a result that is copied."""
         rest = {name: _bring_all(segment, value) for name, value in kwargs.items() if name != "out"}
         brought = _bring_all(segment, args)
-        result = segment.state.with_room(segment.device, lambda: func(*brought, **rest))
+        result = segment.state.memory.with_room(segment.device, lambda: func(*brought, **rest))
         if out.shape != result.shape:
             out.resize_(result.shape)
         self._write(segment, torch.Tensor.copy_, (out, result), {})

@@ -199,7 +199,9 @@ class Microbatch:
                 lane, state = segment.device.lane(Lane.COMPUTE, name), self._state
                 with lane, state.differentiating(segment.device, has_glue=has_glue):
                     with torch._C.DisableTorchFunction():
-                        gradients = state.with_room(segment.device, lambda: [_total(parts) for _, parts in arrived])
+                        gradients = state.memory.with_room(
+                            segment.device, lambda: [_total(parts) for _, parts in arrived]
+                        )
                     edges = [edge for edge, _ in arrived]
                     del arrived
                     accumulate(edges, gradients)

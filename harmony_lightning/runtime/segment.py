@@ -163,7 +163,7 @@ class Segment:
 
     def _hand_in(self, gradients: dict[str, torch.Tensor], pack: int | None, owned: Collection[str] = ()) -> None:
         add, device = self.state.gradients.add, self.device
-        self.state.with_room(device, lambda: add(gradients, device.index, pack, owned))
+        self.state.memory.with_room(device, lambda: add(gradients, device.index, pack, owned))
 
     def _make_room(self, newest: str) -> None:
         """Sums with uses still to come, of weights that the pack has no slot for, wait on the host if they are many."""
@@ -256,7 +256,7 @@ class Segment:
         return result
 
     def _take_weight(self, name: str, trains: bool) -> tuple[torch.Tensor, Sink | None]:
-        copy = self.state.with_room(self.device, lambda: self.state.glue.fetch(name, self.device))
+        copy = self.state.memory.with_room(self.device, lambda: self.state.glue.fetch(name, self.device))
         if not (trains and torch.is_grad_enabled()):
             return copy, None
         self.uses[name] += 1
@@ -293,7 +293,7 @@ class Segment:
         return entry[2].take()
 
     def _bring_over(self, tensor: torch.Tensor) -> Arrival:
-        return self.state.with_room(self.device, lambda: self._copy_over(tensor))
+        return self.state.memory.with_room(self.device, lambda: self._copy_over(tensor))
 
     def _copy_over(self, tensor: torch.Tensor) -> Arrival:
         home = self.state.find_device(tensor.device)

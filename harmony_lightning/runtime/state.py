@@ -8,8 +8,7 @@ from visit to visit.
 import dataclasses
 import functools
 import logging
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -23,8 +22,8 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan, travelling_nbytes
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.device_memory import DeviceMemory
 from harmony_lightning.runtime.glue_backward import GlueBackward
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
 from harmony_lightning.runtime.thread_state import ThreadState
@@ -51,7 +50,7 @@ class RuntimeState:
         spare_nbytes: what copies, sums and the like that the plan knows nothing of may take on a device, each kind, before
             they give way to the next: code between layers may go through all weights.
         travelling_nbytes: what tensors may take on a device that are on their way to or from others.
-        num_together: microbatches in one call of a layer, at most.
+        memory: of the devices, where it is short.
         weights: those of layers, on all devices.
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
@@ -101,7 +100,7 @@ class RuntimeState:
                 counters,
                 worker,
                 reads=reads,
-                with_room=self.with_room,
+                with_room=lambda device, function: self.memory.with_room(device, function),
                 limit_nbytes=self.spare_nbytes,
             ),
         )
@@ -123,21 +122,20 @@ class RuntimeState:
             self.anchor = torch.zeros((), requires_grad=True)
         self.captured: dict[str, torch.Tensor] | None = None
         """Gradients of weights that user code has asked for, on the host, while it does."""
-        self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in cluster.devices]
-        """By device: what layers keep from forward to backward."""
-        self.has_given_way = False
-        """Whether something has gone that was to stay, as there was no room for it."""
-        self.has_lacked_memory = False
-        """Whether that was because memory was short."""
-        self.num_together = plan.microbatches_per_forward
-        self.spill: Callable[[Device], bool] = lambda device: False
-        """Lets stashes leave a device; returns whether there were any."""
         self._wanted: frozenset[str] = frozenset()
         self._worker = worker
         self._is_collecting = False
         self._devices = {device.torch_device: device for device in cluster.devices}
         self.departures = Departures(cluster.devices, self.travelling_nbytes, lambda: self.plan.num_microbatches)
         self.landings = Landings(cluster.devices, self.travelling_nbytes)
+        self.memory = DeviceMemory(
+            plan,
+            counters,
+            self.weights,
+            self.departures,
+            self.landings,
+            lambda: self.is_differentiating or self.is_recomputing,
+        )
         layered = {name for pack in plan.packs for name in pack.parameters}
         self.glue = GlueWeights(
             self.parameters,
@@ -165,7 +163,7 @@ class RuntimeState:
         """Copy a tensor from device to device; `ready`: when it is computed, None for now."""
         self.counters.p2p_bytes += tensor.nbytes
         departures, landings = self.departures, self.landings
-        return self.with_room(target, lambda: send(tensor, source, target, departures, ready, landings))
+        return self.memory.with_room(target, lambda: send(tensor, source, target, departures, ready, landings))
 
     def turn(self, device: Device) -> None:
         """Another microbatch comes to the device."""
@@ -262,7 +260,7 @@ class RuntimeState:
         before, self.is_differentiating = self.is_differentiating, True
         tries_again = has_glue and not self.cluster.host_is_device
         if tries_again:
-            _push_dispatch_mode(GlueBackward(functools.partial(self.with_room, device)))
+            _push_dispatch_mode(GlueBackward(functools.partial(self.memory.with_room, device)))
         try:
             yield
         finally:
@@ -329,62 +327,14 @@ class RuntimeState:
     def allocate(self) -> None:
         """Make all slots that a training step will use, as far as there is room."""
         for device in self.cluster.devices:
-            self.with_room(device, functools.partial(self.weights.allocate, device))
+            self.memory.with_room(device, functools.partial(self.weights.allocate, device))
         self.gradients.allocate()
-
-    def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
-        """What the function returns, which needs memory of the device: if there is none, it is called again when what was
-        to stay there has gone, and in backward once more when sums of gradients have, too."""
-        for _ in range(2):
-            try:
-                return function()
-            except OUT_OF_MEMORY:
-                if not self.make_room(device):
-                    raise
-        return function()
 
     def let_nothing_stay(self) -> None:
         """The step is none for which the plan was made: go on as if memory were short everywhere, though it is not."""
         self.plan = dataclasses.replace(self.plan, keep=(), stash_stays=(), peak_bytes=())
         for device in self.cluster.devices:
-            self._give_way(device)
-
-    def make_room(self, device: Device) -> bool:
-        """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
-        gives_way = self._give_way(device)
-        self.has_given_way |= gives_way
-        is_backward = self.is_differentiating or self.is_recomputing  # a forward begins again, in smaller packs
-        found = gives_way or (is_backward and self.gradients.leave(device))
-        self.counters.short_of_memory += found and not self.has_lacked_memory
-        self.has_lacked_memory |= found
-        return found
-
-    def let_go_idle(self, device: Device) -> bool:
-        """The device has no room for what need not be: let go of slots alone that nobody uses yet, or any more. Returns
-        whether there were any."""
-        found = self.weights.let_go_idle(device)
-        self.has_given_way |= found
-        return found
-
-    def join_fewer(self, device: Device) -> None:
-        """There is no room for so many microbatches in one call of a layer."""
-        before, self.num_together = self.num_together, max(1, self.num_together // 2)
-        log.warning(
-            "harmony: %s has no room for %d microbatches in one call of a layer: from here on at most %d go together; "
-            "lower microbatches_per_forward or the microbatch size to begin with what fits",
-            device.name,
-            before,
-            self.num_together,
-        )
-
-    def _give_way(self, device: Device) -> bool:
-        found = self.weights.let_go_idle(device)
-        for activations in list(self.kept[device.index]):
-            found |= activations.drop()
-        found |= self.spill(device)
-        found |= self.landings.give_back(device)
-        found |= self.departures.release(device)
-        return found
+            self.memory.let_go(device)
 
     def masters_written(self, *, trained_only: bool = False) -> None:
         """Somebody has written masters, or may do so: all that was made of them is out of date."""

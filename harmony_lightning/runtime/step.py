@@ -127,7 +127,7 @@ class TrainingStep:
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterable[Group]:
         """Those that go through a pack together, each group on one device."""
         plan = self._state.plan
-        size = self._state.num_together if pack + 1 < len(plan.packs) else 1
+        size = self._state.memory.num_together if pack + 1 < len(plan.packs) else 1
         groups: list[Group] = [[microbatch] for microbatch in visitors]
         if size > 1:
             by_device: dict[int, list[Microbatch]] = {}

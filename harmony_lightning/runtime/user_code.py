@@ -51,11 +51,11 @@ class UserCode:
             state.counters,
             state.departures,
             StashPlaces(state.cluster, state.counters, lambda: state.plan.stash_stays),
-            state.with_room,
+            state.memory.with_room,
             self._weigh,
             self._note_stay,
         )
-        state.spill = self.stash.spill
+        state.memory.spill = self.stash.spill
         self.calls: Counter[str] = Counter()
         self.expected_calls: Counter[str] | None = None
         self._notice = notice
@@ -135,7 +135,7 @@ class UserCode:
             joins = (
                 is_forward
                 and not keeps
-                and self.state.num_together > 1
+                and self.state.memory.num_together > 1
                 and site.pack is not None
                 and site.pack + 1 < len(plan.packs)
             )

@@ -279,8 +279,8 @@ class Planning:
     def _notice_shortage(self) -> None:
         """Memory was short in the former step: the next training step has a plan for less, once in a run."""
         state = self._engine.state
-        self._was_short |= state.has_lacked_memory
-        state.has_lacked_memory = False
+        self._was_short |= state.memory.has_lacked_memory
+        state.memory.has_lacked_memory = False
 
     def _learn(self) -> list[str]:
         """What steps have shown that calls for another plan."""

@@ -82,8 +82,8 @@ class Residency:
         self._take_note()
         self._take_note = lambda: None
         extent = extent_of(batches)
-        if self._engine.state.has_given_way:
-            self._engine.state.has_given_way = False
+        if self._engine.state.memory.has_given_way:
+            self._engine.state.memory.has_given_way = False
             self._known.clear()
             self._num_failures += 1
             log.warning(

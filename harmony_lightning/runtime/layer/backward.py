@@ -28,7 +28,7 @@ def differentiate(
     is_without_graph = call.site.differentiates or call.is_part
     values = None if is_without_graph else _values(call, gradients, trained)
     if values is None:
-        values = state.with_room(device, lambda: _values_by_second_run(call, gradients, trained))
+        values = state.memory.with_room(device, lambda: _values_by_second_run(call, gradients, trained))
     wide = _wide_names(call, trained)
     num_inputs = len(values) - len(trained) - len(wide)
     if trained:
@@ -62,7 +62,7 @@ def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) ->
     if not (roots and targets):
         return (None,) * len(targets)
     state, device = call.segment.state, call.segment.device
-    make_room = functools.partial(state.make_room, device)
+    make_room = functools.partial(state.memory.make_room, device)
     call.activations.open(functools.partial(_recompute, call), make_room)
     try:
         edges, seeds = zip(*roots, strict=True)

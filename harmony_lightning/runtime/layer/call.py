@@ -63,7 +63,7 @@ class LayerCall:
         state, device = segment.state, segment.device
         self.activations = Activations(site.name, is_kept=is_kept, refer=state.refer[device.index])
         if is_kept:
-            state.kept[device.index].add(self.activations)
+            state.memory.kept[device.index].add(self.activations)
         self.autocast = Autocast.capture()
         self.weight_versions = self._read_weight_versions()
         self.objects = ObjectTensors(site.name, segment, arguments) if arguments.has_objects else NO_OBJECTS

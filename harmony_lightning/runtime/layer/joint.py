@@ -132,10 +132,10 @@ class Joint:
         """Called within the layer: the microbatch's part; None if it must call the layer itself, be it for the probe."""
         if self._parts is None:
             parts = self._call_if_there_is_room(buffers)
-            if parts is None and member.state.let_go_idle(member.device):
+            if parts is None and member.state.memory.let_go_idle(member.device):
                 parts = self._call_if_there_is_room(buffers)
             if parts is None:
-                member.state.join_fewer(member.device)
+                member.state.memory.join_fewer(member.device)
             elif not parts:
                 self._site.joins = False
             self._parts = dict(zip(self._members, parts, strict=True)) if parts else {}

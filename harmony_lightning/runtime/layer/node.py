@@ -88,7 +88,7 @@ class LayerFunction(torch.autograd.Function):
                     site.differentiates = True
                 else:
                     kept, call.activations.is_kept = call.activations.is_kept, False  # else each try had that to let go
-                    if not (state.make_room(device) or kept):
+                    if not (state.memory.make_room(device) or kept):
                         raise
                 call.activations.restart()
                 buffers.take_back()
@@ -162,7 +162,7 @@ class LayerFunction(torch.autograd.Function):
             call.check()
             with state.recomputing(device):
                 if call.activations.is_kept:  # else the second run asks for them
-                    state.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
+                    state.memory.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
                 values = differentiate(call, gradients, trained)
                 num_arguments = len(call.needs)
                 with torch._C.DisableTorchFunction():
