@@ -200,5 +200,14 @@ def describe(schedule: Schedule) -> str:
     return (
         f"{schedule.mode}, forward {len(schedule.packs_forward)} packs x {schedule.microbatch_forward} samples, "
         f"backward {len(schedule.packs_backward)} packs x {schedule.microbatch_backward}"
-        f"{', the last one dealt' if schedule.dealt else ''}"
+        f"{', the last one dealt' if schedule.dealt else ''}{_updates(schedule)}"
     )
+
+
+def _updates(schedule: Schedule) -> str:
+    """Where packs are updated, if not all on the host."""
+    there, stay = len(schedule.updated_there), len(schedule.updates_stay)
+    if not there:
+        return ""
+    travelling = f", states of {there - stay} come and go" if there > stay else ""
+    return f", {there if there < len(schedule.packs_backward) else 'all'} updated on GPUs{travelling}"

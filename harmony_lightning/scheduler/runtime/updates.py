@@ -106,7 +106,8 @@ class RuntimeUpdates:
         lanes, sizes = self._lanes, self._plan.packs[pack]
         lanes.compute(d, self.device_seconds(pack, 2), Kind.UPDATE, 0, self._states[pack])
         self._weights[d].release(pack)
-        done = lanes.compute(d, self.device_seconds(pack, _UPDATE_ACCESSES), Kind.UPDATE, 0)
+        seconds = self.device_seconds(pack, _UPDATE_ACCESSES) + self._costs.launch_seconds(self._spans[pack])
+        done = lanes.compute(d, seconds, Kind.UPDATE, 0)
         if self._plan.weights_stay(pack):
             self.weights_there[pack], self.updated[pack] = done, None
             return
