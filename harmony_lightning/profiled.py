@@ -68,7 +68,9 @@ class Question:
     """Where weights are updated, as in `HarmonyConfig`; auto: the search chooses for each pack. Where layers do not tell
     what the optimizer remembers of them, it is what Adam does."""
     update_operations: float = 1.0
-    """By which the optimizer steps one weight on a device."""
+    """By which the optimizer steps one weight."""
+    update_accesses: float = 0.0
+    """How often these read or write as many bytes as the weight has; at least what a fused Adam does."""
     microbatches_per_forward: int = 1
     planner: Literal["bounds", "genetic"] = "bounds"
     """Which search: as `HarmonyConfig.planner`."""
@@ -238,7 +240,7 @@ def find_plan(
     travelling = [pack_of_layers(ordered, (layer,)).nbytes for layer in ordered.layers]
     trained = {weight.name for weight in ordered.weights if weight.is_trainable}
     operations = [question.update_operations * len(trained.intersection(layer.weights)) for layer in ordered.layers]
-    costs = Costs(measured.profile, machine, travelling, ordered.state_nbytes, operations)
+    costs = Costs(measured.profile, machine, travelling, ordered.state_nbytes, operations, question.update_accesses)
     places = {name: index for index, name in enumerate(measured.profile.names)}
     present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
 

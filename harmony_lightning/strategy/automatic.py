@@ -55,7 +55,7 @@ class AutomaticPlan:
         context: what is in force around the user's step.
         precision: its name.
         state_nbytes: as that of `Planning`.
-        operations: by which the optimizer steps a weight.
+        work_of_step: operations by which the optimizer steps a weight, and how often they access its bytes.
     """
 
     def __init__(
@@ -65,13 +65,13 @@ class AutomaticPlan:
         context: Callable[[], AbstractContextManager[Any]],
         precision: str,
         state_nbytes: Callable[[], Mapping[str, tuple[int, ...]] | None] = lambda: None,
-        operations: Callable[[], float] = lambda: 1.0,
+        work_of_step: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0),
     ) -> None:
         self._engine = engine
         self._config = config
         self._context = context
         self._precision = precision
-        self._state_nbytes, self._operations = state_nbytes, operations
+        self._state_nbytes, self._work_of_step = state_nbytes, work_of_step
         self._found: dict[Request, Planned | None] = {}
 
     @property
@@ -179,6 +179,7 @@ class AutomaticPlan:
             " (from the cache)" if was_cached else "",
         )
         update = _update(config, request)
+        operations, accesses = self._work_of_step() if update == "auto" else (1.0, 0.0)
         question = Question(
             minibatch=samples,
             memory_bytes=in_use.memory_bytes,
@@ -188,7 +189,8 @@ class AutomaticPlan:
             moves_stash=config.stash == "host",
             stays=True,
             update=update,
-            update_operations=self._operations() if update != "host" else 1.0,
+            update_operations=operations,
+            update_accesses=accesses,
             microbatches_per_forward=in_use.microbatches_per_forward,
             planner=config.planner,
         )

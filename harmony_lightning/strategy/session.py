@@ -194,7 +194,7 @@ class Session:
             plugin.train_step_context,
             str(plugin.precision),
             self._state_nbytes,
-            lambda: self._updates.operations(self.optimizers),
+            lambda: self._updates.work_of_step(self.optimizers),
         )
 
     def _cluster(self) -> Cluster:

@@ -21,7 +21,7 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
 from harmony_lightning.runtime.updates.separability import Separability
-from harmony_lightning.runtime.updates.state_sizes import operations_per_weight, predict_state_nbytes
+from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes, work_of_step
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate, stepping_on_host
 from harmony_lightning.strategy import overrides
 
@@ -128,9 +128,9 @@ class Updates:
             return None
         return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
 
-    def operations(self, optimizers: Sequence[Optimizer]) -> float:
-        """By which the one that devices may step weights by steps one weight."""
-        return operations_per_weight(optimizers[0])
+    def work_of_step(self, optimizers: Sequence[Optimizer]) -> tuple[float, float]:
+        """Of the optimizer that devices may step weights by: operations, and accesses to memory, for one weight."""
+        return work_of_step(optimizers[0])
 
     def on_device(self, engine: Engine) -> JustInTimeUpdate | None:
         """The update of the coming backward, if it may be taken on devices for the packs of which the plan says so."""

@@ -14,6 +14,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harmony_lightning.hardware.operations import operation
 from harmony_lightning.runtime.randomness import HostState
 from harmony_lightning.runtime.updates.separability import clone_small, options_of
 
@@ -39,30 +40,35 @@ def predict_state_nbytes(optimizer: Optimizer, parameters: Mapping[str, nn.Param
     return found
 
 
-def operations_per_weight(optimizer: Optimizer) -> float:
-    """By which it steps one weight, on an average, where states are there."""
+def work_of_step(optimizer: Optimizer) -> tuple[float, float]:
+    """Operations by which it steps one weight, on an average, and how often these read or write as many bytes as the weight
+    has, where states are there."""
     streams = HostState.capture()
     try:
         clone = clone_small(optimizer)
         _step(clone)
         with _Counting() as counting:
-            _step(clone)
+            type(clone).step(clone)
     finally:
         streams.restore()
-    num_weights: int = sum(len(group["params"]) for group in clone.param_groups)
-    return counting.number / max(1, num_weights)
+    weights = [parameter for group in clone.param_groups for parameter in group["params"]]
+    return counting.number / max(1, len(weights)), counting.nbytes / max(1, sum(weight.nbytes for weight in weights))
 
 
 class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Counts operations."""
+    """Counts operations, and bytes that they read and write."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.number = 0
+        self.number, self.nbytes = 0, 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.number += 1
-        return func(*args, **(kwargs or {}))
+        known, kwargs = operation(func), kwargs or {}
+        result = func(*args, **kwargs)
+        if not known.is_idle:
+            self.number += 1
+            self.nbytes += known.nbytes(args, kwargs, result)
+        return result
 
 
 def _step(clone: Optimizer) -> None:
