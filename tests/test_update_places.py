@@ -11,11 +11,11 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
 
-WIDTH, DEPTH, SAMPLES, NUM_STEPS = 1024, 4, 16, 6
+WIDTH, DEPTH, SAMPLES, NUM_STEPS = 1024, 6, 16, 6
 WEIGHTS = DEPTH * 4 * WIDTH * (WIDTH + 1)
 """Bytes of the layers of a net, its small head left out."""
-HALF = 2 * WEIGHTS
-"""Of the memory that all takes: weights, what is remembered of them, new weights, gradients."""
+HALF = int(2.4 * WEIGHTS)
+"""Of the memory that all takes: weights, what is remembered of them, new weights, gradients; and room for a step."""
 OPTIMIZERS = {
     "Adam": (torch.optim.Adam, {"lr": 1e-3}),
     "fused": (torch.optim.AdamW, {"lr": 1e-3, "fused": True}),
@@ -64,7 +64,7 @@ def batches(start=0, stop=NUM_STEPS):
     return DataLoader(TensorDataset(inputs[part], targets[part]), batch_size=SAMPLES)
 
 
-def strategy_of(HALF, num_gpus=1, **options):
+def strategy_of(memory, num_gpus=1, **options):
     return HarmonyStrategy(cluster=EmulatedCluster(num_gpus, memory, preset="3090"), **options)
 
 
