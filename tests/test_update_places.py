@@ -10,6 +10,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy
+from harmony_lightning.decomposer.discover import decompose
+from harmony_lightning.profiled import _is_cut
 
 WIDTH, DEPTH, SAMPLES, NUM_STEPS = 1024, 6, 16, 6
 WEIGHTS = DEPTH * 4 * WIDTH * (WIDTH + 1)
@@ -179,3 +181,15 @@ def test_training_is_resumed_with_other_memory(first, second, tmp_path):
     module, _, _ = fit(strategy, "fused", batches(3), ckpt_path=tmp_path / "half.ckpt", max_epochs=2)
     assert strategy.statistics().updates_on_devices
     assert same_weights(module, plainly("fused", 8))
+
+
+def test_layers_with_a_weight_in_common_are_known():
+    module = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    module[2].weight = module[0].weight
+    layers = decompose(module, 1, [nn.Linear])
+    assert layers.tied == (frozenset({0, 2}),) and layers.state_nbytes is None
+    states = {weight.name: (weight.nbytes, 4) for weight in layers.weights}
+    assert layers.with_states(states).state_nbytes == [88, 88, 88]
+    assert (
+        _is_cut(layers.tied[0], (0, 1)) and not _is_cut(layers.tied[0], (0, 2)) and not _is_cut(layers.tied[0], (1, 1))
+    )
