@@ -38,8 +38,9 @@ class HarmonyConfig:
     """Where the optimizer steps weights whose gradients are complete: on the host, or on the GPU that has the gradients,
     where the states of the optimizer are swapped in and out. "first" is the host but for the first pack of each GPU, where
     there is room for it: its gradients are the last to be complete and its weights the first to be needed, and the GPU
-    waits meanwhile. Its weights and states stay there. Auto is the host. What must see all gradients first (clipping by
-    norm, a scaler, hooks) is done on the host in any case."""
+    waits meanwhile. Its weights and states stay there. Auto: where all is searched, for each pack what makes steps fastest
+    in the memory there is, its states staying on the GPU or not; else the host. What must see all gradients first (clipping
+    by norm, a scaler, hooks) is done on the host in any case."""
     one_layer_per_pack: bool = False
     """Swap every layer by itself, though several would fit: for tests with models that are smaller than any GPU."""
     layers: Sequence[str | type] = field(default=())
@@ -48,10 +49,10 @@ class HarmonyConfig:
     """`split_batch(batch, num_microbatches)` cuts minibatches that no rule can cut."""
     searches: Literal["packs", "all", "nothing"] = "all"
     """What is searched, by profiling the module, instead of made from sizes alone. "all", by `plan="auto"` of the strategy,
-    its default: packs, how many come ahead, and microbatch size and mode where they are "auto"; the latter two stay where
-    the module computes statistics of microbatches, or `Trainer(deterministic=True)` wants the same numbers in every run.
-    "packs", by `plan="packs"`: results do not depend on these, so they are the same on GPUs of any size and speed.
-    "nothing", by `plan="sizes"`."""
+    its default: packs, how many come ahead, and microbatch size, mode and update where they are "auto"; the latter three
+    stay where the module computes statistics of microbatches, or `Trainer(deterministic=True)` wants the same numbers in
+    every run. "packs", by `plan="packs"`: results do not depend on these, so they are the same on GPUs of any size and
+    speed. "nothing", by `plan="sizes"`."""
     planner: Literal["bounds", "genetic"] = "bounds"
     """Who searches. "bounds" looks at even packings, fewest seconds first by what they need at least; "genetic" breeds
     plans, by the same simulation and from the same question, for some seconds, and a log line tells the other's plan beside

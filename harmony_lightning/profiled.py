@@ -64,8 +64,13 @@ class Question:
     """Stashes go to the host whatever is left."""
     stays: bool = False
     """What fits stays on the devices, as in steps behind the first; seconds are those of such steps."""
-    update: Literal["host", "first", "device"] = "host"
-    """Where weights are updated, as in `HarmonyConfig`. The layers must tell what the optimizer remembers of them."""
+    update: Literal["auto", "host", "first", "device"] = "host"
+    """Where weights are updated, as in `HarmonyConfig`; auto: the search chooses for each pack. Where layers do not tell
+    what the optimizer remembers of them, it is what Adam does."""
+    update_operations: float = 1.0
+    """By which the optimizer steps one weight."""
+    update_accesses: float = 0.0
+    """How often these read or write as many bytes as the weight has; at least what a fused Adam does."""
     microbatches_per_forward: int = 1
     planner: Literal["bounds", "genetic"] = "bounds"
     """Which search: as `HarmonyConfig.planner`."""
@@ -233,7 +238,9 @@ def find_plan(
     """
     ordered = decomposition.reordered(measured.profile.names)
     travelling = [pack_of_layers(ordered, (layer,)).nbytes for layer in ordered.layers]
-    costs = Costs(measured.profile, machine, travelling)
+    trained = {weight.name for weight in ordered.weights if weight.is_trainable}
+    operations = [question.update_operations * len(trained.intersection(layer.weights)) for layer in ordered.layers]
+    costs = Costs(measured.profile, machine, travelling, ordered.state_nbytes, operations, question.update_accesses)
     places = {name: index for index, name in enumerate(measured.profile.names)}
     present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
 
@@ -262,6 +269,14 @@ def find_plan(
             schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
         return schedule
 
+    def movable(schedule: Schedule) -> list[int]:
+        """Packs with weights that train, none of which another pack has, too."""
+        if question.update != "auto":
+            return []
+        spans = schedule.packs_backward
+        packs = (p for p, span in enumerate(spans) if costs.gradient_bytes(span) and p not in schedule.dealt)
+        return [p for p in packs if not any(_is_cut(tied, spans[p]) for tied in ordered.tied)]
+
     asked: dict[str, Any] = {
         "minibatch": question.minibatch,
         "mode": "pp" if question.mode == "mixed" else question.mode,
@@ -270,6 +285,7 @@ def find_plan(
         "microbatch_size": question.microbatch_size,
         "together": tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
         "abilities": abilities,
+        "movable": movable,
         "in_use": present,
     }
     stay_bytes = question.memory_bytes if question.stays else None
@@ -298,6 +314,11 @@ def find_plan(
         found.search_seconds,
     )
     return Planned(plan=plan, decomposition=ordered, found=found, costs=costs, default=default)
+
+
+def _is_cut(layers: frozenset[int], span: tuple[int, int]) -> bool:
+    """Whether some of them are within a pack, and some are not."""
+    return 0 < sum(span[0] <= layer <= span[1] for layer in layers) < len(layers)
 
 
 def _is_same(one: Schedule, other: Schedule) -> bool:

@@ -14,15 +14,10 @@ from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy, Plan
-from harmony_lightning.decomposer.discover import decompose
-from harmony_lightning.hardware.presets import gpu_model, host_model
-from harmony_lightning.profiled import Question, find_plan, profile, step_of
-from harmony_lightning.profiler.machine import preset_machine
 from harmony_lightning.scheduler.packing import dealt_order
 from harmony_lightning.scheduler.runtime.translate import plan_of
 from harmony_lightning.strategy import automatic
 from harmony_lightning.strategy.training import PLAN_FILE, PLAN_KEY
-from harmony_lightning.units import parse_nbytes
 
 
 @pytest.fixture(autouse=True)
@@ -325,17 +320,22 @@ def test_what_the_user_asked_for_is_searched_with_it(options, told):
 
 
 @pytest.mark.parametrize("memory", ["90MiB", "300MiB"])
-def test_what_is_predicted_for_settled_steps_is_what_they_take(memory, told):
-    """One has little to spare, the other some for weights and activations."""
-    depth = functools.partial(Wide, depth=6)
-    machine = preset_machine(2, gpu_model("3090"), host_model("server"), parse_nbytes(memory))
-    layers, cluster = decompose(on_meta(depth), 2**23), cluster_of(2, memory=memory)
-    measured, _ = profile(on_meta(depth), layers, batch_of, step_of(), cluster, machine, largest=8, is_fresh=True)
-    question = Question(minibatch=8, memory_bytes=machine.memory_bytes, mode="pp", microbatch_size=1, stays=True)
-    best = find_plan(measured, machine, layers, question).found.best
-    strategy = HarmonyStrategy(cluster=cluster, plan="auto", mode="pp", microbatch_size=1)
+def test_what_is_predicted_for_settled_steps_is_what_they_take(memory, monkeypatch):
+    """One has little to spare, the other some for weights, activations and updates."""
+    found, original = [], automatic.find_plan
+
+    def find_plan(*asked):
+        found.append(original(*asked))
+        return found[-1]
+
+    monkeypatch.setattr(automatic, "find_plan", find_plan)
+    strategy = HarmonyStrategy(cluster=cluster_of(2, memory=memory), plan="auto", mode="pp", microbatch_size=1)
     data = TensorDataset(*batch_of(8 * 8))
-    trainer(strategy, max_steps=8).fit(on_meta(depth).to_empty(device="cpu"), DataLoader(data, batch_size=8))
+    module = on_meta(functools.partial(Wide, depth=6)).to_empty(device="cpu")
+    trainer(strategy, max_steps=8).fit(module, DataLoader(data, batch_size=8))
+    best = found[-1].found.best
+    assert bool(best.schedule.updates_stay) == (memory == "300MiB")
+    assert strategy.plan.updates_stay == best.schedule.updates_stay
     assert bool(best.schedule.stash_stays or best.schedule.resident)
     assert best.seconds == pytest.approx(strategy.timeline().step_seconds[-1], rel=0.05)
 

@@ -2,7 +2,7 @@
 
 import logging
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations, pairwise
 
 import lightning as L
@@ -98,7 +98,9 @@ LAYERS = (Block, "head")
 
 
 def layers_of(case):
-    return decompose(build(case), 1, LAYERS)
+    """With what a fused AdamW remembers of them."""
+    layers = decompose(build(case), 1, LAYERS)
+    return layers.with_states({weight.name: (weight.nbytes, weight.nbytes, 4) for weight in layers.weights})
 
 
 def automatic(case):
@@ -110,12 +112,25 @@ def automatic(case):
         build(case), layers, lambda samples: batch_of(case, samples), step_of(), cluster, machine,
         largest=case.minibatch, is_fresh=True,
     )  # fmt: skip
-    planned = find_plan(measured, machine, layers, Question(minibatch=case.minibatch, memory_bytes=memory_bytes))
+    question = Question(minibatch=case.minibatch, memory_bytes=memory_bytes, update="auto")
+    planned = find_plan(measured, machine, layers, question)
     return planned, planned.decomposition
 
 
 def sweep(case, num_layers):
-    """Every plan that the runtime can carry out, as far as microbatches cut the minibatch evenly."""
+    """Every plan that the runtime can carry out, as far as microbatches cut the minibatch evenly, and packs that GPUs
+    update are the first ones."""
+    for schedule in sweep_on_host(case, num_layers):
+        packs = range(len(schedule.packs_backward))
+        yield schedule
+        yield replace(schedule, updated_there=tuple(packs))
+        for count in packs:
+            first = tuple(packs[: count + 1])
+            yield replace(schedule, updated_there=first, updates_stay=first)
+
+
+def sweep_on_host(case, num_layers):
+    """Those of them by which the host updates all."""
     for mode in ("pp", "dp") if case.num_gpus > 1 else ("pp",):
         samples = case.minibatch // case.num_gpus if mode == "dp" else case.minibatch
         for size in (size for size in (1, 2, 4, 8) if samples % size == 0 and size <= samples):
@@ -164,7 +179,8 @@ def best_of_sweep(case, layers, costs):
         p for s, p in zip(family, predicted, strict=True) if runtime_peak_bytes(s, costs) <= costs.machine.memory_bytes
     ]
     for schedule, prediction in zip(family, predicted, strict=True):
-        kind = (schedule.mode, schedule.microbatch_backward, schedule.packs_backward)
+        places = schedule.updated_there, schedule.updates_stay
+        kind = (schedule.mode, schedule.microbatch_backward, schedule.packs_backward, places)
         if kind in done or prediction > MARGIN * min(fitting):
             continue
         taken = train(case, schedule, layers)

@@ -6,6 +6,9 @@ With --json one object is printed:
                          predicted for the best plan, when its steps have settled and what fits stays on the GPUs
     peak_bytes, memory_bytes
                          the most that any GPU needs, and what each offers; the rest is filled with what stays
+    updated_there, updates_stay
+                         packs that GPUs update, and those of them whose states stay there; the host updates the others.
+                         The optimizer is taken to be a fused Adam
     resident, stash_stays, kept_layers
                          what stays: packs whose weights do, packs whose stashes do, layers that keep their activations
     mixed_step_seconds   with --mode auto: the same if microbatches of the last pack go round the GPUs, where that is faster
@@ -80,6 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         mode=arguments.mode,
         microbatch_size=None if microbatch_size is None else min(microbatch_size, minibatch),
         stays=True,
+        update="auto",
         planner=arguments.planner,
     )
     planned = find_plan(measured, machine, decomposition, question)
@@ -112,6 +116,8 @@ def run(arguments: argparse.Namespace) -> int:
         "prefetch": schedule.prefetch,
         "stash": schedule.stash,
         "dealt": schedule.dealt,
+        "updated_there": schedule.updated_there,
+        "updates_stay": schedule.updates_stay,
         "resident": schedule.resident,
         "stash_stays": schedule.stash_stays,
         "kept_layers": len({*schedule.keep, schedule.num_layers - 1}),

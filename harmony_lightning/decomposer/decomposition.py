@@ -37,6 +37,8 @@ class Decomposition:
     """Whether some module needs two samples or more in training (batch normalisation)."""
     narrow_dtype: Literal["bfloat16", "float16"] | None = None
     """What autocast casts narrow weights to, where somebody has told."""
+    knows_states: bool = False
+    """Whether weights tell what the optimizer remembers of them."""
 
     @property
     def nbytes(self) -> int:
@@ -56,6 +58,23 @@ class Decomposition:
         layered = {name for layer in self.layers for name in layer.weights}
         return tuple(weight.name for weight in self.weights if weight.name not in layered)
 
+    @property
+    def state_nbytes(self) -> list[int] | None:
+        """By layer, bytes of what the optimizer remembers; None as long as that is unknown."""
+        if not self.knows_states:
+            return None
+        nbytes = {weight.name: sum(weight.state_nbytes) for weight in self.weights}
+        return [sum(nbytes[name] for name in layer.weights) for layer in self.layers]
+
+    @property
+    def tied(self) -> tuple[frozenset[int], ...]:
+        """Layers that have some weight in common, by their numbers."""
+        having: dict[str, set[int]] = {}
+        for index, layer in enumerate(self.layers):
+            for name in layer.weights:
+                having.setdefault(name, set()).add(index)
+        return tuple(dict.fromkeys(frozenset(layers) for layers in having.values() if len(layers) > 1))
+
     def reordered(self, names: tuple[str, ...]) -> "Decomposition":
         """The same with `names` first and in that order; layers that are not named follow in their old order."""
         by_name = {layer.name: layer for layer in self.layers}
@@ -73,4 +92,4 @@ class Decomposition:
     def with_states(self, state_nbytes: Mapping[str, tuple[int, ...]]) -> "Decomposition":
         """The same, with what is known by now of the optimizer's states of the weights."""
         weights = (replace(weight, state_nbytes=state_nbytes.get(weight.name, ())) for weight in self.weights)
-        return replace(self, weights=tuple(weights))
+        return replace(self, weights=tuple(weights), knows_states=True)

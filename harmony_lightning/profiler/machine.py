@@ -87,6 +87,12 @@ class Machine(Record):
         share = self.host_link_bytes_per_second / max(1, min(num_active, self.host_link_shared_by))
         return share if self.link_bytes_per_second is None else min(share, self.link_bytes_per_second)
 
+    @property
+    def launch_seconds(self) -> float:
+        """What each kernel takes beyond its work, by the data sheet of the GPUs' model; 0 for one that is not known."""
+        known = find_gpu_model(self.gpu)
+        return 0.0 if known is None else known.launch_seconds
+
 
 def _optional(fields: Fields, name: str) -> float | None:
     return fields.number(name, above=0) if fields.tells(name) else None

@@ -11,12 +11,27 @@ from itertools import accumulate
 from harmony_lightning.plan.schedule import Span
 from harmony_lightning.profiler import Machine, Profile, at_size
 
+FUSED_ACCESSES = 8
+"""Of memory in a step of a fused Adam: four values are read, and written as far as torch tells, though the gradient is
+not."""
+
 
 class Costs:
     """Costs of packs of one profile. Sizes are samples, results seconds or bytes."""
 
-    def __init__(self, profile: Profile, machine: Machine, travelling: Sequence[int] | None = None) -> None:
-        """`travelling` are bytes of each layer's weights as they travel, where some of them are narrow."""
+    def __init__(
+        self,
+        profile: Profile,
+        machine: Machine,
+        travelling: Sequence[int] | None = None,
+        states: Sequence[int] | None = None,
+        operations: Sequence[float] | None = None,
+        accesses: float = 0.0,
+    ) -> None:
+        """`travelling` are bytes of each layer's weights as they travel, where some of them are narrow; `states` of what
+        the optimizer remembers of each layer, where another one is known than the profile tells of; `operations` by
+        which a device steps each layer's weights, and how often these access as many bytes as there are, where that is
+        more than for the fused Adam that profiles tell of."""
         self.profile = profile
         self.machine = machine
         self.num_layers = profile.num_layers
@@ -27,11 +42,15 @@ class Costs:
             [2 * (k.weight_bytes - nbytes) for k, nbytes in zip(kinds, travelling, strict=True)]
         )
         self.state_prefix = _prefix([kind.weight_bytes + kind.buffer_bytes for kind in kinds])
-        self.update_prefix = _prefix([kind.update_cpu_seconds for kind in kinds])
+        self.update_accesses = max(FUSED_ACCESSES, accesses)
+        """Of memory, in an update of a weight, in terms of its bytes."""
+        scale = self.update_accesses / FUSED_ACCESSES
+        self.update_prefix = _prefix([scale * kind.update_cpu_seconds for kind in kinds])
         self.gradient_prefix = _prefix(
             [kind.weight_bytes if kind.gradient_bytes is None else kind.gradient_bytes for kind in kinds]
         )
-        self.optimizer_prefix = _prefix([kind.optimizer_state_bytes for kind in kinds])
+        self.optimizer_prefix = _prefix([kind.optimizer_state_bytes for kind in kinds] if states is None else states)
+        self.operation_prefix = _prefix([0.0] * self.num_layers if operations is None else operations)
         # Lookups by size are many, sizes are few.
         self.forward_prefix = cache(self._forward_prefix)
         self.backward_prefix = cache(self._backward_prefix)
@@ -46,8 +65,11 @@ class Costs:
 
     def on(self, machine: Machine) -> "Costs":
         """The same layers on another machine."""
-        travelling = [round(self.weight_bytes((layer, layer))) for layer in range(self.num_layers)]
-        return Costs(self.profile, machine, travelling)
+        layers = [(layer, layer) for layer in range(self.num_layers)]
+        travelling = [round(self.weight_bytes(layer)) for layer in layers]
+        states = [round(self.optimizer_bytes(layer)) for layer in layers]
+        operations = [self.operation_prefix[last + 1] - self.operation_prefix[first] for first, last in layers]
+        return Costs(self.profile, machine, travelling, states, operations, self.update_accesses)
 
     def forward_seconds(self, size: int, span: Span) -> float:
         prefix = self.forward_prefix(size)
@@ -129,6 +151,11 @@ class Costs:
         """That a device reads and writes so many bytes of its own memory; 0 where nobody has told how fast that is."""
         rate = self.machine.gpu_memory_bytes_per_second
         return nbytes / rate if rate else 0.0
+
+    def launch_seconds(self, span: Span) -> float:
+        """Of a step of the optimizer on a device, what its operations take beyond reading and writing."""
+        operations = self.operation_prefix[span[1] + 1] - self.operation_prefix[span[0]]
+        return operations * self.machine.launch_seconds
 
     def update_seconds(self, span: Span) -> float:
         return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]

@@ -99,15 +99,20 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
     it has: bringing weights in, gradients out, and updating."""
     machine, devices = costs.machine, schedule.num_devices
     share, is_dp = machine.host_share(devices), schedule.mode == "dp"
-    weights, gradients = costs.weight_prefix[-1], costs.gradient_prefix[-1]
-    kept = sum(costs.weight_bytes(schedule.packs_backward[pack]) for pack in schedule.resident)
+    spans = schedule.packs_backward
+    moving = [span for p, span in enumerate(spans) if is_dp or p not in schedule.updates_stay]
+    weights = sum(map(costs.weight_bytes, moving))
+    # Updates on devices send as much: new weights instead.
+    gradients = sum(map(costs.gradient_bytes, moving))
+    kept = sum(costs.weight_bytes(spans[p]) for p in schedule.resident if spans[p] in moving)
     seconds = {
         # Once for forward and once for backward, unless they stay in between.
         "weights": (2 * weights - kept) / share / (1 if is_dp else devices),
         # In dp they are added up on one device, which sends them alone.
         "gradients": gradients / machine.host_share(1) if is_dp else gradients / share / devices,
         # The runtime has one worker, the rules of schedules one for each device.
-        "updates": costs.update_prefix[-1] / (1 if rules is Rules.RUNTIME else devices),
+        "updates": sum(costs.update_seconds(span) for p, span in enumerate(spans) if p not in schedule.updated_there)
+        / (1 if rules is Rules.RUNTIME else devices),
     }
     per_sample = bound_seconds(costs, schedule.minibatch, recompute=True) / schedule.minibatch
     return {name: once / per_sample for name, once in seconds.items()}
@@ -199,5 +204,14 @@ def describe(schedule: Schedule) -> str:
     return (
         f"{schedule.mode}, forward {len(schedule.packs_forward)} packs x {schedule.microbatch_forward} samples, "
         f"backward {len(schedule.packs_backward)} packs x {schedule.microbatch_backward}"
-        f"{', the last one dealt' if schedule.dealt else ''}"
+        f"{', the last one dealt' if schedule.dealt else ''}{_updates(schedule)}"
     )
+
+
+def _updates(schedule: Schedule) -> str:
+    """Where packs are updated, if not all on the host."""
+    there, stay = len(schedule.updated_there), len(schedule.updates_stay)
+    if not there:
+        return ""
+    travelling = f", states of {there - stay} come and go" if there > stay else ""
+    return f", {there if there < len(schedule.packs_backward) else 'all'} updated on GPUs{travelling}"

@@ -8,9 +8,9 @@ the step cannot be run aside, the plan made from sizes stays.
 import logging
 import types
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -44,6 +44,8 @@ class Request:
     """The plan made from sizes."""
     keeps_microbatches: bool
     """Mode and microbatch size are those of `in_use`."""
+    keeps_places: bool
+    """And so is where packs are updated."""
 
 
 class AutomaticPlan:
@@ -52,15 +54,24 @@ class AutomaticPlan:
     Args:
         context: what is in force around the user's step.
         precision: its name.
+        state_nbytes: as that of `Planning`.
+        work_of_step: operations by which the optimizer steps a weight, and how often they access its bytes.
     """
 
     def __init__(
-        self, engine: Engine, config: HarmonyConfig, context: Callable[[], AbstractContextManager[Any]], precision: str
+        self,
+        engine: Engine,
+        config: HarmonyConfig,
+        context: Callable[[], AbstractContextManager[Any]],
+        precision: str,
+        state_nbytes: Callable[[], Mapping[str, tuple[int, ...]] | None] = lambda: None,
+        work_of_step: Callable[[], tuple[float, float]] = lambda: (1.0, 0.0),
     ) -> None:
         self._engine = engine
         self._config = config
         self._context = context
         self._precision = precision
+        self._state_nbytes, self._work_of_step = state_nbytes, work_of_step
         self._found: dict[Request, Planned | None] = {}
 
     @property
@@ -84,6 +95,8 @@ class AutomaticPlan:
         try:
             machine = machine_of(self._engine.cluster) if reason is None else None
             if machine is not None:
+                if self._config.update == "auto" and not request.keeps_places:
+                    request = replace(request, decomposition=self._with_states(request.decomposition))
                 step = step_aside(step_of(self._context, arguments), vars(self._engine.root).get("_trainer"))
                 with self._aside():
                     return self._find(request, batch, step, machine)
@@ -94,6 +107,12 @@ class AutomaticPlan:
             self._engine.cluster.trim_device_memory()
         log.info("harmony: the plan made from sizes stays: %s", reason)
         return None
+
+    def _with_states(self, decomposition: Decomposition) -> Decomposition:
+        """As it is, if devices must not update weights."""
+        self._engine.settle()  # this looks at the optimizer's states
+        states = self._state_nbytes()
+        return decomposition if states is None else decomposition.with_states(states)
 
     def _reason_against(self, request: Request) -> str | None:
         if not request.samples:
@@ -161,6 +180,8 @@ class AutomaticPlan:
             measured.profile.microbatch_sizes.backward[-1],
             " (from the cache)" if was_cached else "",
         )
+        update = _update(config, request)
+        operations, accesses = self._work_of_step() if update == "auto" else (1.0, 0.0)
         question = Question(
             minibatch=samples,
             memory_bytes=in_use.memory_bytes,
@@ -169,7 +190,9 @@ class AutomaticPlan:
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",
             stays=True,
-            update=_update(config, in_use),
+            update=update,
+            update_operations=operations,
+            update_accesses=accesses,
             microbatches_per_forward=in_use.microbatches_per_forward,
             planner=config.planner,
         )
@@ -181,8 +204,9 @@ class AutomaticPlan:
         return (in_use.stash,)
 
 
-def _update(config: HarmonyConfig, in_use: Plan) -> Literal["host", "first", "device"]:
+def _update(config: HarmonyConfig, request: Request) -> Literal["auto", "host", "first", "device"]:
     """As the user asked for it, where there was room and the optimizer may be moved."""
-    if config.update == "auto" or all(pack.update == "host" for pack in in_use.packs):
-        return "host"
-    return config.update
+    if config.update == "auto":
+        return "auto" if request.decomposition.knows_states and not request.keeps_places else "host"
+    is_on_host = all(pack.update == "host" for pack in request.in_use.packs)
+    return "host" if is_on_host else config.update

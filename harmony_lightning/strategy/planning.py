@@ -102,7 +102,7 @@ class Planning:
         engine, config = self._engine, self._config
         engine.settle()  # it looks at the optimizer's states
         config = replace(config, mode=mode) if mode is not None else config
-        states = self._state_nbytes()
+        states = self._state_nbytes() if config.update in ("device", "first") else None
         return prepare(
             engine.root, engine.cluster, config, workload, self._call_order, self._narrow, states, share=share
         )
@@ -133,13 +133,16 @@ class Planning:
         if self._automatic is None or not self._automatic.chooses_all or self._is_searched:
             return
         self._is_searched = True
-        # Statistics depend on a microbatch's size, and what is to be repeatable must not depend on how fast GPUs are.
-        keeps = self._loaded[0].has_batch_statistics or torch.are_deterministic_algorithms_enabled()
-        request = self._request(*self._loaded, self.split(batch), keeps_microbatches=keeps)
+        request = self._request(*self._loaded, self.split(batch), keeps_microbatches=self._keeps_numbers)
         planned = self._automatic.find(request, batch, arguments)
         if planned is not None:
             self.searched = planned.plan
             self._take_up(planned.plan, planned.decomposition)
+
+    @property
+    def _keeps_numbers(self) -> bool:
+        """Statistics depend on a microbatch's size, and what is to be repeatable must not depend on how fast GPUs are."""
+        return self._loaded[0].has_batch_statistics or torch.are_deterministic_algorithms_enabled()
 
     def _request(
         self, decomposition: Decomposition, plan: Plan, parts: Microbatches, *, keeps_microbatches: bool
@@ -150,6 +153,7 @@ class Planning:
             decomposition=decomposition,
             in_use=_for_workload(plan, _workload(parts)),
             keeps_microbatches=keeps_microbatches,
+            keeps_places=self._keeps_numbers or self._automatic is None or not self._automatic.chooses_all,
         )
 
     def _search_again(self, batch: Any, arguments: tuple[Any, ...], parts: Microbatches, *, has_learned: bool) -> None:

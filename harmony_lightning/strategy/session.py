@@ -179,17 +179,23 @@ class Session:
     def _state_nbytes(self) -> dict[str, tuple[int, ...]] | None:
         """By weight, what the optimizer will remember; None if devices are not to update any."""
         module = self.lightning_module
-        if self._config.update not in ("device", "first") or self._require_engine().cluster.host_is_device:
+        if self._require_engine().cluster.host_is_device or module.trainer.state.fn != "fit":
             return None
-        if module.trainer.state.fn != "fit":
-            return None
-        return self._updates.state_nbytes(self.optimizers, module, self.precision_plugin, self._pl)
+        is_asked = self._config.update in ("device", "first")
+        return self._updates.state_nbytes(self.optimizers, module, self.precision_plugin, self._pl, is_asked=is_asked)
 
     def _automatic_plan(self, engine: Engine) -> AutomaticPlan | None:
         if self._config.searches == "nothing" or engine.cluster.host_is_device:
             return None
         plugin = self.precision_plugin
-        return AutomaticPlan(engine, self._config, plugin.train_step_context, str(plugin.precision))
+        return AutomaticPlan(
+            engine,
+            self._config,
+            plugin.train_step_context,
+            str(plugin.precision),
+            self._state_nbytes,
+            lambda: self._updates.work_of_step(self.optimizers),
+        )
 
     def _cluster(self) -> Cluster:
         if self._emulated is not None:

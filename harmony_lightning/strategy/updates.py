@@ -21,7 +21,7 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
 from harmony_lightning.runtime.updates.separability import Separability
-from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes
+from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes, work_of_step
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate, stepping_on_host
 from harmony_lightning.strategy import overrides
 
@@ -30,6 +30,8 @@ log = logging.getLogger(__name__)
 LEFT_NBYTES = 256 * 2**20
 """Gradients of an epoch's last step stay for whoever looks behind it, as on one device, if they are no larger: a model that
 just fits the host must not fail there."""
+
+_LOOKS_BACK = "the user's code may look at gradients when the step is over"
 
 
 class Updates:
@@ -109,19 +111,26 @@ class Updates:
         return self._just_in_time
 
     def state_nbytes(
-        self, optimizers: Sequence[Optimizer], module: Any, precision_plugin: Any, pl: Any
+        self, optimizers: Sequence[Optimizer], module: Any, precision_plugin: Any, pl: Any, *, is_asked: bool
     ) -> dict[str, tuple[int, ...]] | None:
-        """By weight, the bytes that the optimizer will remember of it; None if devices cannot update weights."""
+        """By weight, the bytes that the optimizer will remember of it; None if devices cannot update weights, with a
+        warning if that `is_asked` for."""
         if not module.automatic_optimization or not optimizers:
             reason: str | None = "optimization is manual"
         else:
             reason = self._reason_for_whole(optimizers[0], module, precision_plugin, pl)
             reason = reason or self._separability.reason_against_moving(optimizers[0])
+            if reason is None and not is_asked and overrides.looks_back(module, pl):
+                reason = _LOOKS_BACK
         if reason is not None:
             text = f"updates on devices are left out, weights are updated on the host: {reason}"
-            self._tell_once(text, logging.WARNING)
+            self._tell_once(text, logging.WARNING if is_asked else logging.INFO)
             return None
         return predict_state_nbytes(optimizers[0], dict(module.named_parameters()))
+
+    def work_of_step(self, optimizers: Sequence[Optimizer]) -> tuple[float, float]:
+        """Of the optimizer that devices may step weights by: operations, and accesses to memory, for one weight."""
+        return work_of_step(optimizers[0])
 
     def on_device(self, engine: Engine) -> JustInTimeUpdate | None:
         """The update of the coming backward, if it may be taken on devices for the packs of which the plan says so."""
@@ -139,7 +148,7 @@ class Updates:
         if engine.cluster.host_is_device:
             return "the host is the only device"
         if self._looks_back:
-            return "the user's code may look at gradients when the step is over"
+            return _LOOKS_BACK
         assert self._optimizer is not None
         return self._separability.reason_against_moving(self._optimizer)
 

@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from harmony_lightning.runtime.updates.optimizer_states import find_states
-from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes
+from harmony_lightning.runtime.updates.state_sizes import predict_state_nbytes, work_of_step
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 
 KINDS = {
@@ -38,3 +38,17 @@ def test_prediction_is_what_comes(name):
     for weight in parameters:
         found = find_states(update, [weight])
         assert sorted(predicted[weight]) == sorted(tensor.nbytes for tensor in found.values())
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "operations", "accesses"),
+    [
+        (torch.optim.AdamW, {"fused": True}, (1, 3), (7, 10)),
+        (torch.optim.SGD, {"momentum": 0.9}, (2, 5), (6, 10)),
+        (torch.optim.Adam, {}, (6, 20), (15, 40)),
+    ],
+)
+def test_the_work_of_a_step_of_one_weight(kind, options, operations, accesses):
+    weights = [nn.Parameter(torch.ones(8, 8)) for _ in range(4)]
+    found = work_of_step(kind(weights, lr=1e-3, **options))
+    assert operations[0] <= found[0] <= operations[1] and accesses[0] <= found[1] <= accesses[1]

@@ -1,11 +1,13 @@
 """What would help: samples that a step needs, against formulas and against the simulator."""
 
+from dataclasses import replace
+
 import pytest
 from small_profiles import MACHINE, kind, machine, profile
 
 from harmony_lightning.plan import Schedule
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.explain import break_down, explain, find, samples_to_hide
+from harmony_lightning.scheduler.explain import break_down, describe, explain, find, samples_to_hide
 from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.simulate import Rules
 
@@ -78,3 +80,7 @@ def test_the_parts_of_a_settled_step_are_as_long_as_the_step(update, resident):
     assert sum(seconds for _, seconds in parts) == pytest.approx(fair_seconds(schedule, slow))
     needs = samples_to_hide(slow, schedule, Rules.RUNTIME)
     assert needs["weights"] == pytest.approx((1 if resident else 2) * 600 / 200 / 12)
+    moved = replace(schedule, updated_there=(0, 1, 2), updates_stay=(0, 1, 2))
+    assert set(samples_to_hide(slow, moved, Rules.RUNTIME).values()) == {0}
+    assert describe(moved).endswith(", all updated on GPUs")
+    assert describe(replace(moved, updates_stay=(0,))).endswith(", all updated on GPUs, states of 2 come and go")

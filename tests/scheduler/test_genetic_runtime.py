@@ -75,6 +75,19 @@ def test_where_little_fits_genes_of_memory_give_way():
         breed_runtime(costs, **question(mode="pp", memory_bytes=least_bytes - 1))
 
 
+def test_who_updates_packs_is_bred():
+    """The host takes longer than all devices together, and where there is room they have all updates."""
+    layers = profile(*[kind(update=20.0) for _ in range(5)])
+    costs = Costs(layers, machine())
+    movable = {"movable": lambda schedule: list(range(len(schedule.packs_backward)))}
+    on_host = breed_runtime(costs, **question(mode="pp", memory_bytes=1e5)).best
+    ample = breed_runtime(costs, **question(mode="pp", memory_bytes=1e5), **movable).best
+    assert not on_host.schedule.updated_there
+    assert ample.schedule.updated_there == ample.schedule.updates_stay
+    assert len(ample.schedule.updates_stay) == len(ample.schedule.packs_backward)
+    assert ample.seconds < 0.5 * on_host.seconds
+
+
 def test_what_was_settled_is_no_gene():
     costs = Costs(UNEVEN, machine())
     together = frozenset({2, 3, 4})

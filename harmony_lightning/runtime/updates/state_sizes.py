@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from harmony_lightning.hardware.operations import operation
 from harmony_lightning.runtime.randomness import HostState
 from harmony_lightning.runtime.updates.separability import clone_small, options_of
 
@@ -38,13 +40,48 @@ def predict_state_nbytes(optimizer: Optimizer, parameters: Mapping[str, nn.Param
     return found
 
 
+def work_of_step(optimizer: Optimizer) -> tuple[float, float]:
+    """Operations by which it steps one weight, on an average, and how often these read or write as many bytes as the weight
+    has, where states are there."""
+    streams = HostState.capture()
+    try:
+        clone = clone_small(optimizer)
+        _step(clone)
+        with _Counting() as counting:
+            type(clone).step(clone)
+    finally:
+        streams.restore()
+    weights = [parameter for group in clone.param_groups for parameter in group["params"]]
+    return counting.number / max(1, len(weights)), counting.nbytes / max(1, sum(weight.nbytes for weight in weights))
+
+
+class _Counting(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts operations, and bytes that they read and write."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.number, self.nbytes = 0, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known, kwargs = operation(func), kwargs or {}
+        result = func(*args, **kwargs)
+        if not known.is_idle:
+            self.number += 1
+            self.nbytes += known.nbytes(args, kwargs, result)
+        return result
+
+
+def _step(clone: Optimizer) -> None:
+    for group in clone.param_groups:
+        for parameter in group["params"]:
+            parameter.grad = torch.ones_like(parameter)
+    type(clone).step(clone)
+
+
 def _kinds_of_states(optimizer: Optimizer) -> dict[Any, list[tuple[_Shape, torch.dtype]]]:
     clone = clone_small(optimizer)
-    stand_ins = [parameter for group in clone.param_groups for parameter in group["params"]]
     for _ in range(2):  # some begin with their first step to remember, some with their second
-        for parameter in stand_ins:
-            parameter.grad = torch.ones_like(parameter)
-        type(clone).step(clone)
+        _step(clone)
     kinds: dict[Any, list[tuple[_Shape, torch.dtype]]] = {}
     for group in clone.param_groups:
         is_fused = bool(group.get("fused"))

@@ -56,6 +56,10 @@ class Levels:
             candidates = list(chain.take())
             self._chains.append((list(accumulate((peak for peak, *_ in candidates), max)), [c[1:] for c in candidates]))
 
+    def full_bytes(self) -> dict[int, float]:
+        """By device, the most that it holds with all that may stay; nothing is known of dealt packs."""
+        return {device: peaks[-1] if peaks else 0.0 for device, (peaks, _) in enumerate(self._chains)}
+
     def at(self, memory_bytes: float) -> Schedule:
         """The schedule with what stays where each device offers so much."""
         if self._schedule.dealt:

@@ -43,6 +43,11 @@ class VisitBytes:
 
 def runtime_peak_bytes(schedule: Schedule, costs: Costs, visits: Iterable[VisitBytes] | None = None) -> float:
     """The most that any device holds if nothing stays that need not. `visits` are those of `visit_bytes`, if at hand."""
+    return max(device_peak_bytes(schedule, costs, visits).values())
+
+
+def device_peak_bytes(schedule: Schedule, costs: Costs, visits: Iterable[VisitBytes] | None = None) -> dict[int, float]:
+    """The same by device, those left out that have no packs or do what another one does."""
     packs = schedule.packs_backward
     beside: dict[int, float] = {}
     for visit in visit_bytes(schedule, costs) if visits is None else visits:
@@ -52,7 +57,7 @@ def runtime_peak_bytes(schedule: Schedule, costs: Costs, visits: Iterable[VisitB
         here = [packs[p] for p in _packs_on(schedule, device)]
         return _in_turn(schedule, [costs.weight_bytes(span) for span in here])
 
-    return max(slots(device) + nbytes for device, nbytes in beside.items())
+    return {device: slots(device) + nbytes for device, nbytes in beside.items()}
 
 
 def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:

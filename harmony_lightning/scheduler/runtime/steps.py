@@ -259,12 +259,12 @@ class RuntimeSteps:
 
     def _swap_in(self, d: int, pack: int, released: Point) -> Event:
         lanes, updates = self.lanes, self.updates
-        newer = updates.find_there(pack)
-        self._enqueued_behind[pack] = updates.updated[pack] if newer is None else None
-        if newer is not None:
+        if pack in updates.weights_there:
+            self._enqueued_behind[pack], newer = None, updates.find_there(pack)
             seconds, lane = updates.device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
             return lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *released, lanes.controller, newer)
-        waits = (*released, self._enqueued_behind[pack], lanes.controller)
+        self._enqueued_behind[pack] = updates.updated[pack]
+        waits = (*released, updates.updated[pack], lanes.controller)
         return lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, self.plan.packs[pack].nbytes, *waits)
 
     def _finish(self, pack: int) -> None:

@@ -12,8 +12,6 @@ from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.lanes import RuntimeLanes
 from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, WeightSlots
 
-_UPDATE_ACCESSES = 8
-"""Of memory in a step of Adam: four values are read, and written as far as torch tells, though the gradient is not."""
 _IN_TURN: Urgency = "next"
 """Of gradients that come in parts."""
 
@@ -39,12 +37,13 @@ class RuntimeUpdates:
     ) -> None:
         """`spans` of layers and `visitors`, by pack; slots for `weights` and `gradients`, by device."""
         self.updated: list[Event] = [None] * len(plan.packs)
-        self.weights_there: dict[int, Event] = {}
+        self.weights_there: dict[int, Event] = {p: None for p in plan.updates_stay if plan.weights_stay(p)}
         self.jobs: list[tuple[Event, int]] = []
         self._plan, self._spans, self._costs, self._lanes, self._visitors = plan, spans, costs, lanes, visitors
         self._weights, self._gradients = weights, gradients
-        self._states: dict[int, Event] = {}
-        """By pack: what the optimizer remembers of it has come to the device that updates it."""
+        self._states: dict[int, Event] = dict.fromkeys(plan.updates_stay)
+        """By pack: what the optimizer remembers of it has come to the device that updates it. What stays has been there
+        before, as steps in full flow are told."""
         self._slots = [deque[Point]([()] * plan.num_shared_update_slots(d)) for d in range(plan.num_devices)]
         """By device: when what was in each slot for updates that packs share has left; used least recently first."""
         self._num_buffers = plan.gradient_buffers
@@ -96,7 +95,7 @@ class RuntimeUpdates:
 
     def _update_on_host(self, pack: int, nbytes: float, ready: Event, priority: int) -> None:
         lanes, seconds = self._lanes, self._costs.update_seconds(self._spans[pack])
-        touched = _UPDATE_ACCESSES * nbytes
+        touched = self._costs.update_accesses * nbytes
         self.updated[pack] = lanes.run(int(Lane.HOST), seconds, Kind.UPDATE, lanes.turn, 0, touched, ready)
         self.jobs.append((self.updated[pack], priority))
 
@@ -106,7 +105,8 @@ class RuntimeUpdates:
         lanes, sizes = self._lanes, self._plan.packs[pack]
         lanes.compute(d, self.device_seconds(pack, 2), Kind.UPDATE, 0, self._states[pack])
         self._weights[d].release(pack)
-        done = lanes.compute(d, self.device_seconds(pack, _UPDATE_ACCESSES), Kind.UPDATE, 0)
+        seconds = self.device_seconds(pack, self._costs.update_accesses) + self._costs.launch_seconds(self._spans[pack])
+        done = lanes.compute(d, seconds, Kind.UPDATE, 0)
         if self._plan.weights_stay(pack):
             self.weights_there[pack], self.updated[pack] = done, None
             return
@@ -121,10 +121,10 @@ class RuntimeUpdates:
                 self.weights_there[pack] = done
 
     def find_there(self, pack: int) -> Event:
-        """When a pack's newest weights are where it is updated, for a swap-in from there; None if they are on the host."""
-        return self.weights_there.get(pack) if pack in self._plan.updates_stay else self.weights_there.pop(pack, None)
+        """When a pack's newest weights are where it is updated, for a swap-in from there."""
+        return self.weights_there[pack] if pack in self._plan.updates_stay else self.weights_there.pop(pack)
 
-    def device_seconds(self, pack: int, accesses: int) -> float:
+    def device_seconds(self, pack: int, accesses: float) -> float:
         """In which a device reads or writes the weights that train so many times."""
         return self._costs.device_seconds(accesses * self._plan.packs[pack].trainable_nbytes)
 

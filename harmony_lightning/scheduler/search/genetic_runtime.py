@@ -5,11 +5,11 @@ Like `genetic`, after SwapAdvisor (Huang et al., ASPLOS 2020). What a plan leave
     order       the mode: packs, or microbatches, go round the devices; the microbatch size; in a mixed plan the devices
                 to which microbatches of the last pack go, one after the other
     swapping    the borders of packs, the same both ways; whether a pack comes in ahead of the running one
-    placement   where stashes wait, on the device or on the host
+    placement   where stashes wait, on the device or on the host; how many of the packs that may be are updated on devices
+                and stay there, the first ones
 
 What stays on the devices from one visit to the next is no gene: the runtime decides it when it has measured a step
-(`residency`), so a gene would promise what is not carried out. Each plan is judged with what would stay under it. Nor is
-where packs are updated: the user says so.
+(`residency`), so a gene would promise what is not carried out. Each plan is judged with what would stay under it.
 """
 
 import random
@@ -32,6 +32,7 @@ from harmony_lightning.scheduler.search.breeding import (
     packs_between,
     stages,
 )
+from harmony_lightning.scheduler.search.runtime_variants import Movable
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, best_of_kinds, choose_sizes, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
@@ -67,6 +68,8 @@ class Genome:
     stash: Place
     dealt_order: tuple[int, ...] | None = None
     """Devices of the microbatches of the last pack, if it is dealt; None: as is usual."""
+    num_moved: int = 0
+    """Packs, of those that may be, that are updated on devices."""
 
 
 def breed_runtime(
@@ -79,6 +82,7 @@ def breed_runtime(
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
     abilities: Change = lambda schedule: schedule,
+    movable: Movable = lambda schedule: (),
     stay: Change | None = None,
     in_use: Schedule | None = None,
     seed: int = 0,
@@ -90,6 +94,7 @@ def breed_runtime(
         microbatch_size: the only one to try; None tries many.
         together: layers that must share a pack.
         abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
+        movable: packs for each of which it is bred who updates it, the host or a device.
         stay: what a step that was measured will let stay; None if nothing will.
         in_use: it is found, if it fits, unless another one is faster by `MARGIN`.
 
@@ -117,7 +122,7 @@ def breed_runtime(
         fitting = {one: _at_most(sizes[one], samples // (costs.machine.gpus if one == "dp" else 1)) for one in modes}
         bordering = Bordering(costs.num_layers, dice, together)
         plans = _Plans(costs, samples, fitting, stashes, bordering, memory_bytes, dice, 1 / len(numbers))
-        plans.abilities, plans.stay = abilities, stay
+        plans.abilities, plans.movable, plans.stay = abilities, movable, stay
         given = plans.like(in_use) if in_use is not None and samples == minibatch else []
         founders = [*given, *best, *(plans.founder() for _ in range(POPULATION - len(best)))]
         evolve(plans, dice, plans.is_spent, [*founders, *plans.smallest()])
@@ -167,6 +172,7 @@ class _Plans:
     """The breed."""
 
     abilities: Change
+    movable: Movable
     stay: Change | None
 
     def __init__(
@@ -233,6 +239,9 @@ class _Plans:
         # One microbatch for each device at most: they go to different ones in any case, and sums are those of one device.
         if schedule.dealt_order and genome.dealt_order is not None:
             schedule = replace(schedule, dealt_order=genome.dealt_order)
+        if genome.num_moved:
+            there = tuple(self.movable(schedule)[: genome.num_moved])
+            schedule = replace(schedule, updated_there=there, updates_stay=there)
         return schedule
 
     # Founders ---------------------------------------------------------------------------------------------------------
@@ -256,7 +265,9 @@ class _Plans:
         """Packs of about as many layers each; mostly with what makes a step faster where it fits."""
         mode = self._one_of(tuple(self.sizes))
         size, borders = self._one_of(self.sizes[mode]), self.bordering.even()
-        return Genome(mode, size, borders, self._one_of((1, 1, 1, 0)), self._one_of(self.stashes))
+        genome = Genome(mode, size, borders, self._one_of((1, 1, 1, 0)), self._one_of(self.stashes))
+        num_movable = len(self.movable(self._schedule(genome)))
+        return replace(genome, num_moved=self._one_of((0, num_movable))) if num_movable else genome
 
     # Children ---------------------------------------------------------------------------------------------------------
 
@@ -284,6 +295,9 @@ class _Plans:
                 genome = replace(genome, stash=self._one_of(self.stashes))
             else:
                 genome = replace(genome, dealt_order=self._sent_elsewhere(genome))
+            if num_movable := len(self.movable(self._schedule(genome))):
+                few = min(num_movable, genome.num_moved + self.dice.choice((-1, 0, 0, 1)))
+                genome = replace(genome, num_moved=max(0, self._one_of((genome.num_moved, few, few, 0, num_movable))))
         return genome
 
     def _sent_elsewhere(self, genome: Genome) -> tuple[int, ...] | None:

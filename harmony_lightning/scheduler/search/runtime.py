@@ -14,6 +14,10 @@ a bound above the best so far is left out of all that, and cannot be better.
 A faster machine thins rungs otherwise, and a step of one plan may take a little longer when something is faster: by up to
 0.5 % with faster host memory and 0.1 % with faster updates, in 276 random questions; never with faster links or GPUs.
 
+Where the search chooses who updates packs, what else stays gives way to what devices update, so a member that is hopeless
+at one rung need not be so at the next. It is given up by its floor (`runtime_variants`). And where everything fits, so
+that nothing crosses the host links, that may take longer than the fastest plan, by `QUIET_SHARE` at most.
+
 What moves the plan made from sizes with the memory is not held by this: `in_use` counts as it is given.
 """
 
@@ -21,30 +25,28 @@ import math
 import time
 from bisect import bisect_left, insort
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from itertools import accumulate, pairwise, repeat
+from itertools import repeat
 from typing import Literal
 
 from harmony_lightning.errors import CapacityError, ConfigurationError
-from harmony_lightning.plan.schedule import Schedule, split
+from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.runtime.levels import Levels
-from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes, visit_bytes
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
-from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
+from harmony_lightning.scheduler.search.runtime_variants import RUNG, Movable, Variant, Variants
 from harmony_lightning.scheduler.search.schedules import Candidate, Found, best_of_kinds, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 
-RUNG = 2 ** (1 / 8)
-"""Each rung is so many times the one below."""
 MEMBERS = 12
 """Packings of a rung that may be simulated."""
 MAX_COMPUTATIONS = 2_500
 """Of all of these, microbatches times packs."""
 MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""
+USUAL_VARIANTS = 2
+"""Of a member at a rung; one that has more counts as more members."""
 FINALISTS = 6
 """Of these, those of which it is found out what they take."""
 MAX_TOTAL = 60_000
@@ -54,6 +56,8 @@ THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations, if the model is not small."""
 SMALL = 1_000
 """Computations of the largest member of a small model's family."""
+QUIET_SHARE = 0.03
+"""Of the fastest plan's seconds: so much more may one take by which nothing crosses the host links."""
 NUM_OTHERS = 3
 """So many candidates are told, if there are."""
 
@@ -71,6 +75,7 @@ def search_runtime(
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
     abilities: Change = lambda schedule: schedule,
+    movable: Movable = lambda schedule: (),
     stay_bytes: float | None = None,
     moves_stash: bool = False,
     in_use: Schedule | None = None,
@@ -82,6 +87,7 @@ def search_runtime(
         microbatch_size: the only one to try; None tries many.
         together: layers that must share a pack.
         abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
+        movable: packs for each of which the search chooses who updates it, the host or a device.
         stay_bytes: up to which things stay on each GPU, as in steps behind a measured one; None if nothing will.
         moves_stash: stashes go to the host whatever is left.
         in_use: it is found, if it fits, unless another one is faster.
@@ -98,8 +104,8 @@ def search_runtime(
         modes = (mode,)
     family = tuple(map(abilities, runtime_family(costs, minibatch, modes, microbatch_size, together)))
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
-    search = _Search(costs, family, memory_bytes, stashes, stay, moves_stash, in_use)
-    found = search.run()
+    search = _Search(costs, family, memory_bytes, Variants(costs, stashes, stay, moves_stash, movable), in_use)
+    found = _preferred(search.run(), costs)
     if not found:
         raise CapacityError(too_large(family, costs, memory_bytes, stashes))
     return Found(
@@ -116,13 +122,25 @@ def search_runtime(
     )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Variant:
-    """A member of the family with what stays at a rung."""
+def _preferred(found: list[Candidate], costs: Costs) -> list[Candidate]:
+    """With one in front by which nothing crosses the host links, if it takes hardly longer than the fastest: it leaves the
+    host to others, and is what one device would do."""
+    limit = (1 + QUIET_SHARE) * found[0].seconds if found else 0.0
+    quiet = (c for c in found if c.seconds <= limit and _is_quiet(c.schedule, costs))
+    first = next(quiet, None)
+    return found if first is None else [first, *(candidate for candidate in found if candidate is not first)]
 
-    schedule: Schedule
-    bound: float
-    peak_bytes: float
+
+def _is_quiet(schedule: Schedule, costs: Costs) -> bool:
+    """Neither weights, gradients and states nor stashes cross host links."""
+    if schedule.dealt or (schedule.mode == "dp" and schedule.num_devices > 1):
+        return False
+    last = len(schedule.packs_backward) - 1
+    return all(
+        (p in schedule.updates_stay if costs.gradient_bytes(span) else p in schedule.resident)
+        and (schedule.stash == "device" or p in schedule.stash_stays or p == last)
+        for p, span in enumerate(schedule.packs_backward)
+    )
 
 
 class _Search:
@@ -137,24 +155,18 @@ class _Search:
         costs: Costs,
         family: tuple[Schedule, ...],
         memory_bytes: float,
-        stashes: tuple[Stash, ...],
-        stay: float | None,
-        moves_stash: bool,
+        variants: Variants,
         in_use: Schedule | None,
     ) -> None:
-        """`stay`: bytes up to which things stay for each byte of `memory_bytes`."""
-        self._costs, self._family, self._memory_bytes, self._stay = costs, family, memory_bytes, stay
-        self._stashes, self._in_use = stashes, in_use
+        self._costs, self._family, self._memory_bytes = costs, family, memory_bytes
+        self._variants, self._in_use = variants, in_use
         self._alone = costs.on(replace(costs.machine, host_link_shared_by=1))
-        visits = cache(lambda schedule: tuple(visit_bytes(schedule, costs)))
-        self._peak = cache(lambda schedule: runtime_peak_bytes(schedule, costs, visits(schedule)))
-        self._levels = cache(lambda one: Levels(one, costs, moves_stash=moves_stash, visits=visits(one)))
-        self._bound = cache(lambda schedule: runtime_bound(schedule, costs))
         self._limits = cache(self._simulate)
-        self._least = cache(self._count_least)
         self._found: dict[Schedule, Candidate] = {}
         self._left_out: dict[Schedule, float] = {}
         """Bounds of what was not simulated."""
+        self._least_floor = math.inf
+        """Of members of the family that were left out at some rung."""
         self._unseen: dict[int, float] = {}
         """And of members of the family that lower rungs were still to be looked at for when the search ended."""
         self._best = math.inf
@@ -165,120 +177,78 @@ class _Search:
     @property
     def is_complete(self) -> bool:
         left_out = (bound for schedule, bound in self._left_out.items() if schedule not in self._found)
-        return all(bound >= self._best for bound in (*left_out, *self._unseen.values()))
+        return all(bound >= self._best for bound in (self._least_floor, *left_out, *self._unseen.values()))
 
     def run(self) -> list[Candidate]:
         """Candidates, best first; of those that take as long, the one in use."""
         hopeful = dict.fromkeys(range(len(self._family)), 0.0)
-        """Bounds at higher rungs: where less stays they only rise."""
+        """Floors at higher rungs."""
         rung = math.floor(math.log(self._memory_bytes, RUNG))
-        rung -= 0 if self._stay is None else rung % 2
+        rung -= rung % self._variants.step
         while True:
             if self._in_use is not None:
-                self._look_at([self._variant(self._in_use, rung)])
-            is_lowest = not any(map(self._fits_somehow, reversed(self._family), repeat(RUNG**rung)))
-            variants = self._first_of(hopeful, rung, len(hopeful) if is_lowest else MEMBERS)
-            bounds = {index: min(v.bound for v in those) for index, those in variants.items() if those}
-            members, finalists = self._members(bounds, rung, is_lowest)
+                self._look_at([self._variants.settled(self._in_use, rung)])
+            is_lowest = not any(map(self._variants.fits_somehow, reversed(self._family), repeat(RUNG**rung)))
+            variants, floors = self._first_of(hopeful, rung, len(hopeful) if is_lowest else MEMBERS)
+            members, finalists = self._members(variants, floors, rung, is_lowest)
             self._look_at([v for m in members for v in variants[m]], finalists)
             admitted = (v for those in variants.values() for v in those if v.peak_bytes <= self._memory_bytes)
             self._left_out |= {v.schedule: v.bound for v in admitted if v.schedule not in self._found}
-            unseen = {index: bound for index, bound in hopeful.items() if index not in variants}
-            hopeful = {index: bound for index, bound in (unseen | bounds).items() if bound < self._best}
+            unmoved = (m for m, those in variants.items() if m not in members and those)
+            open_floors = (floors[m] for m in unmoved if floors[m] < min(v.bound for v in variants[m]))
+            self._least_floor = min([self._least_floor, *open_floors])
+            hopeful = {index: floor for index, floor in (hopeful | floors).items() if floor < self._best}
             self._unseen = hopeful
-            is_done = not hopeful and (self._in_use is None or self._stay is None or self._stays_nothing(rung))
+            is_done = not hopeful and (self._in_use is None or self._stays_nothing(self._in_use, rung))
             if is_done or RUNG**rung < 1 or self._has_done_enough:
                 return sorted(self._found.values(), key=lambda candidate: candidate.seconds)
-            rung -= 1 if self._stay is None else 2
+            rung -= self._variants.step
 
-    def _first_of(self, hopeful: dict[int, float], rung: int, count: int) -> dict[int, list[_Variant]]:
-        """Variants of the family at a rung: of so many with the lowest bounds there, and others on the way to them."""
-        found: dict[int, list[_Variant]] = {}
-        bounds: list[float] = []
-        for index in sorted(hopeful, key=lambda index: (hopeful[index], index)):
-            if bisect_left(bounds, hopeful[index]) >= count:
-                break
-            found[index] = self._variants(self._family[index], rung)
-            if found[index]:
-                insort(bounds, min(variant.bound for variant in found[index]))
-        return found
-
-    def _members(self, bounds: dict[int, float], rung: int, is_lowest: bool) -> tuple[list[int], int]:
-        """Of the family, those that may be simulated at a rung, and how many of them in full; those that do not fit the
-        memory count, too. At the lowest rung at which anything fits it is all of them."""
-        order = sorted(bounds, key=lambda index: (bounds[index], index))
-        if is_lowest:
-            return order, 2 * len(order)
-        computations = accumulate(num_computations(self._family[index]) for index in order)
-        share = 1 if rung % THOROUGH == 0 or self._is_small else 1 / 3
-        few = sum(number <= share * MAX_COMPUTATIONS for number in computations)
-        finalists = round(share * FINALISTS)
-        return order[: min(MEMBERS, max(few, finalists))], finalists
-
-    # Variants ---------------------------------------------------------------------------------------------------------
-
-    def _variants(self, schedule: Schedule, rung: int) -> list[_Variant]:
-        """Those that fit below the next rung, with what stays at this one, and may be fastest."""
-        limit = RUNG ** (rung + (1 if self._stay is None else 2))
-        if self._stay is not None:
-            # Stashes that stay are on the device; with one slot less more may stay.
-            choices = [replace(schedule, prefetch=prefetch, stash=self._stashes[-1]) for prefetch in (1, 0)]
-            return [self._variant(choice, rung) for choice in choices if self._fits(choice, limit)]
-        found: list[Schedule] = []
-        for prefetch in (1, 0):
-            for stash in self._stashes:
-                # A slot more and stashes on the device never make a step slower.
-                if not any(
-                    one.prefetch >= prefetch and self._stashes.index(one.stash) <= self._stashes.index(stash)
-                    for one in found
-                ):
-                    choice = replace(schedule, prefetch=prefetch, stash=stash)
-                    if self._fits(choice, limit):
-                        found.append(choice)
-        return [self._variant(choice, rung) for choice in found]
-
-    def _variant(self, schedule: Schedule, rung: int) -> _Variant:
-        peak = self._peak(schedule)
-        if self._stay is not None:
-            schedule = self._levels(schedule).at(self._stay * RUNG**rung)
-        return _Variant(schedule=schedule, bound=self._bound(schedule), peak_bytes=peak)
-
-    def _stays_nothing(self, rung: int) -> bool:
-        assert self._in_use is not None
-        found = self._variant(self._in_use, rung)
+    def _stays_nothing(self, schedule: Schedule, rung: int) -> bool:
+        """Or what stays does not help, here or at lower rungs."""
+        found = self._variants.settled(schedule, rung)
         return found.bound >= self._best or not (
             found.schedule.resident or found.schedule.stash_stays or found.schedule.keep[1:]
         )
 
-    def _fits_somehow(self, schedule: Schedule, memory_bytes: float) -> bool:
-        choices = (replace(schedule, prefetch=p, stash=stash) for p in (0, 1) for stash in reversed(self._stashes))
-        return any(self._fits(choice, memory_bytes) for choice in choices)
+    def _first_of(
+        self, hopeful: dict[int, float], rung: int, count: int
+    ) -> tuple[dict[int, list[Variant]], dict[int, float]]:
+        """Of the family, variants at a rung with updates on the host: of so many with the lowest floors, and others on the
+        way to them; and these floors."""
+        found: dict[int, list[Variant]] = {}
+        floors: dict[int, float] = {}
+        lowest: list[float] = []
+        for index in sorted(hopeful, key=lambda index: (hopeful[index], index)):
+            if bisect_left(lowest, hopeful[index]) >= count:
+                break
+            found[index], floors[index] = self._variants.on_host(self._family[index], rung)
+            if found[index]:
+                insort(lowest, floors[index])
+        return found, floors
 
-    def _fits(self, schedule: Schedule, memory_bytes: float) -> bool:
-        return self._least(schedule) <= memory_bytes and self._peak(schedule) <= memory_bytes
-
-    def _count_least(self, schedule: Schedule) -> float:
-        """Slots, and stashes of packs in front of a device's last one: quickly told, and no more than the peak."""
-        costs, packs = self._costs, schedule.packs_backward
-        if schedule.dealt:
-            return max(costs.weight_bytes(span) + costs.gradient_bytes(span) for span in packs)
-        sizes, step = split(schedule.minibatch, schedule.microbatch_backward), schedule.num_devices
-        if schedule.mode == "dp":
-            sizes, step = sizes[::step], 1
-        most = 0.0
-        for d in range(min(step, len(packs))):
-            here = packs[d::step]
-            pairs = list(pairwise(here)) if schedule.prefetch and len(here) > 1 else [(span,) for span in here]
-            slots = max(sum(map(costs.weight_bytes, pair)) for pair in pairs)
-            slots += max(sum(map(costs.gradient_bytes, pair)) for pair in pairs)
-            if schedule.stash == "device":
-                slots += sum(costs.stash_bytes(size, span) for span in here[:-1] for size in sizes)
-            most = max(most, slots)
-        return most
+    def _members(
+        self, variants: dict[int, list[Variant]], floors: dict[int, float], rung: int, is_lowest: bool
+    ) -> tuple[list[int], int]:
+        """Of the family, those that may be simulated at a rung, whose variants get those with updates on devices, and how
+        many of these variants in full; those that do not fit the memory count, too. At the lowest rung at which anything
+        fits it is all of them."""
+        order = sorted((m for m, those in variants.items() if those), key=lambda m: (floors[m], m))
+        share = 1 if rung % THOROUGH == 0 or self._is_small else 1 / 3
+        finalists = 2 * len(order) if is_lowest else round(share * FINALISTS)
+        members: list[int] = []
+        computations = 0.0
+        for m in order if is_lowest else order[:MEMBERS]:
+            variants[m] += self._variants.on_devices(self._family[m], rung)
+            computations += num_computations(self._family[m]) * max(1, len(variants[m]) / USUAL_VARIANTS)
+            if computations > share * MAX_COMPUTATIONS and len(members) >= finalists:
+                break
+            members.append(m)
+        return members, finalists
 
     # Simulations ------------------------------------------------------------------------------------------------------
 
-    def _look_at(self, variants: list[_Variant], finalists: int = FINALISTS) -> None:
+    def _look_at(self, variants: list[Variant], finalists: int = FINALISTS) -> None:
         """At those of a rung that are likely to be fastest: what shared links take is between the best and the worst case.
         Who is left out for its bound makes room for others, so the lower the best so far the more of those."""
         hopeful = [variant for variant in variants if not self._is_hopeless(variant.bound)]

@@ -57,14 +57,24 @@ class _Bound:
             even = self._of_packs(packs, self._sizes) / self._gpus
             return max(even, *(self._of_packs(here, self._sizes) for here in mine))
         own = [self._of_packs(packs[d :: self._gpus], self._sizes) for d in range(min(self._gpus, len(packs)))]
-        first = next((p for p, nbytes in enumerate(self._gradients) if nbytes and p not in self._there), len(packs))
-        # The next step waits until the gradients of this pack have left, and so for all that comes before that.
-        head, tail, most = 0.0, self._update(0), max(own)
-        for d, seconds in enumerate(own):
-            if d:
+        trained = [p for p, nbytes in enumerate(self._gradients) if nbytes]
+        on_host = [p for p in trained if p not in self._there]
+        # A pack's next forward waits for its backward; if its gradients leave, the next step as a whole does.
+        return max(
+            max(own),
+            self._turn(own, trained[0], trained[0]) if trained else 0.0,
+            self._turn(own, 0, on_host[0]) if on_host else 0.0,
+        )
+
+    def _turn(self, own: list[float], begin: int, first: int) -> float:
+        """From the forward of a pack to its next one, or to that of `first` behind it: by the device that has most to do,
+        or to wait for."""
+        head, tail, most = 0.0, self._update(begin), 0.0
+        for d in range(begin, len(own)):
+            if d > begin:
                 head += self._costs.input_bytes(self._sizes[0], self._packs[d][0]) / self._peer_rate
             if d >= first:
-                most = max(most, head + seconds + tail)
+                most = max(most, head + own[d] + tail)
                 tail += self._backward(d, self._sizes[-1:])
                 tail += self._costs.input_bytes(self._sizes[-1], self._packs[d][1] + 1) / self._peer_rate
             head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
@@ -163,10 +173,18 @@ class _Bound:
             still_there = max(0.0, still_there - self._weights[self._last])
         backward = max(0.0, sum(self._weights[p] for p in again if p not in self._there) - still_there)
         stashes = sum(map(self._stash, group)) / self._visitors
-        return forward + backward + stashes
+        states = sum(map(self._states, group)) / self._visitors
+        return forward + backward + stashes + states
 
     def _leaving(self, pack: int) -> float:
-        return self._stash(pack) + (0.0 if pack in self._there else self._gradients[pack])
+        is_kept = pack in self._there and pack in self._schedule.updates_stay
+        return self._stash(pack) + (0.0 if is_kept else self._gradients[pack] + self._states(pack))
+
+    def _states(self, pack: int) -> float:
+        """Of an update on a device, what comes for it, and leaves with new weights."""
+        if not self._gradients[pack] or pack not in self._there or pack in self._schedule.updates_stay:
+            return 0.0
+        return self._costs.optimizer_bytes(self._packs[pack])
 
     def _stash(self, pack: int) -> float:
         """Of all microbatches, where it goes to the host."""

@@ -4,17 +4,22 @@ much memory there is, nor tell what it is used for.
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import combinations
 from typing import Literal
 
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.search.breeding import packs_between
 from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
 from harmony_lightning.scheduler.search.schedules import choose_sizes
 from harmony_lightning.units import format_nbytes
 
 FINE = 12
 """Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
+
+FEW_LAYERS = 5
+"""Of so many every packing is tried."""
 
 Mode = Literal["pp", "dp"]
 Stash = Literal["device", "host"]
@@ -43,7 +48,7 @@ def runtime_family(
 
 
 def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:
-    """Packs of about equal seconds and of about equal weights."""
+    """Packs of about equal seconds and of about equal weights; any packs of few layers."""
     sizes = costs.profile.microbatch_sizes.backward
     layers, size = range(costs.num_layers), sizes[len(sizes) // 2]  # a layer's share hardly depends on the size
     one = [(layer, layer) for layer in layers]
@@ -52,8 +57,11 @@ def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple
     found: dict[tuple[Span, ...], None] = {}
     tables = [table(seconds), table(weights)]
     for count in pack_counts(costs.num_layers, FINE):
-        for starts in tables:
-            packs = packs_of(starts, count, costs.num_layers)
+        packings = [packs_of(starts, count, costs.num_layers) for starts in tables]
+        if costs.num_layers <= FEW_LAYERS:
+            cuts = combinations(range(1, costs.num_layers), count - 1)
+            packings += [packs_between(borders, costs.num_layers) for borders in cuts]
+        for packs in packings:
             if all(any(min(s) >= first and max(s) <= last for first, last in packs) for s in together):
                 found[packs] = None
     if not found:
