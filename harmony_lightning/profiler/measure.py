@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, UnsupportedError
+from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, UnsupportedError, in_one_line
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.profiler.cache import fingerprint
@@ -100,9 +100,7 @@ def measure_profile(
             log.info("harmony profile: microbatches of %d do not fit: %s", size, refused[-1])
         except Exception as error:
             what = (
-                str(error)
-                if isinstance(error, UnsupportedError)
-                else f"{type(error).__name__}: {error}".splitlines()[0]
+                str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {in_one_line(error)}"
             )
             raise UnsupportedError(f"the training step cannot be profiled: {what}") from error
         gc.collect()
