@@ -34,3 +34,13 @@ class RaceError(HarmonyError, RuntimeError):
 
 class UnsupportedError(HarmonyError, RuntimeError):
     """User code that the layer-major runtime cannot run correctly."""
+
+
+def in_one_line(error: BaseException) -> str:
+    """What an error says: its first line, and more where that only begins to print a module, or a list."""
+    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+    first, others = lines[0].strip(), lines[1:]
+    if first.endswith(("(", "[", "{")):
+        closing = next((line for line in others if not line[0].isspace()), None)
+        return first if closing is None else f"{first}...{closing.rstrip()}"
+    return f"{first} {others[0].strip()}" if first.endswith(":") and others else first

@@ -114,9 +114,15 @@ def test_switches_and_levels_in_the_environment():
 
 
 def test_a_plan_that_cannot_be_read_is_told(tmp_path):
-    for plan in ("size", tmp_path):
-        with pytest.raises(ConfigurationError, match="plan must be a Plan, 'auto', 'packs', 'sizes' or a file"):
+    for plan, told in (("size", "No such file"), (tmp_path, "Is a directory"), (3, "got 3"), ({"mode": "pp"}, "got {")):
+        with pytest.raises(
+            ConfigurationError, match="plan must be a Plan, 'auto', 'packs', 'sizes' or a file"
+        ) as caught:
             HarmonyStrategy(plan=plan)
+        assert told in str(caught.value)
+    (tmp_path / "plan.json").write_text("[1")
+    with pytest.raises(ConfigurationError, match=r"plan\.json: this is no Plan in JSON"):
+        HarmonyStrategy(plan=tmp_path / "plan.json")
 
 
 def test_arguments_that_there_are_not_are_told_with_those_that_there_are():

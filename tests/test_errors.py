@@ -12,6 +12,7 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
 from harmony_lightning import DeviceOutOfMemoryError
+from harmony_lightning.errors import in_one_line
 
 pytestmark = pytest.mark.usefixtures("devices")
 
@@ -300,3 +301,18 @@ def test_evaluation_fails_alike(function):
     assert "microbatch 0" in note
     del caught
     assert_nothing_is_left_behind(module, strategy._emulated)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("no", "no"),
+        ("", "RuntimeError"),
+        ("\n CUDA error\nCompile with more", "CUDA error"),
+        ("Net(\n  (a): B(\n  )\n) takes 1 argument", "Net(...) takes 1 argument"),
+        ("Net(", "Net("),
+        ("Errors in loading:\n\tMissing key: a", "Errors in loading: Missing key: a"),
+    ],
+)
+def test_an_error_in_one_line(said, told):
+    assert in_one_line(RuntimeError(said)) == told

@@ -15,7 +15,7 @@ from typing import Any
 
 from rich.console import Console
 
-from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.errors import ConfigurationError, in_one_line
 from harmony_lightning.hardware.presets import DEFAULT_HOST, GPUS, HOSTS, host_model
 from harmony_lightning.profiler.machine import Machine, parse_gpus, preset_machine
 from harmony_lightning.units import parse_nbytes
@@ -112,6 +112,11 @@ class Batch:
     def samples(self) -> int:
         return next(iter(self.parts.values()))[0][0]
 
+    def __str__(self) -> str:
+        if self.is_dict:
+            return f"a dict of {', '.join(self.parts)}"
+        return "one tensor" if len(self.parts) == 1 else f"a tuple of {len(self.parts)} tensors"
+
     def of(self, samples: int) -> Any:
         """A batch of so many samples: zeros, of which large ones take no memory."""
         import torch
@@ -165,17 +170,21 @@ def build_module(arguments: argparse.Namespace) -> Any:
     except ConfigurationError:
         raise
     except Exception as error:
-        raise ConfigurationError(
-            f"cannot make {arguments.module}: {type(error).__name__}: {error}; arguments are given by --init KEY=VALUE"
-        ) from error
+        what, cause = f"{type(error).__name__}: {in_one_line(error)}", error.__cause__
+        if cause is not None:  # Hydra's own errors tell where, not why
+            what = f"{what} ({type(cause).__name__}: {in_one_line(cause)})"
+        is_missing = isinstance(error, ImportError) or isinstance(cause, ImportError)
+        remedy = "is its folder on PYTHONPATH?" if is_missing else "arguments are given by --init KEY=VALUE"
+        raise ConfigurationError(f"cannot make {arguments.module}: {what}; {remedy}") from error
     finally:
         sys.path.remove("")
     step = getattr(module, "training_step", None)
     is_inherited = _package_of(getattr(step, "__module__", None)) in _LIGHTNING
     if not isinstance(module, torch.nn.Module) or step is None or is_inherited:
+        kind = type(module).__name__
+        article = "an" if kind[0] in "aeiouAEIOU" else "a"
         raise ConfigurationError(
-            f"{arguments.module} makes a {type(module).__name__}, which has no training_step of its own: there is no "
-            f"step to plan"
+            f"{arguments.module} makes {article} {kind}, which has no training_step of its own: there is no step to plan"
         )
     if not getattr(module, "automatic_optimization", True):
         raise ConfigurationError(

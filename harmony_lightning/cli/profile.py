@@ -78,6 +78,11 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
                 progress=lambda size: tell(f"microbatches of {size}"),
             )
     except UnsupportedError as error:
+        if isinstance(error.__cause__, TypeError | KeyError | IndexError | AttributeError):
+            raise UnsupportedError(
+                f"{error}. Its batch was {batch}, as --batch says it: give it once for each tensor of a tuple, or with "
+                f"names, ids=8,128:int64, for a dict"
+            ) from error
         if arguments.gpus is None or "on shapes alone" not in str(error):
             raise
         raise UnsupportedError(

@@ -7,9 +7,9 @@ fake data nothing is computed, so that a model of any size takes seconds and no 
 
 import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from types import CodeType
+from types import BuiltinFunctionType, CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, UnsupportedError
+from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, UnsupportedError, in_one_line
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
 from harmony_lightning.profiler.cache import fingerprint
@@ -100,9 +100,7 @@ def measure_profile(
             log.info("harmony profile: microbatches of %d do not fit: %s", size, refused[-1])
         except Exception as error:
             what = (
-                str(error)
-                if isinstance(error, UnsupportedError)
-                else f"{type(error).__name__}: {error}".splitlines()[0]
+                str(error) if isinstance(error, UnsupportedError) else f"{type(error).__name__}: {in_one_line(error)}"
             )
             raise UnsupportedError(f"the training step cannot be profiled: {what}") from error
         gc.collect()
@@ -126,19 +124,42 @@ def measure_profile(
 
 
 def fingerprint_of(root: nn.Module, decomposition: Decomposition, *more: str) -> str:
-    """The same for modules that cost the same, as far as can be seen from outside: structure, code, layers, torch.
+    """The same for modules that cost the same, as far as can be seen from outside: structure, settings, methods, layers,
+    torch.
 
     `more` is what else counts: the device, the shapes of the batch, precision.
     """
     layers = [f"{layer.name}: {layer.weights}" for layer in decomposition.layers]
-    return fingerprint("profile 4", torch.__version__, describe(root), *_codes(root), *layers, *more)
+    return fingerprint(
+        "profile 5", torch.__version__, describe(root), *_settings(root), *_methods(root), *layers, *more
+    )
 
 
-def _codes(root: nn.Module) -> list[str]:
-    kinds = {type(module) for module in root.modules() if not type(module).__module__.startswith("torch.")}
-    steps = [getattr(type(root), "training_step", None), *(kind.forward for kind in kinds)]
-    codes = (getattr(function, "__code__", None) for function in steps)
-    return sorted(_code_text(code) for code in codes if code is not None)
+def _settings(root: nn.Module) -> Iterator[str]:
+    """Plain attributes, such as a number of heads, and functions, such as an activation."""
+    for name, module in root.named_modules():
+        for key, value in sorted(vars(module).items()):
+            if key.startswith("_"):
+                continue
+            if isinstance(value, FunctionType):
+                yield f"{name}.{key}={_code_text(value.__code__)}"
+            elif isinstance(value, BuiltinFunctionType):
+                yield f"{name}.{key}={value.__qualname__}"
+            elif isinstance(value, bool | int | float | str):
+                yield f"{name}.{key}={value!r}"
+
+
+def _methods(root: nn.Module) -> list[str]:
+    """Code of all classes but those of torch and Lightning, which their versions tell."""
+    kinds = {kind for module in root.modules() for kind in type(module).__mro__}
+    values = [
+        value
+        for kind in kinds
+        if kind.__module__.partition(".")[0] not in ("torch", "lightning", "pytorch_lightning", "builtins")
+        for value in vars(kind).values()
+    ]
+    functions = (getattr(value, "__func__", getattr(value, "fget", value)) for value in values)
+    return sorted(_code_text(function.__code__) for function in functions if isinstance(function, FunctionType))
 
 
 def _code_text(code: CodeType) -> str:

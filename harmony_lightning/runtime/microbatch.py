@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.runtime.differentiate import accumulate
 from harmony_lightning.runtime.layer.joint import Joint, Waiting
+from harmony_lightning.runtime.makers import refuse_others
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.segment import Moved, Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
@@ -183,6 +184,7 @@ class Microbatch:
 
     def deposit(self, edge: GradientEdge, gradient: Arrival) -> None:
         """Hand in a gradient for a tensor of an older segment, on that segment's device."""
+        refuse_others(self.index, edge.node)
         self.pending.setdefault((edge.node, edge.output_nr), (edge, []))[1].append(gradient)
 
     def backward_segment(self) -> None:

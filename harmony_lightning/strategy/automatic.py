@@ -18,6 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
+from harmony_lightning.errors import in_one_line
 from harmony_lightning.plan import Plan
 from harmony_lightning.profiled import Planned, Question, find_plan, machine_of, profile, step_of
 from harmony_lightning.profiler import Machine
@@ -102,7 +103,7 @@ class AutomaticPlan:
                     return self._find(request, batch, step, machine)
             reason = reason or "nobody knows how fast these devices are"
         except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
-            reason = (str(error) or type(error).__name__).splitlines()[0]
+            reason = in_one_line(error)
         finally:
             self._engine.cluster.trim_device_memory()
         log.info("harmony: the plan made from sizes stays: %s", reason)

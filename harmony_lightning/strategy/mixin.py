@@ -112,7 +112,7 @@ class HarmonyMixin(Training, Evaluation):
             raise ConfigurationError(f"cluster must be an EmulatedCluster, got {cluster!r}")
         given_plan = None
         if searches is None:
-            given_plan = plan if isinstance(plan, Plan) else _read_plan(Path(str(plan)))
+            given_plan = plan if isinstance(plan, Plan) else _read_plan(plan)
         super().__init__(config, given_plan, cluster, **lightning)
 
     # What Lightning and users read --------------------------------------------------------------------------------
@@ -183,13 +183,16 @@ def _log_to_stderr(level: str) -> None:
         package.propagate = False
 
 
-def _read_plan(path: Path) -> Plan:
+def _read_plan(path: str | Path) -> Plan:
+    must = "plan must be a Plan, 'auto', 'packs', 'sizes' or a file that holds one"
+    if not isinstance(path, str | Path):
+        raise ConfigurationError(f"{must}, got {path!r}")
     try:
-        return Plan.from_json(path.read_text())
+        return Plan.from_json(Path(path).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise ConfigurationError(
-            f"plan must be a Plan, 'auto', 'packs', 'sizes' or a file that holds one: {error}"
-        ) from error
+        raise ConfigurationError(f"{must}: {error}") from error
+    except ConfigurationError as error:
+        raise ConfigurationError(f"{path}: {error}") from error
 
 
 def _as_sequence(layers: Any) -> Sequence[Any]:

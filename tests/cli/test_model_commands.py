@@ -80,6 +80,16 @@ class Looking(Chain):
         return loss * (1 + self.current_epoch / self.trainer.max_epochs)
 
 
+class ByName(Chain):
+    """Takes its batch apart by names; what Python says of that begins with many lines, which print the module."""
+
+    def training_step(self, batch, batch_idx):
+        return self(**batch)
+
+    def forward(self, inputs):
+        return self.net(inputs).mean()
+
+
 class Manual(Looking):
     def __init__(self):
         super().__init__()
@@ -188,6 +198,12 @@ def test_more_memory_is_never_slower(capsys):
         (["estimate", "chain:Chain", "--batch", "8,9", "--batch", "8", "--gpus", "3090"], 2, "cannot be profiled"),
         (["estimate", "chain:Chain", "--batch", "8,4", "--gpus", "9x9090"], 2, "no GPU is called"),
         (["estimate", "chain:trainer", "--batch", "8,4", "--gpus", "3090"], 2, "has no training_step"),
+        (["estimate", "builtins:int", "--batch", "8,4", "--gpus", "3090"], 2, "makes an int, which"),
+        (
+            ["estimate", f"{__name__}:ByName", "--batch", "8,4", "--gpus", "3090"],
+            2,
+            "TypeError: ByName(...) argument after ** must be a mapping, not EmulatedTensor. Its batch was one tensor",
+        ),
         (["estimate", "none.yaml", "--batch", "8,4", "--gpus", "3090"], 2, "there is no config none.yaml"),
     ],
 )
@@ -195,6 +211,13 @@ def test_faults_are_one_line_with_the_remedy(capsys, arguments, code, message):
     assert main(arguments) == code
     captured = capsys.readouterr()
     assert captured.out == "" and captured.err.startswith("harmony: ") and message in captured.err
+
+
+def test_a_config_whose_class_is_not_found_names_what_is_missing(capsys, tmp_path):
+    (tmp_path / "run.yaml").write_text("model:\n  _target_: nowhere.Chain\n")
+    assert main(["estimate", str(tmp_path / "run.yaml"), *CHAIN[1:]]) == 2
+    told = capsys.readouterr().err
+    assert "No module named 'nowhere'" in told and "PYTHONPATH" in told and told.count("\n") == 1
 
 
 def test_a_config_names_the_module(capsys, tmp_path):

@@ -166,6 +166,42 @@ def test_fingerprints_tell_structure_and_code_apart():
     assert len(different) == 5
 
 
+def _activated(activation, **settings):
+    class Activated(Chain):
+        def step(self, batch):
+            return super().step(batch) + settings.get("times", 1) * self.net[0](batch[0]).mean()
+
+    module = Activated(depth=2)
+    module.net[1].activation = activation
+    vars(module.net[1]).update(settings)
+    return module
+
+
+def _doubled(depth):
+    class Activated(Chain):
+        def step(self, batch):
+            return 2 * super().step(batch)
+
+    return Activated(depth=depth)
+
+
+def test_fingerprints_tell_settings_and_all_methods_apart():
+    def of(module):
+        return fingerprint_of(module, decompose(module, 2**15))
+
+    modules = (
+        lambda: _activated(torch.nn.functional.gelu),
+        lambda: _activated(torch.nn.functional.silu),
+        lambda: _activated(lambda x: x * x),
+        lambda: _activated(torch.nn.functional.silu, heads=2),
+        lambda: _activated(torch.nn.functional.silu, heads=4),
+        lambda: _doubled(2),
+    )
+    found = [of(make()) for make in modules]
+    assert [of(make()) for make in modules] == found  # and objects that are made anew do not
+    assert len(set(found)) == len(found)
+
+
 def test_metrics_and_generators_of_the_step_are_left_as_they_were():
     generator = torch.Generator().manual_seed(1)
     before = generator.get_state()

@@ -27,7 +27,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
-from itertools import repeat
+from itertools import accumulate, repeat
 from typing import Literal
 
 from harmony_lightning.errors import CapacityError, ConfigurationError
@@ -43,6 +43,8 @@ MEMBERS = 12
 """Packings of a rung that may be simulated."""
 MAX_COMPUTATIONS = 2_500
 """Of all of these, microbatches times packs."""
+MAX_AT_RUNG = 25_000
+"""Of all variants of these that are simulated, if they are more than those that are looked at in full."""
 MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""
 USUAL_VARIANTS = 2
@@ -181,7 +183,7 @@ class _Search:
 
     def run(self) -> list[Candidate]:
         """Candidates, best first; of those that take as long, the one in use."""
-        hopeful = dict.fromkeys(range(len(self._family)), 0.0)
+        hopeful = {index: self._variants.floor(schedule) for index, schedule in enumerate(self._family)}
         """Floors at higher rungs."""
         rung = math.floor(math.log(self._memory_bytes, RUNG))
         rung -= rung % self._variants.step
@@ -252,6 +254,11 @@ class _Search:
         """At those of a rung that are likely to be fastest: what shared links take is between the best and the worst case.
         Who is left out for its bound makes room for others, so the lower the best so far the more of those."""
         hopeful = [variant for variant in variants if not self._is_hopeless(variant.bound)]
+        if len(hopeful) > finalists:
+            hopeful.sort(key=lambda variant: variant.bound)
+            computations = accumulate(num_computations(variant.schedule) for variant in hopeful)
+            few = sum(number <= MAX_AT_RUNG for number in computations)
+            hopeful = hopeful[: max(few, finalists)]
         if len(hopeful) > finalists:
             hopeful.sort(key=lambda variant: sum(self._limits(variant.schedule)))
         for variant in hopeful[:finalists]:

@@ -53,7 +53,9 @@ class Variants:
         moves_stash: bool = False,
         movable: Movable = lambda schedule: (),
     ) -> None:
-        self._costs, self._stashes, self._stay = costs, stashes, stay
+        self._costs, self._stashes, self._stay, self._movable = costs, stashes, stay, movable
+        kinds = map(costs.profile.kind, range(costs.num_layers))
+        self._keepable = tuple(layer for layer, kind in enumerate(kinds) if kind.kept_bytes)
         self.step = 1 if stay is None else 2
         """From one rung that is looked at to the next."""
         visits = cache(lambda schedule: tuple(visit_bytes(schedule, costs)))
@@ -64,6 +66,15 @@ class Variants:
         )
         self._bound = cache(lambda schedule: runtime_bound(schedule, costs))
         self._least = cache(self.least_bytes)
+
+    def floor(self, schedule: Schedule) -> float:
+        """Nothing that there is of the schedule, at whatever rung, has a lower bound: all that may stay does."""
+        ideal = replace(schedule, prefetch=1, stash=self._stashes[0])
+        if self._stay is not None:
+            packs = tuple(range(len(schedule.packs_backward)))
+            ideal = replace(ideal, resident=packs, stash_stays=packs, keep=self._keepable)
+        there = tuple(self._movable(schedule))
+        return min(self._bound(ideal), self._bound(replace(ideal, updated_there=there, updates_stay=there)))
 
     def on_host(self, schedule: Schedule, rung: int) -> tuple[list[Variant], float]:
         """Those with all updates on the host that fit below the next rung, with what stays at this one, and may be fastest.
