@@ -117,7 +117,7 @@ def test_nothing_that_a_schedule_may_look_like_is_below_its_floor_nor_at_lower_r
     schedule = replace(any_schedule(data.draw, costs, minibatch), prefetch=1, stash="host")
     variants = Variants(costs, ("device", "host"), 1 / 0.92 if stays else None, False, movable_packs(costs))
     highest = data.draw(st.integers(30, 60)) * variants.step
-    floor = 0.0
+    floor = variants.floor(schedule)
     for rung in range(highest, 40, -variants.step):
         found, next_floor = variants.on_host(schedule, rung)
         assert next_floor >= floor
