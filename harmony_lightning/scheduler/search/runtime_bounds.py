@@ -42,7 +42,7 @@ class _Bound:
         trains = costs.profile.glue_bytes > 0
         self._goes_back = [trains := trains or nbytes > 0 for nbytes in self._gradients]
         """Whether gradients go through a pack."""
-        keep = (*schedule.keep, schedule.num_layers - 1)
+        keep = sorted({*schedule.keep, schedule.num_layers - 1})
         self._kept = [[layer for layer in keep if first <= layer <= last] for first, last in self._packs]
 
     # Computations -----------------------------------------------------------------------------------------------------

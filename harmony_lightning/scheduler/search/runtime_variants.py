@@ -72,7 +72,7 @@ class Variants:
         ideal = replace(schedule, prefetch=1, stash=self._stashes[0])
         if self._stay is not None:
             packs = tuple(range(len(schedule.packs_backward)))
-            ideal = replace(ideal, resident=packs, stash_stays=packs, keep=self._keepable)
+            ideal = replace(ideal, resident=packs, stash_stays=packs, keep=(*schedule.keep, *self._keepable))
         there = tuple(self._movable(schedule))
         return min(self._bound(ideal), self._bound(replace(ideal, updated_there=there, updates_stay=there)))
 
