@@ -297,6 +297,11 @@ def test_microbatches_are_equal_unless_they_would_be_small(samples, sizes):
     assert choose_sizes(costs, "backward", samples) == sizes
 
 
+def test_of_many_microbatch_sizes_the_largest_are_all_tried():
+    costs = Costs(profile(kind(sizes=(1, 4096, 8192)), sizes=(1, 4096, 8192)), machine())
+    assert choose_sizes(costs, "backward", 4096) == [1, 8, 32, 256, 512, 1024, 2048, 4096]
+
+
 def test_what_cannot_fit_is_told_with_the_layer_and_its_bytes():
     with pytest.raises(CapacityError, match="layer 1 needs 480 B, but each GPU offers 400 B; raise memory"):
         found(Costs(profile(), machine()), 400)

@@ -145,6 +145,21 @@ def _is_quiet(schedule: Schedule, costs: Costs) -> bool:
     )
 
 
+def _with_least(chosen: list[Variant], variants: list[Variant]) -> list[Variant]:
+    """And of each packing among these the variant that takes least: it may fit where the chosen ones do not."""
+    least: dict[object, Variant] = {}
+    for variant in variants:
+        if (packing := _packing(variant)) not in least or variant.peak_bytes < least[packing].peak_bytes:
+            least[packing] = variant
+    smallest = (least[packing] for packing in dict.fromkeys(map(_packing, chosen)))
+    others = (one for one in smallest if num_computations(one.schedule) <= MAX_COMPUTATIONS)
+    return list(dict.fromkeys((*chosen, *others)))
+
+
+def _packing(variant: Variant) -> object:
+    return variant.schedule.mode, variant.schedule.microbatch_backward, variant.schedule.packs_backward
+
+
 class _Search:
     """One search.
 
@@ -261,7 +276,7 @@ class _Search:
             hopeful = hopeful[: max(few, finalists)]
         if len(hopeful) > finalists:
             hopeful.sort(key=lambda variant: sum(self._limits(variant.schedule)))
-        for variant in hopeful[:finalists]:
+        for variant in _with_least(hopeful[:finalists], variants):
             schedule = variant.schedule
             if self._has_done_enough:
                 return

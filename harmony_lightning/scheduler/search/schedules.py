@@ -372,8 +372,10 @@ def choose_sizes(costs: Costs, direction: Literal["forward", "backward"], sample
         sizes = list(range(least, most + 1))
     if len(sizes) <= MAX_SIZES:
         return sizes
-    wanted = np.geomspace(sizes[0], sizes[-1], MAX_SIZES)
-    return sorted({min(sizes, key=lambda size: (abs(np.log(size / one)), size)) for one in wanted})
+    # The best one is mostly among the largest, of which none is left out.
+    small, large = sizes[: -MAX_SIZES // 2], sizes[-MAX_SIZES // 2 :]
+    wanted = np.geomspace(small[0], small[-1], MAX_SIZES // 2)
+    return sorted({min(small, key=lambda size: (abs(np.log(size / one)), size)) for one in wanted}) + large
 
 
 def _too_large(costs: Costs, mode: Literal["pp", "dp"], minibatch: int, memory_bytes: float, rules: Rules) -> str:
