@@ -13,8 +13,9 @@ from harmony_lightning.units import parse_nbytes
 MICROBATCH_SIZE = 2
 NUM_MICROBATCHES = SAMPLES // MICROBATCH_SIZE
 OPTIMIZERS = {"adamw": adamw, "sgd": sgd}
-ROUNDING = 3e-6
-"""Relative tolerance where additions come in another order, after five steps. A lost gradient shows from 1e-4 up."""
+ROUNDING = 1e-5
+"""Relative tolerance where additions come in another order, after five steps: the most seen is 3.1e-6, on an Intel CPU.
+A lost gradient shows from 1e-4 up."""
 
 ROUNDING_OF_HALF = 5e-3
 """The same in bfloat16."""
