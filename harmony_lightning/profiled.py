@@ -269,13 +269,15 @@ def find_plan(
             schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
         return schedule
 
+    tied = ordered.tied
+
     def movable(schedule: Schedule) -> list[int]:
         """Packs with weights that train, none of which another pack has, too."""
         if question.update != "auto":
             return []
         spans = schedule.packs_backward
         packs = (p for p, span in enumerate(spans) if costs.gradient_bytes(span) and p not in schedule.dealt)
-        return [p for p in packs if not any(_is_cut(tied, spans[p]) for tied in ordered.tied)]
+        return [p for p in packs if not any(_is_cut(layers, spans[p]) for layers in tied)]
 
     asked: dict[str, Any] = {
         "minibatch": question.minibatch,
