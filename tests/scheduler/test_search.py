@@ -34,7 +34,8 @@ from harmony_lightning.scheduler.search.packings import (
     table,
     units,
 )
-from harmony_lightning.scheduler.search.schedules import Found, choose_sizes, search
+from harmony_lightning.scheduler.search.schedules import Found, search
+from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 
 BEST = {

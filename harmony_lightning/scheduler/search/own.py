@@ -30,7 +30,8 @@ from harmony_lightning.scheduler.runtime.staying import predicted_usage, with_wh
 from harmony_lightning.scheduler.runtime.steps import runtime_seconds
 from harmony_lightning.scheduler.runtime.unmeasured import completed
 from harmony_lightning.scheduler.search.packings import MAX_UNITS, Packing, packs_of, table
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, choose_sizes, num_computations, search
+from harmony_lightning.scheduler.search.schedules import Candidate, Found, num_computations, search
+from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
 
 MAX_EFFORT = 24_000

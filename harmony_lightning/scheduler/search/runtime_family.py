@@ -12,7 +12,7 @@ from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.search.breeding import packs_between
 from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
-from harmony_lightning.scheduler.search.schedules import choose_sizes
+from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.units import format_nbytes
 
 FINE = 12
