@@ -210,13 +210,21 @@ class Plan(Record):
 
     def swap_in_bytes(self, *, is_first: bool) -> int:
         """Bytes of weights in the first step, or in those behind it."""
-        steps = (swap_ins(self, device) for device in range(self.num_devices))
+        steps = map(self._swap_ins, range(self.num_devices))
         brought = [index for first, later in steps for index in (first if is_first else later)]
         total = sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trained_nbytes for i in brought)
         if is_first:
             return total
         found = {i for i in brought if self.is_left(i)}  # by forward, not by backward
         return total - sum(self.packs[i].trained_nbytes for i in found)
+
+    def _swap_ins(self, device: int) -> tuple[list[int], list[int]]:
+        """Packs that a device brings in: in the first step, and in each one behind it."""
+        packs = [index for index in self.packs_on(device) if device in self.visitors(index)]
+        visits = [*packs, *(index for index in reversed(packs) if self.has_backward(index))]
+        offsets = self.slot_offsets(device).items()
+        places = {index: (offset, offset + self.packs[index].slot_nbytes) for index, offset in offsets}
+        return swap_ins(visits, places, [index for index in packs if not self.packs[index].trainable_nbytes])
 
     @property
     def swap_out_bytes_per_step(self) -> int:

@@ -5,32 +5,33 @@ whose slot overlaps with it, or somebody writes the masters. So the last packs o
 begins with them, and frozen ones may be when the next step begins.
 """
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from harmony_lightning.plan.plan import Plan
+from collections.abc import Collection, Mapping, Sequence
 
 
-def swap_ins(plan: "Plan", device: int) -> tuple[list[int], list[int]]:
-    """Packs that a device brings in, in order: in the first step, and in each one behind it."""
-    packs = [index for index in plan.packs_on(device) if device in plan.visitors(index)]
-    visits = [*packs, *(index for index in reversed(packs) if plan.has_backward(index))]
-    offsets = plan.slot_offsets(device)
+def swap_ins(
+    visits: Sequence[int], places: Mapping[int, tuple[int, int]], lasting: Collection[int]
+) -> tuple[list[int], list[int]]:
+    """Packs that a device brings in, in order: in the first step, and in each one behind it.
+
+    Args:
+        visits: packs that come to the device in one step, in order.
+        places: where the slots of those that share memory begin and end, bytes.
+        lasting: packs that nobody writes at the end of a step.
+    """
     there: set[int] = set()
 
     def overlap(one: int, other: int) -> bool:
-        ends = offsets[one] + plan.packs[one].slot_nbytes, offsets[other] + plan.packs[other].slot_nbytes
-        return max(offsets[one], offsets[other]) < min(ends)
+        return max(places[one][0], places[other][0]) < min(places[one][1], places[other][1])
 
     def step() -> list[int]:
         brought = []
         for index in visits:
             if index not in there:
                 brought.append(index)
-                if index in offsets:
-                    there.difference_update([other for other in there if other in offsets and overlap(index, other)])
+                if index in places:
+                    there.difference_update([other for other in there if other in places and overlap(index, other)])
                 there.add(index)
-        there.intersection_update([index for index in packs if not plan.packs[index].trainable_nbytes])
+        there.intersection_update(lasting)
         return brought
 
     first = step()

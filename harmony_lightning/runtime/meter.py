@@ -10,16 +10,27 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 import torch
 
 from harmony_lightning.hardware.device import Device
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Held, Plan, Seen, Usage, VisitPeak
-from harmony_lightning.runtime.segment import Segment
 
 Place = tuple[int, int]
 """Device and microbatch."""
+
+
+class Segment(Protocol):
+    """What is asked of a `segment`."""
+
+    pack: int
+    microbatch: int
+    device: Device
+
+    @property
+    def has_saved_much(self) -> bool: ...
 
 
 class VisitPeaks:
@@ -64,8 +75,7 @@ class Meter:
     def stash(self, segment: Segment, tensor: torch.Tensor) -> None:
         """A tensor goes to the host that might have waited where it is."""
         seen = self._seen.setdefault(segment, set())
-        is_held = segment.saved_nbytes <= segment.state.spare_nbytes
-        if not is_held or storage_key(tensor) not in seen:
+        if segment.has_saved_much or storage_key(tensor) not in seen:
             seen.add(storage_key(tensor))
             self._stash.setdefault(segment.pack, Counter())[_place(segment)] += tensor.untyped_storage().nbytes()
 

@@ -115,6 +115,11 @@ class Segment:
         self._deposit = deposit
         self._moved: Moved = {}
 
+    @property
+    def has_saved_much(self) -> bool:
+        """Whether glue has saved so much that it goes to the host as it comes."""
+        return self.saved_nbytes > self.state.spare_nbytes
+
     def add_gradients(
         self,
         gradients: Mapping[str, torch.Tensor | None],

@@ -137,7 +137,7 @@ class Stash:
             return held[2]
         self._weigh(segment, tensor)
         source, stashed = self._send_out(tensor, device, (segment.pack, segment.microbatch))
-        if segment.saved_nbytes > segment.state.spare_nbytes:
+        if segment.has_saved_much:
             self._departures.release(device)  # it leaves because there is too much of it
         else:
             segment.stashed[key] = (source, tensor._version, stashed)

@@ -10,7 +10,7 @@ import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -25,6 +25,7 @@ from harmony_lightning.plan import Plan, travelling_nbytes
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.device_memory import DeviceMemory
 from harmony_lightning.runtime.glue_backward import GlueBackward
+from harmony_lightning.runtime.measuring import Measuring
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
 from harmony_lightning.runtime.thread_state import ThreadState
 from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
@@ -33,9 +34,6 @@ from harmony_lightning.runtime.weights.buffers import BufferStore
 from harmony_lightning.runtime.weights.glue_weights import GlueWeights
 from harmony_lightning.runtime.weights.narrow import Watch, WeightUses
 from harmony_lightning.runtime.worker import HostWorker
-
-if TYPE_CHECKING:
-    from harmony_lightning.runtime.measuring import Measuring
 
 log = logging.getLogger(__name__)
 
@@ -75,7 +73,7 @@ class RuntimeState:
         counters: Counters,
         worker: HostWorker,
         uses: WeightUses,
-        measuring: "Measuring",
+        measuring: Measuring,
     ) -> None:
         self.cluster = cluster
         self.plan = plan

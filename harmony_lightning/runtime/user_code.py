@@ -197,7 +197,7 @@ class UserCode:
             segment.saved_nbytes += tensor.nbytes
         is_fused = microbatch.is_cut and segment.pack == len(state.plan.packs) - 1
         is_to_leave = state.plan.stash == "host" and segment.pack not in state.plan.stash_stays
-        goes = (is_to_leave and not is_fused) or segment.saved_nbytes > state.spare_nbytes
+        goes = (is_to_leave and not is_fused) or segment.has_saved_much
         return segment if goes else None
 
     def _weigh(self, segment: Segment, tensor: torch.Tensor) -> None:
