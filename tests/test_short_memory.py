@@ -9,7 +9,7 @@ import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
 
-from harmony_lightning import CapacityError, DeviceOutOfMemoryError
+from harmony_lightning import CapacityError, DeviceOutOfMemoryError, EmulatedCluster
 from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.prepare import Workload
 from harmony_lightning.scheduler import make_plan
@@ -223,3 +223,81 @@ def test_backward_of_code_between_layers_goes_on_when_memory_is_short(num_gpus, 
     (ours, num_short), (roomy, none_short) = fits
     assert same_weights(ours, roomy)
     assert num_short > 0 and none_short == 0
+
+
+class _Product(torch.autograd.Function):
+    """One of which a library of CUDA may find no room for its handle."""
+
+    @staticmethod
+    def forward(ctx, x, library):
+        ctx.library = library
+        library.called("forward")
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        ctx.library.called("backward")
+        return gradient.clone(), None
+
+
+class Library:
+    """Fails once: at the n-th call in a direction."""
+
+    def __init__(self, direction=None, fails_at=0):
+        self.direction, self.left = direction, fails_at
+
+    def called(self, direction):
+        if direction == self.direction:
+            self.left -= 1
+            if self.left == 0:
+                raise RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`")
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class OfLibrary(nn.Module):
+    def __init__(self, library):
+        super().__init__()
+        self.linear, self.library = nn.Linear(WIDTH, WIDTH), library
+
+    def forward(self, x):
+        return _Product.apply(self.linear(x), self.library)
+
+
+def trained_with(library, *callbacks):
+    torch.manual_seed(0)
+    module = Chain()
+    module.net[3] = OfLibrary(library)
+    strategy = harmony(1, "200KiB", layers=LAYERS)
+    trainer(strategy, callbacks=list(callbacks), limit_train_batches=4).fit(module, loader(8))
+    return module, strategy.statistics().short_of_memory
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_library_that_finds_no_memory_for_itself_finds_it_when_what_stays_has_gone(direction, monkeypatch):
+    """And torch has given it back: these libraries ask the driver."""
+    trims, library = [], Library(direction, fails_at=10)
+    monkeypatch.setattr(EmulatedCluster, "trim_device_memory", lambda self: trims.append(library.left))
+    module, num_short = trained_with(library)
+    undisturbed, _ = trained_with(Library())
+    assert num_short == 1 and 0 in trims  # it has failed, and was not called again yet
+    assert same_weights(module, undisturbed)
+
+
+class BetweenLayers(L.Callback):
+    def __init__(self, library):
+        self.library = library
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        """By now something stays."""
+        if batch_idx == 2:
+            engine = trainer.strategy._engine
+            with engine.cluster.activate(continues=True):
+                engine.state.memory.with_room(engine.cluster.devices[0], lambda: self.library.called("forward"))
+
+
+def test_so_it_does_for_code_between_layers():
+    library = Library("forward", fails_at=1)
+    trained_with(Library(), BetweenLayers(library))
+    assert library.left < 0

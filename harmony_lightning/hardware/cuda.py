@@ -7,6 +7,7 @@ import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
+from typing import Any
 
 import numpy as np
 import torch
@@ -133,6 +134,11 @@ class CudaDevice:
         return stream
 
 
+def _unpin(cudart: Any, address: int, mapping: mmap.mmap) -> None:
+    """`mapping` lives until this has run: NumPy from 2.5 on lets go of an array's memory before it tells that it goes."""
+    cudart.cudaHostUnregister(address)
+
+
 class CudaCluster:
     """The given CUDA devices, numbered from 0 in that order; `memory_bytes` limits each of them."""
 
@@ -179,16 +185,17 @@ class CudaCluster:
         if nbytes == 0:
             return torch.empty(0, dtype=torch.uint8, device="cpu")
         try:
-            memory = np.frombuffer(mmap.mmap(-1, nbytes), dtype=np.uint8)
+            mapping = mmap.mmap(-1, nbytes)
         except OSError as error:
             raise MemoryError(f"the host has no {format_nbytes(nbytes)} in one piece: {error}") from error
+        memory = np.frombuffer(mapping, dtype=np.uint8)
         buffer = torch.from_numpy(memory)
         cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]
         with torch.cuda.device(self._devices[0].torch_device):
             error_code = int(cudart.cudaHostRegister(buffer.data_ptr(), nbytes, _REGISTER_PORTABLE))
         if error_code == 0:
-            # The array goes before its memory does, a tensor's storage behind it. Not at exit: the driver cleans up itself.
-            weakref.finalize(memory, cudart.cudaHostUnregister, buffer.data_ptr()).atexit = False
+            # The array goes when nobody looks into the memory any more. Not at exit: the driver cleans up itself.
+            weakref.finalize(memory, _unpin, cudart, buffer.data_ptr(), mapping).atexit = False
             return buffer
         self._clear_last_error()
         if not self._has_warned:

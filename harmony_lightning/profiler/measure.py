@@ -17,9 +17,10 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.errors import CapacityError, DeviceOutOfMemoryError, UnsupportedError, in_one_line
+from harmony_lightning.errors import CapacityError, UnsupportedError, in_one_line
 from harmony_lightning.hardware.device import Cluster
 from harmony_lightning.hardware.emulated import EmulatedCluster
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY, told_by_type
 from harmony_lightning.profiler.cache import fingerprint
 from harmony_lightning.profiler.profile import LayerKind, MicrobatchSizes, Profile
 from harmony_lightning.profiler.stopwatch import stopwatch_of
@@ -94,8 +95,8 @@ def measure_profile(
         progress(size)
         try:
             batch = _to_device(batch_of(size), device.torch_device)
-            return visit_layers(twin, names, batch, step, device, stopwatch, cache)
-        except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
+            return told_by_type(visit_layers, twin, names, batch, step, device, stopwatch, cache)
+        except OUT_OF_MEMORY as error:
             refused.append(str(error).splitlines()[0])
             log.info("harmony profile: microbatches of %d do not fit: %s", size, refused[-1])
         except Exception as error:

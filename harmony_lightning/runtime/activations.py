@@ -14,7 +14,8 @@ from typing import Any, cast
 
 import torch
 
-from harmony_lightning.errors import DeviceOutOfMemoryError, UnsupportedError
+from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 
 _hooks = torch._C._autograd
 
@@ -24,9 +25,6 @@ Restore = Callable[[], torch.Tensor]
 """Finds a weight where it is then."""
 Recompute = Callable[[Callable[[torch.Tensor], Position]], None]
 """Runs the layer again with the given saved-tensor hook in force."""
-
-
-OUT_OF_MEMORY = (DeviceOutOfMemoryError, torch.OutOfMemoryError)
 
 
 class _Enough(BaseException):

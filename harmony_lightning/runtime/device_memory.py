@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from harmony_lightning.hardware.device import Device
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY, told_by_type
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY, Activations
+from harmony_lightning.runtime.activations import Activations
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
 from harmony_lightning.runtime.transfer import Departures, Landings
@@ -41,8 +42,13 @@ class DeviceMemory:
         departures: Departures,
         landings: Landings,
         is_backward: Callable[[], bool],
+        trim: Callable[[], None],
     ) -> None:
-        """`is_backward`: whether what asks for memory belongs to a backward."""
+        """
+        Args:
+            is_backward: whether what asks for memory belongs to a backward.
+            trim: gives memory that is free back to the driver, where CUDA's libraries look for some.
+        """
         self.kept: list[weakref.WeakSet[Activations]] = [weakref.WeakSet() for _ in range(plan.num_devices)]
         self.num_together = plan.microbatches_per_forward
         self.has_given_way = False
@@ -52,17 +58,18 @@ class DeviceMemory:
         self._weights = weights
         self._departures, self._landings = departures, landings
         self._is_backward = is_backward
+        self._trim = trim
 
     def with_room(self, device: Device, function: Callable[[], Result]) -> Result:
         """What the function returns, which needs memory of the device: if there is none, it is called again when what was
         to stay there has gone, and in backward once more when sums of gradients have, too."""
         for _ in range(2):
             try:
-                return function()
+                return told_by_type(function)
             except OUT_OF_MEMORY:
                 if not self.make_room(device):
                     raise
-        return function()
+        return told_by_type(function)
 
     def make_room(self, device: Device) -> bool:
         """The device has run out of memory: let go of what it can do without. Returns whether there was anything."""
@@ -70,6 +77,8 @@ class DeviceMemory:
         self.has_given_way |= gives_way
         # A forward begins again, in smaller packs.
         found = gives_way or (self._is_backward() and self._weights.gradients.leave(device))
+        if found:
+            self._trim()
         self._counters.short_of_memory += found and not self.has_lacked_memory
         self.has_lacked_memory |= found
         return found

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 import torch
 from torch.autograd.graph import GradientEdge, _engine_run_backward
 
+from harmony_lightning.hardware.out_of_memory import told_by_type
+
 
 def edge_of(tensor: torch.Tensor) -> GradientEdge:
     """Where the gradient of a tensor is computed whose graph somebody else keeps. (Torch's own function makes one more node
@@ -21,8 +23,15 @@ def gradients_of(
     keeps_graph: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of `targets`, given those of `edges`; None for what is not reached."""
-    return _engine_run_backward(
-        tuple(edges), tuple(gradients), keeps_graph, False, tuple(targets), True, accumulate_grad=False
+    return told_by_type(
+        _engine_run_backward,
+        tuple(edges),
+        tuple(gradients),
+        keeps_graph,
+        False,
+        tuple(targets),
+        True,
+        accumulate_grad=False,
     )
 
 

@@ -15,8 +15,8 @@ from torch import nn
 
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.hardware.device import Cluster
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.plan import Plan
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.derived import find_derived

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from harmony_lightning.errors import UnsupportedError
+from harmony_lightning.hardware.out_of_memory import told_by_type
 from harmony_lightning.runtime.derived import find_derived
 
 Call = Callable[..., Any]
@@ -137,7 +138,7 @@ class Site:
             for recurrent in self._recurrent:
                 # Recurrent modules keep a second list of their weights, for cuDNN.
                 recurrent._flat_weights = [getattr(recurrent, name) for name in recurrent._flat_weights_names]
-            result = self.call(*args, **kwargs)
+            result = told_by_type(self.call, *args, **kwargs)
             for index, (owner, attribute) in enumerate(self.buffer_places):
                 if (now := owner._buffers[attribute]) is not None:
                     buffers[index] = now

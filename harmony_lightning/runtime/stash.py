@@ -25,7 +25,7 @@ import torch
 
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.stash_places import StashPlaces, Stay, Visit

@@ -133,6 +133,7 @@ class RuntimeState:
             self.departures,
             self.landings,
             lambda: self.is_differentiating or self.is_recomputing,
+            cluster.trim_device_memory,
         )
         layered = {name for pack in plan.packs for name in pack.parameters}
         self.glue = GlueWeights(

@@ -16,9 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
-from harmony_lightning.errors import DeviceOutOfMemoryError
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.derivatives import Uncuttable
 from harmony_lightning.runtime.microbatch import Microbatch
 from harmony_lightning.runtime.randomness import Replay
@@ -120,7 +118,7 @@ class SharedPass:
             turns.obstacle = "it takes derivatives across layers"
             self._code.kill(turns.give_up_from(microbatch.index))
         except Exception as error:
-            is_memory = isinstance(error, DeviceOutOfMemoryError | torch.OutOfMemoryError)
+            is_memory = isinstance(error, OUT_OF_MEMORY)
             if is_memory and len(self.microbatches) > 1:
                 turns.obstacle = f"{len(self.microbatches)} at once do not fit ({error})"
                 self._code.kill(turns.give_up_from(microbatch.index))

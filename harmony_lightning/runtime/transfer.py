@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import torch
 
 from harmony_lightning.hardware.device import Device, Event, Lane
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 
 _TURNS_HELD = 2
 """Microbatches for which memory that a copy reads is always held: copies of one turn overlap with compute of the next."""

@@ -15,8 +15,9 @@ import torch
 from torch import nn
 from torchmetrics import Metric
 
-from harmony_lightning.errors import ConfigurationError, DeviceOutOfMemoryError
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.device import Device
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.batch.outputs import loss_of
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.runtime.randomness import HostState
@@ -61,7 +62,7 @@ def losses_of_pieces(engine: Engine, step: Callable[[Any], Any], pieces: Sequenc
     for piece in pieces:
         try:
             loss = loss_of(engine.run(functools.partial(step, piece)))
-        except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
+        except OUT_OF_MEMORY as error:
             return f"a minibatch in one piece does not fit ({error})"
         if loss is None or loss.numel() != 1:
             return "training_step returned no loss"

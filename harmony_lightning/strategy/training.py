@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from harmony_lightning.errors import DeviceOutOfMemoryError
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.batch.minibatch import Microbatches, loss_shares, scale_without
 from harmony_lightning.runtime.batch.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.runtime.derivatives import Uncuttable
@@ -81,7 +81,7 @@ class Training(Session):
         is_too_large = False
         try:
             output = self._run_microbatches(functions, parts, shares)
-        except (DeviceOutOfMemoryError, torch.OutOfMemoryError) as error:
+        except OUT_OF_MEMORY as error:
             if not self._planning.may_shrink:
                 raise
             log.warning("harmony: the plan does not fit: %s", str(error).splitlines()[0])

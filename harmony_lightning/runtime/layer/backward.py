@@ -10,7 +10,8 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY, hand_out, keep_detached, unreachable
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
+from harmony_lightning.runtime.activations import hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.differentiate import gradients_of, keeps_graph
 from harmony_lightning.runtime.layer.call import LayerCall
 from harmony_lightning.runtime.layer.objects import Surroundings

@@ -27,7 +27,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from harmony_lightning.hardware.device import Device
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.layer.watching import run_layer
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.site import Site

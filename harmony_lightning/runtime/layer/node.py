@@ -20,7 +20,8 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
-from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
+from harmony_lightning.runtime.activations import TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
 from harmony_lightning.runtime.differentiate import edge_of, keeps_graph
 from harmony_lightning.runtime.functions import apply_own
