@@ -25,6 +25,7 @@ from harmony_lightning.runtime.derivatives import (
 )
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer.objects import ObjectTensors
+from harmony_lightning.runtime.randomness import drawing_anew
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
@@ -140,7 +141,7 @@ class Glue(TorchFunctionMode):
             kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
-        return segment.state.memory.with_room(segment.device, lambda: func(*args, **kwargs))
+        return _with_room(segment, lambda: func(*args, **kwargs))
 
     def _read(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
@@ -164,7 +165,7 @@ class Glue(TorchFunctionMode):
             return result
         written = segment.bring_written(target)
         rest, named = _bring_all(segment, args[1:]), _bring_all(segment, kwargs)
-        return segment.state.memory.with_room(segment.device, lambda: func(written, *rest, **named))
+        return _with_room(segment, lambda: func(written, *rest, **named))
 
     def _write_each(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """`torch._foreach_mul_(list, ...)` and its like, tensor by tensor: some may stay where they are, and others not.
@@ -183,7 +184,7 @@ class Glue(TorchFunctionMode):
         """`func(..., out=tensor)`: no gradient passes through it, so it is a result that is copied."""
         rest = {name: _bring_all(segment, value) for name, value in kwargs.items() if name != "out"}
         brought = _bring_all(segment, args)
-        result = segment.state.memory.with_room(segment.device, lambda: func(*brought, **rest))
+        result = _with_room(segment, lambda: func(*brought, **rest))
         if out.shape != result.shape:
             out.resize_(result.shape)
         self._write(segment, torch.Tensor.copy_, (out, result), {})
@@ -235,6 +236,10 @@ def _originals(segment: Segment, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args
     entry = replaced.get(id(args[0]))
     return args if entry is None else (entry[1], *args[1:])
+
+
+def _with_room(segment: Segment, function: Callable[[], Any]) -> Any:
+    return segment.state.memory.with_room(segment.device, drawing_anew(function, segment.device))
 
 
 def _is_list_of_tensors(value: Any) -> bool:
