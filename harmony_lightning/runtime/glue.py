@@ -49,6 +49,9 @@ _PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence", "tensor_spl
 """Functions whose second argument, lengths, batch sizes or indices, lives on the host whatever the device."""
 
 
+_HOST = torch.device("cpu")
+
+
 class Glue(TorchFunctionMode):
     """In force while user code runs.
 
@@ -103,10 +106,10 @@ class Glue(TorchFunctionMode):
                 if self.host_arithmetic is not None:
                     self.host_arithmetic.note(gradients)
                 return gradients
-        if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
-            # A master stays on the host, wherever its new value was computed.
+        if kind == "exchange" and args[0].device == _HOST:
+            # A master, or a module's buffer, stays on the host, wherever its new value was computed.
             self._before_write(args[0])
-            func(args[0], args[1].detach().to("cpu"))
+            func(args[0], segment.present(args[1]).detach().to(_HOST))
             segment.state.notice_write(args[0])
             return None
         if kind in ("read", "exchange", "derivative"):
