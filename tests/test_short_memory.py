@@ -301,3 +301,29 @@ def test_so_it_does_for_code_between_layers():
     library = Library("forward", fails_at=1)
     trained_with(Library(), BetweenLayers(library))
     assert library.left < 0
+
+
+class Drawing(Chain):
+    """Code between layers draws random numbers for what there may be no room."""
+
+    def training_step(self, batch, batch_idx):
+        inputs, targets = batch
+        x = self.net[:4](inputs)
+        if self.trainer.global_step >= 2:
+            x = nn.functional.dropout(x.repeat(1, 64), 0.3).unflatten(1, (64, WIDTH)).mean(1)
+        return nn.functional.mse_loss(self.head(self.net[4:](x)).squeeze(1), targets)
+
+
+@pytest.mark.parametrize("kib", [204, 240, 288])
+def test_what_is_drawn_between_layers_is_drawn_once(kib):
+    """The function that lacked memory behind its draw is called again, and draws the same numbers."""
+    fits = []
+    for memory in (f"{kib}KiB", "1MiB"):
+        strategy = harmony(1, memory)
+        torch.manual_seed(0)
+        module = Drawing()
+        trainer(strategy, limit_train_batches=4).fit(module, loader(8))
+        fits.append((module, strategy.statistics().short_of_memory))
+    (ours, num_short), (roomy, none_short) = fits
+    assert same_weights(ours, roomy)
+    assert num_short > 0 and none_short == 0

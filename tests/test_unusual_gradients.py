@@ -58,6 +58,29 @@ def test_exchanged_memory_of_weights_is_seen():
     assert sorted(ours.losses) == sorted(reference.losses)
 
 
+class Centred(Chain):
+    """`buffer.data = ...` within the step, and the same for an attribute, with values from a GPU."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.register_buffer("center", torch.zeros(WIDTH))
+        self.last = torch.zeros(WIDTH)
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = self.net(inputs)
+        self.center.data = self.center.data * 0.9 + 0.1 * hidden.detach().mean(0)
+        self.last.data = hidden.detach().mean(0)
+        return nn.functional.mse_loss(self.head(hidden - self.center + 0.1 * self.last).squeeze(1), targets)
+
+
+def test_exchanged_memory_of_buffers_stays_on_the_host():
+    ours, reference = both(Centred, harmony(microbatch_size=8))
+    assert same_weights(ours, reference)
+    assert ours.losses == reference.losses
+    assert (ours.center.device.type, type(ours.center), type(ours.last)) == ("cpu", torch.Tensor, torch.Tensor)
+
+
 class Adversarial(Chain):
     """Differentiates with respect to its inputs inside the step, which must leave gradients of weights alone."""
 

@@ -25,6 +25,7 @@ from harmony_lightning.runtime.derivatives import (
 )
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer.objects import ObjectTensors
+from harmony_lightning.runtime.randomness import drawing_anew
 from harmony_lightning.runtime.segment import Segment
 
 _READS = frozenset(
@@ -46,6 +47,9 @@ _WRITES = re.compile(r"__setitem__|__i(?!nvert)\w+__|.*[^_]_")
 """In-place operators and methods."""
 _PACKS = frozenset(("_pack_padded_sequence", "_pad_packed_sequence", "tensor_split"))
 """Functions whose second argument, lengths, batch sizes or indices, lives on the host whatever the device."""
+
+
+_HOST = torch.device("cpu")
 
 
 class Glue(TorchFunctionMode):
@@ -102,10 +106,10 @@ class Glue(TorchFunctionMode):
                 if self.host_arithmetic is not None:
                     self.host_arithmetic.note(gradients)
                 return gradients
-        if kind == "exchange" and segment.state.weight_name(args[0]) is not None:
-            # A master stays on the host, wherever its new value was computed.
+        if kind == "exchange" and args[0].device == _HOST:
+            # A master, or a module's buffer, stays on the host, wherever its new value was computed.
             self._before_write(args[0])
-            func(args[0], args[1].detach().to("cpu"))
+            func(args[0], segment.present(args[1]).detach().to(_HOST))
             segment.state.notice_write(args[0])
             return None
         if kind in ("read", "exchange", "derivative"):
@@ -140,7 +144,7 @@ class Glue(TorchFunctionMode):
             kwargs = {name: _bring_all(segment, value) for name, value in kwargs.items()}
         if "device" in kwargs:
             kwargs["device"] = self._local_device(segment, kwargs["device"])
-        return segment.state.memory.with_room(segment.device, lambda: func(*args, **kwargs))
+        return _with_room(segment, lambda: func(*args, **kwargs))
 
     def _read(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         result = func(*args, **kwargs)
@@ -164,7 +168,7 @@ class Glue(TorchFunctionMode):
             return result
         written = segment.bring_written(target)
         rest, named = _bring_all(segment, args[1:]), _bring_all(segment, kwargs)
-        return segment.state.memory.with_room(segment.device, lambda: func(written, *rest, **named))
+        return _with_room(segment, lambda: func(written, *rest, **named))
 
     def _write_each(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> None:
         """`torch._foreach_mul_(list, ...)` and its like, tensor by tensor: some may stay where they are, and others not.
@@ -183,7 +187,7 @@ class Glue(TorchFunctionMode):
         """`func(..., out=tensor)`: no gradient passes through it, so it is a result that is copied."""
         rest = {name: _bring_all(segment, value) for name, value in kwargs.items() if name != "out"}
         brought = _bring_all(segment, args)
-        result = segment.state.memory.with_room(segment.device, lambda: func(*brought, **rest))
+        result = _with_room(segment, lambda: func(*brought, **rest))
         if out.shape != result.shape:
             out.resize_(result.shape)
         self._write(segment, torch.Tensor.copy_, (out, result), {})
@@ -235,6 +239,10 @@ def _originals(segment: Segment, args: tuple[Any, ...]) -> tuple[Any, ...]:
         return args
     entry = replaced.get(id(args[0]))
     return args if entry is None else (entry[1], *args[1:])
+
+
+def _with_room(segment: Segment, function: Callable[[], Any]) -> Any:
+    return segment.state.memory.with_room(segment.device, drawing_anew(function, segment.device))
 
 
 def _is_list_of_tensors(value: Any) -> bool:

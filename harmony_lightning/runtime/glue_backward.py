@@ -12,18 +12,23 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from typing_extensions import override
 
+from harmony_lightning.hardware.device import Device
+from harmony_lightning.runtime.randomness import drawing_anew
+
 
 class GlueBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """In force while a segment with glue is differentiated, but for the layers in it.
 
     Args:
-        with_room: calls a function that needs memory of the segment's device.
+        device: the segment's.
+        with_room: calls a function that needs memory of a device.
     """
 
     supports_higher_order_operators = True
 
-    def __init__(self, with_room: Callable[[Callable[[], Any]], Any]) -> None:
+    def __init__(self, device: Device, with_room: Callable[[Device, Callable[[], Any]], Any]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._device = device
         self._with_room = with_room
 
     @classmethod
@@ -34,4 +39,9 @@ class GlueBackward(TorchDispatchMode):  # type: ignore[no-untyped-call]
     @override
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         with torch._C.DisableTorchFunction():
-            return self._with_room(lambda: func(*args, **(kwargs or {})))
+
+            def run() -> Any:
+                return func(*args, **(kwargs or {}))
+
+            draws = torch.Tag.nondeterministic_seeded in getattr(func, "tags", ())
+            return self._with_room(self._device, drawing_anew(run, self._device) if draws else run)

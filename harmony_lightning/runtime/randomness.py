@@ -14,9 +14,9 @@ legacy global generator.
 import ctypes
 import random
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import numpy
 import torch
@@ -25,6 +25,8 @@ from harmony_lightning.hardware.device import Device
 
 _GOLDEN = 0x9E3779B97F4A7C15  # odd constant of the splitmix64 generator (Steele, Lea, Flood 2014)
 _MASK = (1 << 64) - 1
+
+Result = TypeVar("Result")
 
 
 def draw_step_seed() -> int:
@@ -241,6 +243,24 @@ class Replay:
             numpy.random.set_state(self._numpy)
         if self._device_state is not None:
             device.set_random_state(self._device_state)
+
+
+def drawing_anew(function: Callable[[], Result], device: Device) -> Callable[[], Result]:
+    """A function of torch's, on `device`, that draws the same numbers whenever it is called: it may have failed behind its
+    draw, for want of memory. Such functions draw from torch's generators alone."""
+    host, own = torch.default_generator.get_state(), device.random_state()
+    is_first = True
+
+    def call() -> Result:
+        nonlocal is_first
+        if not is_first:
+            torch.default_generator.set_state(host)
+            if own is not None:
+                device.set_random_state(own)
+        is_first = False
+        return function()
+
+    return call
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -28,7 +28,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.state import RuntimeState
-from harmony_lightning.runtime.structure import clone_with_strides
+from harmony_lightning.runtime.structure import clone_with_strides, nbytes_of
 from harmony_lightning.runtime.transfer import Arrival, bring_in
 
 _NUM_MOVED = 16
@@ -290,7 +290,7 @@ class Segment:
         self._moved[id(tensor)] = entry  # used last, so it goes last
         while len(self._moved) > 1 and (
             len(self._moved) > _NUM_MOVED
-            or sum(copy.value.nbytes for _, _, copy in self._moved.values()) > self.state.slot_nbytes
+            or sum(nbytes_of(copy.value) for _, _, copy in self._moved.values()) > self.state.slot_nbytes
         ):
             del self._moved[next(iter(self._moved))]
         if not self.state.is_device(tensor.device):
@@ -304,17 +304,17 @@ class Segment:
         home = self.state.find_device(tensor.device)
         if home is not None:
             return self.state.send(tensor, home, self.device)
-        self.state.counters.input_bytes += tensor.nbytes
+        self.state.counters.input_bytes += nbytes_of(tensor)
         return Arrival(bring_in(tensor, self.device), self.device)
 
     def _make_room_for_moved(self) -> None:
         """Of tensors on the host, such as former weights, the user may have as many as of weights."""
         held = [key for key, (source, _, _) in self._moved.items() if not self.state.is_device(source.device)]
-        total = sum(self._moved[key][2].value.nbytes for key in held)
+        total = sum(nbytes_of(self._moved[key][2].value) for key in held)
         for key in held[:-1]:
             if total <= self.state.spare_nbytes:
                 return
-            total -= self._moved.pop(key)[2].value.nbytes
+            total -= nbytes_of(self._moved.pop(key)[2].value)
 
     def _is_host(self, tensor: torch.Tensor) -> bool:
         """Functions of any device read scalars of the host; those of another GPU they do not."""
@@ -323,9 +323,9 @@ class Segment:
     def _count_peer(self, copy: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
         counters = self.state.counters
         if self.state.is_device(source.device):
-            counters.p2p_bytes += copy.nbytes
+            counters.p2p_bytes += nbytes_of(copy)
         else:
-            counters.input_bytes += copy.nbytes
+            counters.input_bytes += nbytes_of(copy)
         return copy
 
 

@@ -259,7 +259,7 @@ class RuntimeState:
         before, self.is_differentiating = self.is_differentiating, True
         tries_again = has_glue and not self.cluster.host_is_device
         if tries_again:
-            _push_dispatch_mode(GlueBackward(functools.partial(self.memory.with_room, device)))
+            _push_dispatch_mode(GlueBackward(device, self.memory.with_room))
         try:
             yield
         finally:

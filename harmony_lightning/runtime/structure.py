@@ -124,6 +124,17 @@ def is_plain(leaf: Any) -> bool:
     return isinstance(leaf, _PLAIN)
 
 
+def nbytes_of(tensor: torch.Tensor) -> int:
+    """Bytes of a tensor, of its indices too where it is sparse."""
+    if tensor.layout is torch.sparse_coo:
+        return tensor._values().nbytes + tensor._indices().nbytes
+    if tensor.layout in (torch.sparse_csr, torch.sparse_bsr):
+        return tensor.values().nbytes + tensor.crow_indices().nbytes + tensor.col_indices().nbytes
+    if tensor.layout in (torch.sparse_csc, torch.sparse_bsc):
+        return tensor.values().nbytes + tensor.ccol_indices().nbytes + tensor.row_indices().nbytes
+    return tensor.nbytes
+
+
 def without_repetition(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with one element along each dimension of stride 0, as `expand` makes them."""
     for dim, stride in enumerate(tensor.stride()):

@@ -170,6 +170,7 @@ def relative_difference(expected: torch.Tensor | None, actual: torch.Tensor | No
     """See `Comparison.differences`; 0 if and only if both have the same type, shape and values (NaN equals NaN)."""
     if expected is None or actual is None or (expected.shape, expected.dtype) != (actual.shape, actual.dtype):
         return math.inf
+    expected, actual = expected.to_dense(), actual.to_dense()  # of those that are sparse
     wide = torch.complex128 if expected.is_complex() else torch.float64
     a, b = expected.to(wide), actual.to(wide)
     if torch.equal(a.nan_to_num(0.0), b.nan_to_num(0.0)) and torch.equal(a.isnan(), b.isnan()):

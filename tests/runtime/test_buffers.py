@@ -1,11 +1,13 @@
 import pytest
 import torch
+from chain import WIDTH, Chain, harmony, loader, trainer
 from torch import nn
 
-from harmony_lightning import EmulatedCluster
+from harmony_lightning import EmulatedCluster, UnsupportedError
 from harmony_lightning.hardware.host import HostDevice
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.weights.buffers import BufferStore
+from harmony_lightning.testing import Comparison, train_harmony, train_plain
 
 
 class Home(nn.Module):
@@ -200,3 +202,41 @@ def test_user_code_finds_what_a_forward_has_written(cluster, store):
     store.come_home(home.mean)
     assert store.is_empty
     assert not +store._clean_nbytes
+
+
+class Graph(nn.Module):
+    """Sums over neighbours in a fixed graph, which is a sparse buffer."""
+
+    def __init__(self, layout):
+        super().__init__()
+        self.register_buffer("neighbours", (torch.rand(WIDTH, WIDTH) < 0.1).float().to_sparse(layout=layout))
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return (self.neighbours @ self.linear(x).T).T.relu()
+
+
+class OnGraph(Chain):
+    def __init__(self, layout):
+        super().__init__(depth=2)
+        self.graph = Graph(layout)
+
+    def step(self, batch):
+        inputs, targets = batch
+        between = (self.graph.neighbours @ self.net(inputs).T).T
+        return nn.functional.mse_loss(self.head(self.graph(between)).squeeze(1), targets)
+
+
+@pytest.mark.parametrize("layout", [torch.sparse_coo, torch.sparse_csr])
+@pytest.mark.parametrize("microbatch_size", [2, 8])
+def test_sparse_ones_of_layers_and_between_layers(layout, microbatch_size):
+    batches = list(loader(8))
+    expected = train_plain(lambda: OnGraph(layout), batches, microbatch_size)
+    actual = train_harmony(lambda: OnGraph(layout), batches, microbatch_size, cluster=None)
+    report = Comparison(expected=expected, actual=actual)
+    assert report.is_equal, str(report)
+
+
+def test_emulated_gpus_refuse_sparse_ones():
+    with pytest.raises(UnsupportedError, match="emulated GPUs hold dense tensors only"):
+        trainer(harmony()).fit(OnGraph(torch.sparse_coo), loader(8))

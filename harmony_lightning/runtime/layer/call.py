@@ -151,9 +151,14 @@ class CallBuffers:
         written = set(self._known or ())
         for index, (before, version, after) in enumerate(zip(self._held, self._versions, self.tensors, strict=True)):
             is_replaced = after is not before or version_of(after) != version
-            if is_replaced or (self._known is None and not torch.equal(self._before[index], after)):
+            if is_replaced or (self._known is None and not _are_equal(self._before[index], after)):
                 written.add(index)
         for index in written:
             self._store.written(self._site.buffer_places[index], self._device, self.tensors[index].detach())
         self._site.written_buffers[self._flags] = frozenset(written)
         return {index: value for index, value in self._before.items() if index in written}
+
+
+def _are_equal(before: torch.Tensor, after: torch.Tensor) -> bool:
+    """Of sparse tensors, which torch does not compare, counters tell."""
+    return after.layout is not torch.strided or torch.equal(before, after)

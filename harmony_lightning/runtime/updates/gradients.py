@@ -17,6 +17,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Device, Event
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.structure import nbytes_of
 from harmony_lightning.runtime.updates.device_update import DeviceUpdates
 from harmony_lightning.runtime.updates.gradient_slots import GradientSlot, GradientSlots
 from harmony_lightning.runtime.updates.gradient_swap_out import GradientSwapOut, OnComplete, has_hooks
@@ -128,13 +129,13 @@ class GradientStore:
         """Code that goes through many weights makes as many gradients: the oldest go to the host, where later ones are
         added to them. Weights of no layer are different, as the plan has set room aside for theirs."""
         held = [key for key in self._loose if key[1] == newest[1] and key[0] in self._layered]
-        total = sum(_payload_nbytes(self._loose[key]) for key in held)
+        total = sum(nbytes_of(self._loose[key]) for key in held)
         for key in held:
             if key == newest or total <= self._limit_nbytes:
                 return
             gradient = self._loose.pop(key)
             self._owned.discard(key)
-            total -= _payload_nbytes(gradient)
+            total -= nbytes_of(gradient)
             self._send_loose({key[0]: [(key[1], gradient)]}, frozenset(), _ignore)
 
     @torch.no_grad()
@@ -207,7 +208,7 @@ class GradientStore:
     def _bring_to(self, home: int, gradient: torch.Tensor) -> torch.Tensor:
         device = self._devices[home]
         arrived = self._with_room(device, lambda: gradient.to(device.torch_device))
-        self._counters.p2p_bytes += _payload_nbytes(arrived)
+        self._counters.p2p_bytes += nbytes_of(arrived)
         return arrived
 
     def _update_there(self, slot: GradientSlot, is_complete: Callable[[str], bool]) -> None:
@@ -251,7 +252,7 @@ class GradientStore:
                 add = functools.partial(operator.add, total, self._bring_to(home, gradient))
                 total = self._with_room(self._devices[home], add)
             if not self._host_is_device:
-                self._counters.swap_out_bytes += _payload_nbytes(total)
+                self._counters.swap_out_bytes += nbytes_of(total)
                 total = total.cpu()
             totals[name] = total
         self._out.send_arrived(totals, complete, on_complete)
@@ -305,12 +306,6 @@ def _is_plain(parameter: nn.Parameter, gradient: torch.Tensor) -> bool:
     before = parameter.grad
     is_alike = before is None or (before.layout, before.dtype) == (torch.strided, gradient.dtype)
     return is_alike and not has_hooks(parameter)
-
-
-def _payload_nbytes(gradient: torch.Tensor) -> int:
-    if gradient.layout == torch.sparse_coo:
-        return gradient._values().nbytes + gradient._indices().nbytes
-    return gradient.nbytes
 
 
 def _ignore(names: list[str]) -> None: ...

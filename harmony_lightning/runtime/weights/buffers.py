@@ -15,6 +15,7 @@ from torch import nn
 
 from harmony_lightning.hardware.device import Device
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.structure import nbytes_of
 from harmony_lightning.runtime.transfer import bring_in
 
 _STAGED_NBYTES = 2**20
@@ -70,15 +71,15 @@ class BufferStore:
             source = module._buffers[name] if holder is None else holder
             assert source is not None
             if not buffer.is_written:
-                self._make_room(device.index, source.nbytes)
-            is_staged = holder is None and type(source) is torch.Tensor and source.nbytes <= _STAGED_NBYTES
+                self._make_room(device.index, nbytes_of(source))
+            is_staged = holder is None and type(source) is torch.Tensor and nbytes_of(source) <= _STAGED_NBYTES
             copy = bring_in(source, device) if is_staged else source.to(device.torch_device)
             if copy is source:
                 copy = source.clone()
             if holder is None:
-                self._counters.input_bytes += copy.nbytes
+                self._counters.input_bytes += nbytes_of(copy)
             else:
-                self._counters.p2p_bytes += copy.nbytes
+                self._counters.p2p_bytes += nbytes_of(copy)
             buffer.copies[device.index] = copy
         return copy
 
@@ -88,7 +89,7 @@ class BufferStore:
             if self._clean_nbytes[device] + nbytes <= self._limit_nbytes:
                 break
             if not buffer.is_written and (copy := buffer.copies.pop(device, None)) is not None:
-                self._clean_nbytes[device] -= copy.nbytes
+                self._clean_nbytes[device] -= nbytes_of(copy)
         self._clean_nbytes[device] += nbytes
 
     def written(self, place: Place, device: Device, value: torch.Tensor) -> None:
@@ -97,7 +98,7 @@ class BufferStore:
         buffer = self._buffers[id(module), name][1]
         if not buffer.is_written:
             for holder, copy in buffer.copies.items():
-                self._clean_nbytes[holder] -= copy.nbytes
+                self._clean_nbytes[holder] -= nbytes_of(copy)
         buffer.copies = {device.index: value}
         buffer.is_written = True
 
@@ -114,7 +115,7 @@ class BufferStore:
                 _bring_home(place, buffer)
             else:
                 for device, copy in buffer.copies.items():
-                    self._clean_nbytes[device] -= copy.nbytes
+                    self._clean_nbytes[device] -= nbytes_of(copy)
         return tensor
 
     def flush(self) -> None:
