@@ -4,13 +4,26 @@ Of a small layer's backward that was a tenth, and the function mode over user co
 from collections.abc import Sequence
 
 import torch
-from torch.autograd.graph import GradientEdge, _engine_run_backward
+from torch.autograd.graph import GradientEdge, get_gradient_edge
+
+_run_backward = torch.autograd.Variable._execution_engine.run_backward  # type: ignore[attr-defined]
+"""Torch's own function around it keeps a context for the engine's threads; ours is the calling one (`UserCode.active`)."""
 
 
 def edge_of(tensor: torch.Tensor) -> GradientEdge:
     """Where the gradient of a tensor is computed whose graph somebody else keeps. (Torch's own function makes one more node
     to keep it.)"""
     return GradientEdge(tensor.grad_fn, tensor.output_nr)  # type: ignore[arg-type]
+
+
+def kept_edge_of(tensor: torch.Tensor) -> GradientEdge:
+    """The same, and the graph is kept by it. A node in Python is kept by one behind it alone, so one is made."""
+    node = tensor.grad_fn
+    if not isinstance(node, torch._C._FunctionBase):
+        return get_gradient_edge(tensor) if node is None else GradientEdge(node, tensor.output_nr)
+    if not torch.is_grad_enabled():
+        return get_gradient_edge(tensor)
+    return GradientEdge(node, tensor.output_nr, tensor.view_as(tensor).grad_fn)
 
 
 def gradients_of(
@@ -21,14 +34,14 @@ def gradients_of(
     keeps_graph: bool,
 ) -> tuple[torch.Tensor | None, ...]:
     """Gradients of `targets`, given those of `edges`; None for what is not reached."""
-    return _engine_run_backward(
+    return _run_backward(  # type: ignore[no-any-return]
         tuple(edges), tuple(gradients), keeps_graph, False, tuple(targets), True, accumulate_grad=False
     )
 
 
 def accumulate(edges: Sequence[GradientEdge], gradients: Sequence[torch.Tensor]) -> None:
     """Backward to all leaves, given the gradients of `edges`."""
-    _engine_run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
+    _run_backward(tuple(edges), tuple(gradients), False, False, (), allow_unreachable=True, accumulate_grad=True)
 
 
 def keeps_graph() -> bool:

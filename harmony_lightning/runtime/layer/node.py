@@ -22,7 +22,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.runtime.activations import OUT_OF_MEMORY, TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
-from harmony_lightning.runtime.differentiate import edge_of, keeps_graph
+from harmony_lightning.runtime.differentiate import edge_of, keeps_graph, kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
 from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version_of
@@ -79,7 +79,7 @@ class LayerFunction(torch.autograd.Function):
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights.of_site(site, device, call.trained)
-                    call.weight_edges = [weights.edge(name) for name in call.trained]
+                    call.weight_edges = weights.edges(call.trained)
                     weight_versions = versions_of_weights(site, weights)
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
@@ -126,7 +126,7 @@ class LayerFunction(torch.autograd.Function):
             results += around.results(known=[*results, *inner, *objects.originals])
         results += [inner[i] for i in mutated]
         if not site.differentiates:
-            call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
+            call.result_edges = [kept_edge_of(result) if result.requires_grad else None for result in results]
             refuse_strangers(results, call, start)
             outlive_slots(results, call)
         detached = [state.weights.off_the_arena(result.detach()) for result in results]
