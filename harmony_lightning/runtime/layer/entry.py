@@ -14,6 +14,7 @@ from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer.joint import Join, Waiting
 from harmony_lightning.runtime.layer.node import LayerFunction
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
+from harmony_lightning.runtime.running import InsideLayer
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments, unflatten_result
@@ -58,7 +59,7 @@ def call_layer(
         if call.joint is None:
             call.waiting = None  # it holds the inputs
     weighed = _weighed(call, tensors) if _is_weighed(call) else nullcontext()
-    with state.inside_layer(segment.device, is_watched=bool(objects)), weighed:
+    with InsideLayer(state, segment.device, is_watched=bool(objects)), weighed:
         results = apply_own(LayerFunction, state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, call.result_leaves = call.result_leaves, ()
     for position, result in zip(call.tensor_positions, results, strict=False):
@@ -111,7 +112,7 @@ def _may_join(site: Site) -> bool:
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with state.inside_layer(device, is_watched=bool(call.objects)):
+    with InsideLayer(state, device, is_watched=bool(call.objects)):
         buffers = CallBuffers(call)
         with call.objects.opened(_as_it_is):
             weights = state.weights.of_site(site, device, call.trained)

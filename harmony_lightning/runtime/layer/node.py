@@ -31,6 +31,7 @@ from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.randomness import Replay
+from harmony_lightning.runtime.running import Recomputing
 from harmony_lightning.runtime.segment import Import, Sink, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
 
@@ -160,7 +161,7 @@ class LayerFunction(torch.autograd.Function):
         state, device = call.segment.state, call.segment.device
         try:
             call.check()
-            with state.recomputing(device):
+            with Recomputing(state, device):
                 if call.activations.is_kept:  # else the second run asks for them
                     state.memory.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
                 values = differentiate(call, gradients, trained)
