@@ -15,8 +15,7 @@ import ctypes
 import random
 import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy
 import torch
@@ -127,8 +126,7 @@ def _in_full(memory: bytes) -> tuple[Any, ...]:
 _python, _numpy = _Python(), _Numpy()
 
 
-@dataclass(frozen=True, slots=True)
-class HostState:
+class HostState(NamedTuple):
     """The host's generators at one moment."""
 
     torch: torch.Tensor

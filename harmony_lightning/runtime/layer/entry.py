@@ -40,7 +40,8 @@ def call_layer(
         tensors = [tensor for tensor, _ in taken]
         needs = [tensor.requires_grad or sink is not None for tensor, sink in taken]
         # Not a look at the weights, which would wait for their updates.
-        trained = tuple([name for name in site.weight_names if state.parameters[name].requires_grad])
+        parameters = state.parameters
+        trained = tuple([name for name in site.weight_names if parameters[name].requires_grad])
     if not torch.is_grad_enabled() or not (trained or objects or any(needs)):
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained
@@ -104,7 +105,7 @@ def _weighed(call: LayerCall, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
 
 def _may_join(site: Site) -> bool:
     """Whether what the layer was seen to do by itself is all that it must do in a joint call."""
-    writes_buffers = site.written_buffers.get(site.training_flags()) != frozenset()
+    writes_buffers = bool(site.buffer_places) and site.written_buffers.get(site.training_flags()) != frozenset()
     learned = site.mutated_inputs == frozenset() and not writes_buffers
     return learned and not (site.draws or site.differentiates or site.joins is False)
 
