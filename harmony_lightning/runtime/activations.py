@@ -61,14 +61,16 @@ class Activations:
 
     def save(self, tensor: torch.Tensor) -> Position:
         """Hook of the forward: an operation saves a tensor."""
-        self._kinds.append((tensor.shape, tensor.dtype))
-        position = len(self._kinds) - 1
+        kinds = self._kinds
+        position = len(kinds)
+        kinds.append((tensor.shape, tensor.dtype))
         if self.is_kept or self.weighed is not None:
             self._hold(position, tensor)
         return position
 
     def _hold(self, position: Position, tensor: torch.Tensor) -> None:
-        reference, held = self._refer(tensor), _held(tensor)
+        # Not the tensor itself: its graph would hold this, and this would hold its graph.
+        reference, held = self._refer(tensor), (tensor.detach(), tensor._version)
         if self.weighed is not None and reference is None:
             self.weighed.append(held[0])
         if self.is_kept:
@@ -76,21 +78,21 @@ class Activations:
 
     def load(self, position: Position) -> torch.Tensor:
         """Hook of the forward: the operation's backward asks for it. What was handed out is not held any longer."""
-        if self._is_in_forward:
-            raise TakesDerivative
         if self._recompute is None:
+            if self._is_in_forward:
+                raise TakesDerivative
             raise UnsupportedError(
                 f"a tensor computed inside layer {self._layer} was used outside of it other than through its result "
                 f"(was it kept in an attribute?); its gradient is not available. Choose smaller layers, so that it "
                 f"becomes the result of one: HarmonyStrategy(layers=[...])"
             )
-        if (reference := self._handed_out.get(position)) is not None and (again := reference()) is not None:
-            return again
         held = self._ready.pop(position, None)
-        if callable(held):
-            tensor = held()
-        elif held is not None and held[0]._version == held[1]:
+        if held is None and (handed_out := self._handed_out.get(position)) and (again := handed_out()) is not None:
+            return again
+        if type(held) is tuple and held[0]._version == held[1]:
             tensor = held[0]
+        elif callable(held):
+            tensor = held()
         else:  # not kept, or written since
             made = self._make(self._recompute)
             tensor, _ = made.pop(position)
@@ -134,18 +136,20 @@ class Activations:
 
     def drop(self) -> bool:
         """Keep nothing any more; what backward needs will be made again. Returns whether there was anything."""
-        dropped, self._ready = self._ready, {}
-        return bool(dropped)
+        found = bool(self._ready)
+        self._ready.clear()  # a second run's tensors hold its graph, whose hook holds them
+        return found
 
     def _make(self, recompute: Recompute) -> dict[Position, tuple[torch.Tensor, int]]:
         made: dict[Position, tuple[torch.Tensor, int]] = {}
+        kinds, last = self._kinds, len(self._kinds) - 1
 
         def save_again(tensor: torch.Tensor) -> Position:
             position = len(made)
-            if position == len(self._kinds) or self._kinds[position] != (tensor.shape, tensor.dtype):
+            if position > last or kinds[position] != (tensor.shape, tensor.dtype):
                 raise self._differs(f"saved tensor {position} is {tuple(tensor.shape)}, {tensor.dtype} now")
-            made[position] = _held(tensor)
-            if len(made) == len(self._kinds):
+            made[position] = tensor, tensor._version
+            if position == last:
                 raise _Enough
             return position
 
@@ -166,11 +170,6 @@ class Activations:
             f"layer {self._layer} did something else when it was recomputed ({how}): its forward must do the same when "
             f"it is called again with the same inputs"
         )
-
-
-def _held(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
-    # Not the tensor itself: an operation that saves its own result would hold itself alive for ever.
-    return tensor.detach(), tensor._version
 
 
 def keep_detached(tensor: torch.Tensor) -> torch.Tensor:

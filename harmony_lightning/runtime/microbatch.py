@@ -17,6 +17,7 @@ from harmony_lightning.runtime.differentiate import accumulate
 from harmony_lightning.runtime.layer.joint import Joint, Waiting
 from harmony_lightning.runtime.makers import refuse_others
 from harmony_lightning.runtime.randomness import Stream
+from harmony_lightning.runtime.running import differentiating
 from harmony_lightning.runtime.segment import Moved, Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.thread_state import Parked, ThreadState
@@ -199,7 +200,7 @@ class Microbatch:
             if arrived:
                 name = f"backward of pack {segment.pack}, microbatch {self.index}"
                 lane, state = segment.device.lane(Lane.COMPUTE, name), self._state
-                with lane, state.differentiating(segment.device, has_glue=has_glue):
+                with lane, differentiating(state, segment.device, has_glue=has_glue):
                     with torch._C.DisableTorchFunction():
                         gradients = state.memory.with_room(
                             segment.device, lambda: [_total(parts) for _, parts in arrived]

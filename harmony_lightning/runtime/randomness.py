@@ -15,8 +15,7 @@ import ctypes
 import random
 import struct
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar, cast
 
 import numpy
 import torch
@@ -129,8 +128,7 @@ def _in_full(memory: bytes) -> tuple[Any, ...]:
 _python, _numpy = _Python(), _Numpy()
 
 
-@dataclass(frozen=True, slots=True)
-class HostState:
+class HostState(NamedTuple):
     """The host's generators at one moment."""
 
     torch: torch.Tensor

@@ -24,8 +24,9 @@ from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.autograd.graph import GradientEdge, get_gradient_edge
+from torch.autograd.graph import GradientEdge
 
+from harmony_lightning.runtime.differentiate import kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides, nbytes_of
@@ -269,7 +270,7 @@ class Segment:
 
     def sink(self, tensor: torch.Tensor) -> Sink:
         """Takes the gradient of a tensor of an older segment."""
-        return functools.partial(self._hand_back, get_gradient_edge(tensor), tensor.device)
+        return functools.partial(self._hand_back, kept_edge_of(tensor), tensor.device)
 
     def _hand_back(self, edge: GradientEdge, home: torch.device, gradient: torch.Tensor) -> None:
         self._deposit(edge, self.send_home(gradient, home))

@@ -4,6 +4,7 @@ Running a site means: hang device-resident tensors into the module's own places,
 called, and hang the user's `Parameter`s and buffers back, whatever happens. The user's objects are never changed.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -40,12 +41,13 @@ class Site:
         self.pack = pack
         self.call = call
         self._weights = [
-            (owner, attribute, names[id(parameter)])
+            (owner, attribute, names[id(parameter)], parameter)
             for owner in module.modules()
             for attribute, parameter in owner._parameters.items()
             if parameter is not None
         ]
-        self.weight_names = tuple(dict.fromkeys(weight for _, _, weight in self._weights))
+        """Places, with the names of the masters that hang there."""
+        self.weight_names = tuple(dict.fromkeys(weight for _, _, weight, _ in self._weights))
         self.buffer_places = [
             (owner, attribute)
             for owner in module.modules()
@@ -79,18 +81,19 @@ class Site:
             for inner in module.modules()
         )
         self._recurrent = [owner for owner in module.modules() if isinstance(owner, nn.RNNBase)]
+        self._hangs_weights_alone = not (self.buffer_places or self._derived or self._recurrent)
 
     def has_hooks_inside(self) -> bool:
         """Whether somebody watches results of modules within this one now. They must be results of layers then."""
         return any(self._hooks_inside)
 
-    def has_own_weights(self, parameters: Mapping[str, nn.Parameter]) -> bool:
+    def has_own_weights(self) -> bool:
         """Whether the masters hang in their places. `torch.func.functional_call` hangs others there for one call, and the
         module must be run with those."""
-        others = [
-            name for owner, attribute, name in self._weights if owner._parameters.get(attribute) is not parameters[name]
-        ]
-        return not others
+        for owner, attribute, _, master in self._weights:  # noqa: SIM110  # a generator takes twice as long
+            if owner._parameters.get(attribute) is not master:
+                return False
+        return True
 
     def training_flags(self) -> tuple[bool, ...]:
         return tuple(owner.training for owner, _ in self.buffer_places)
@@ -126,13 +129,23 @@ class Site:
     def _run_hung(
         self, weights: Mapping[str, torch.Tensor], buffers: list[torch.Tensor], args: Any, kwargs: Any
     ) -> Any:
-        own_weights = [owner._parameters[attribute] for owner, attribute, _ in self._weights]
+        own_weights = [owner._parameters[attribute] for owner, attribute, _, _ in self._weights]
+        try:
+            for owner, attribute, name, _ in self._weights:
+                owner._parameters[attribute] = weights[name]  # type: ignore[assignment]
+            return (
+                self.call(*args, **kwargs) if self._hangs_weights_alone else self._run_with_more(buffers, args, kwargs)
+            )
+        finally:
+            for (owner, attribute, _, _), parameter in zip(self._weights, own_weights, strict=True):
+                owner._parameters[attribute] = parameter
+
+    def _run_with_more(self, buffers: list[torch.Tensor], args: Any, kwargs: Any) -> Any:
+        """With buffers, and what modules keep beside their weights."""
         own_buffers = [owner._buffers[attribute] for owner, attribute in self.buffer_places]
         own_flat = [owner._flat_weights for owner in self._recurrent]
         own_derived = [owner.__dict__.get(attribute) for owner, attribute in self._derived]
         try:
-            for owner, attribute, name in self._weights:
-                owner._parameters[attribute] = weights[name]  # type: ignore[assignment]
             for (owner, attribute), buffer in zip(self.buffer_places, buffers, strict=True):
                 owner._buffers[attribute] = buffer
             for recurrent in self._recurrent:
@@ -144,8 +157,6 @@ class Site:
                     buffers[index] = now
             return result
         finally:
-            for (owner, attribute, _), parameter in zip(self._weights, own_weights, strict=True):
-                owner._parameters[attribute] = parameter
             for (owner, attribute), own in zip(self.buffer_places, own_buffers, strict=True):
                 owner._buffers[attribute] = own
             for (owner, attribute), weight in zip(self._derived, own_derived, strict=True):
@@ -171,7 +182,7 @@ class Interposition:
         packs: Mapping[str, int],
         layers: Mapping[str, tuple[str, ...]],
         names: Mapping[int, str],
-        dispatch: Callable[[Site, Any, Any], Any],
+        dispatch: Call,
     ) -> None:
         """Send the calls of all layers, and of the modules within them, to `dispatch`.
 
@@ -179,7 +190,7 @@ class Interposition:
             packs: pack by layer name.
             layers: weight names by layer name.
             names: parameter names by identity.
-            dispatch: receives site, args and kwargs of each call; returns the module's result.
+            dispatch: receives the site of each call in front of its arguments; returns the module's result.
         """
         self.remove()
         for name, module in self._root.named_modules():
@@ -203,7 +214,7 @@ class Interposition:
             )
             self.sites[id(module)] = site
             self._before.append((module, before))
-            module._compiled_call_impl = _Seam(site, dispatch)
+            module._compiled_call_impl = _Seam(dispatch, site)
 
     @contextmanager
     def refusing(self) -> Iterator[None]:
@@ -225,17 +236,10 @@ class Interposition:
         self.sites.clear()
 
 
-class _Seam:
-    """What stands in for a module's call."""
+class _Seam(functools.partial[Any]):
+    """What stands in for a module's call. No Python of its own: modules within a layer pass it, too."""
 
-    __slots__ = ("_dispatch", "_site")
-
-    def __init__(self, site: Site, dispatch: Callable[[Site, Any, Any], Any]) -> None:
-        self._site = site
-        self._dispatch = dispatch
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self._dispatch(self._site, args, kwargs)
+    __slots__ = ()
 
 
 def _refuse(*_: Any, **__: Any) -> NoReturn:

@@ -14,17 +14,13 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode, _push_mode
-from torch.utils._python_dispatch import _get_current_dispatch_mode
-from torch.utils._python_dispatch import _pop_mode as _pop_dispatch_mode
-from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode, _pop_mode
 
 from harmony_lightning.decomposer.discover import weight_names
 from harmony_lightning.hardware.device import Cluster, Device, Event, Lane
 from harmony_lightning.plan import Plan, travelling_nbytes
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.device_memory import DeviceMemory
-from harmony_lightning.runtime.glue_backward import GlueBackward
 from harmony_lightning.runtime.measuring import Measuring
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
 from harmony_lightning.runtime.thread_state import ThreadState
@@ -203,69 +199,13 @@ class RuntimeState:
 
     # What is running --------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def inside_layer(self, device: Device, *, is_watched: bool = False) -> Iterator[None]:
-        """The code within is a layer's own, on `device`: calls are not interposed, tensors are not imported. `is_watched`
-        if somebody must see all the same what functions get."""
-        self.depth += 1
-        is_cached = torch.is_autocast_cache_enabled()
-        # Leaves over slot memory keep their identity while what lies there changes: a cached cast would be stale.
-        torch.set_autocast_cache_enabled(False)
-        watcher = None if is_watched else self._take_off_watcher()
-        try:
-            with device.lane(Lane.COMPUTE):
-                yield
-        finally:
-            if watcher is not None:
-                _push_mode(watcher)  # type: ignore[no-untyped-call]
-            torch.set_autocast_cache_enabled(is_cached)
-            self.depth -= 1
-
-    @contextmanager
-    def unwatched(self) -> Iterator[None]:
-        """The code within is not the user's, or a layer's own. A function mode costs microseconds for every function, and a
-        layer calls a hundred."""
-        watcher = self._take_off_watcher()
-        try:
-            yield
-        finally:
-            if watcher is not None:
-                _push_mode(watcher)  # type: ignore[no-untyped-call]
-
-    def _take_off_watcher(self) -> TorchFunctionMode | None:
+    def take_off_watcher(self) -> TorchFunctionMode | None:
         """What has been taken off the thread, to be pushed again; None if the watcher does not lie on top."""
         watcher = self.watcher
         if watcher is not None and _get_current_function_mode() is watcher:  # type: ignore[no-untyped-call]
             _pop_mode()  # type: ignore[no-untyped-call]
             return watcher
         return None
-
-    @contextmanager
-    def recomputing(self, device: Device) -> Iterator[None]:
-        """The code within runs a layer again: what it saves is used at once and stays where it is."""
-        before, self.is_recomputing = self.is_recomputing, True
-        mode = _pop_dispatch_mode() if isinstance(_get_current_dispatch_mode(), GlueBackward) else None
-        try:
-            with self.inside_layer(device):
-                yield
-        finally:
-            if mode is not None:
-                _push_dispatch_mode(mode)
-            self.is_recomputing = before
-
-    @contextmanager
-    def differentiating(self, device: Device, *, has_glue: bool) -> Iterator[None]:
-        """The code within is a segment's backward."""
-        before, self.is_differentiating = self.is_differentiating, True
-        tries_again = has_glue and not self.cluster.host_is_device
-        if tries_again:
-            _push_dispatch_mode(GlueBackward(device, self.memory.with_room))
-        try:
-            yield
-        finally:
-            if tries_again:
-                _pop_dispatch_mode()
-            self.is_differentiating = before
 
     @contextmanager
     def capturing(self, names: frozenset[str]) -> Iterator[dict[str, torch.Tensor]]:

@@ -21,6 +21,7 @@ from torch.autograd.graph import get_gradient_edge
 from harmony_lightning.runtime.layer.joint import Joint
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
+from harmony_lightning.runtime.running import unwatched
 from harmony_lightning.runtime.transfer import Arrival
 from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
@@ -121,7 +122,7 @@ class TrainingStep:
                 if not self._segments_left[pack]:
                     self._send(pack, on_complete)  # while the weights are there, for an update on the device
         state.weights.end_updates()
-        with state.unwatched():
+        with unwatched(state):
             state.gradients.finish(on_complete)
 
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterable[Group]:
@@ -186,7 +187,7 @@ class TrainingStep:
         self._segments_left[segment.pack] -= 1
 
     def _send(self, pack: int, on_complete: OnComplete) -> None:
-        with self._state.unwatched():
+        with unwatched(self._state):
             self._state.gradients.send(pack, self._is_complete, on_complete)
 
     def _is_complete(self, name: str) -> bool:

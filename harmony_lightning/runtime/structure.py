@@ -170,7 +170,7 @@ class Arguments:
         self._rest: list[Any] = flat
         self._places: list[tuple[int, int]] = []
         """Leaf index, and index among the distinct tensors."""
-        self._opaque = [i for i, leaf in enumerate(flat) if is_opaque(leaf)]
+        self._opaque = [] if _is_flat(self._spec) else [i for i, leaf in enumerate(flat) if is_opaque(leaf)]
 
     def take_tensors(self) -> list[torch.Tensor]:
         """The distinct tensors, which are not held here from now on."""
@@ -209,10 +209,12 @@ class Arguments:
         flat = list(self._rest)
         for place, index in self._places:
             flat[place] = tensors[index]
-        args, kwargs = _unflatten(flat, self._spec)
-        if not _is_flat(self._spec):
-            built = (args, tuple(kwargs.values()))
-            self._containers = list(_pairs(built if self._own is None else self._own, built))
+        if _is_flat(self._spec):
+            number, names = self._spec
+            return tuple(flat[:number]), dict(zip(names, flat[number:], strict=True))
+        args, kwargs = pytree.tree_unflatten(flat, self._spec)
+        built = (args, tuple(kwargs.values()))
+        self._containers = list(_pairs(built if self._own is None else self._own, built))
         return args, kwargs
 
     def keep_written(self) -> None:
@@ -281,14 +283,6 @@ def _batch_sizes(arguments: Any, flat: list[Any]) -> frozenset[int]:
         return frozenset()
     nodes = pytree.tree_leaves(arguments, is_leaf=lambda node: isinstance(node, PackedSequence))
     return frozenset(id(node.batch_sizes) for node in nodes if isinstance(node, PackedSequence))
-
-
-def _unflatten(flat: list[Any], spec: Any) -> tuple[Any, Any]:
-    if _is_flat(spec):
-        number, names = spec
-        return tuple(flat[:number]), dict(zip(names, flat[number:], strict=True))
-    args, kwargs = pytree.tree_unflatten(flat, spec)
-    return args, kwargs
 
 
 def _is_flat(spec: Any) -> bool:

@@ -91,12 +91,17 @@ class SwappedWeights:
         if upcoming is not None:
             self._slots[device.index].prefetch(upcoming)
         for name in site.weight_names:
-            weights[name].requires_grad_(name in trained)
+            weight, trains = weights[name], name in trained
+            if weight.requires_grad is not trains:
+                weight.requires_grad_(trains)
         return weights
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in slot memory, and so will be overwritten."""
-        return any(slots.holds(tensor) for slots in self._slots)
+        for slots in self._slots:  # noqa: SIM110  # a generator takes twice as long
+            if slots.holds(tensor):
+                return True
+        return False
 
     def off_the_arena(self, tensor: torch.Tensor) -> torch.Tensor:
         """The tensor itself, or a copy if it lies in slot memory."""

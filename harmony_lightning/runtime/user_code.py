@@ -111,37 +111,39 @@ class UserCode:
 
     # Calls of layers --------------------------------------------------------------------------------------------------
 
-    def dispatch(self, site: Site, args: Any, kwargs: Any) -> Any:
+    def dispatch(self, site: Site, /, *args: Any, **kwargs: Any) -> Any:
         """The user's code calls a module that has weights of its own."""
-        microbatch, plan = self.microbatch, self.state.plan
-        if self.state.depth or microbatch is None:
+        state, microbatch = self.state, self.microbatch
+        if state.depth or microbatch is None:
             return site.call(*args, **kwargs)
         if self._is_aborting:
             raise greenlet.GreenletExit
-        if site.has_hooks_inside() or not site.has_own_weights(self.state.parameters):
+        if site.has_hooks_inside() or not site.has_own_weights():
             return site.call(*args, **kwargs)  # as glue: the modules within are call sites of their own
+        is_forward = microbatch.is_cut and not microbatch.is_in_backward
         if site.pack is not None:
             if microbatch.segment.pack != site.pack and not microbatch.is_in_backward:
                 if microbatch.is_cut:
                     microbatch.park(site.pack, tensors_in((args, kwargs)))
                 else:
                     self._change_pack(microbatch, site.pack)
-            if microbatch.is_cut and not microbatch.is_in_backward:
+            if is_forward:
                 self._trace().record(microbatch.index, site.layer)
                 self._count(site.layer)
+        segment = microbatch.segment
         try:
-            is_forward = microbatch.is_cut and not microbatch.is_in_backward
+            plan = state.plan
             keeps = is_forward and site.name in plan.keep
             joins = (
                 is_forward
                 and not keeps
-                and self.state.memory.num_together > 1
+                and state.memory.num_together > 1
                 and site.pack is not None
                 and site.pack + 1 < len(plan.packs)
             )
-            result = call_layer(site, microbatch.segment, args, kwargs, keeps, microbatch.join if joins else None)
+            result = call_layer(site, segment, args, kwargs, keeps, microbatch.join if joins else None)
         except Exception as error:
-            add_place(error, f"in layer {site.name}", microbatch.segment)
+            add_place(error, f"in layer {site.name}", segment)
             raise
         return site.run_forward_hooks(args, kwargs, result)
 

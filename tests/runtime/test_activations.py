@@ -171,6 +171,29 @@ def test_what_was_handed_out_is_not_held():
     assert torch.equal(activations.load(0), x.exp())  # made once more
 
 
+def test_what_was_made_again_goes_with_the_backward_though_nobody_asked_for_it():
+    made = []
+
+    def recompute(save):
+        with torch.autograd.graph.saved_tensors_hooks(save, lambda position: None):
+            exponential = torch.ones(3, requires_grad=True).exp()
+            made.append(weakref.ref(exponential))
+            exponential.sin()  # saves a tensor whose own graph holds the hook
+
+    activations = Activations("layer", is_kept=False)
+    for _ in range(2):
+        activations.save(torch.ones(3))
+    activations.open(recompute)
+    activations.load(0)
+    gc.disable()
+    try:
+        assert made[0]() is not None
+        activations.close()
+        assert made[0]() is None
+    finally:
+        gc.enable()
+
+
 def test_what_was_written_since_is_made_again():
     activations = Activations("layer", is_kept=True)
     x = torch.ones(3, requires_grad=True)

@@ -58,7 +58,7 @@ def calls():
 
 @pytest.fixture
 def noting(calls):
-    def dispatch(site, args, kwargs):
+    def dispatch(site, /, *args, **kwargs):
         calls.append(site.name)
         return site.call(*args, **kwargs)
 

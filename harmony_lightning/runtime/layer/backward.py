@@ -142,7 +142,9 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
                 else leaf
                 for index, leaf in enumerate(leaves)
             ]
-            arguments = call.arguments.snapshot(call.objects.used_again(inner[num_arguments:]))
+            arguments = call.arguments
+            if arguments.has_objects:
+                arguments = arguments.snapshot(call.objects.used_again(inner[num_arguments:]))
             around = Surroundings(arguments)
             result, wide = call.run(weights, buffers, *arguments.build(inner[:num_arguments]), _as_leaf)
     finally:

@@ -130,8 +130,11 @@ class CallBuffers:
     """
 
     def __init__(self, call: LayerCall) -> None:
-        self._call = call
         self._site = call.site
+        self.tensors: list[torch.Tensor] = []
+        self._before: dict[int, torch.Tensor] = {}
+        if not call.site.buffer_places:
+            return  # as most layers
         self._store = call.segment.state.buffers
         self._device = call.segment.device
         self.tensors = [self._store.fetch(place, self._device) for place in self._site.buffer_places]
@@ -148,6 +151,8 @@ class CallBuffers:
 
     def report_written(self) -> dict[int, torch.Tensor]:
         """Tell the store what the forward wrote; returns the values in front of it, by place."""
+        if not self._site.buffer_places:
+            return self._before
         written = set(self._known or ())
         for index, (before, version, after) in enumerate(zip(self._held, self._versions, self.tensors, strict=True)):
             is_replaced = after is not before or version_of(after) != version

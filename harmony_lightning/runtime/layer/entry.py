@@ -14,6 +14,7 @@ from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer.joint import Join, Waiting
 from harmony_lightning.runtime.layer.node import LayerFunction
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
+from harmony_lightning.runtime.running import InsideLayer
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.structure import Arguments, unflatten_result
@@ -39,7 +40,8 @@ def call_layer(
         tensors = [tensor for tensor, _ in taken]
         needs = [tensor.requires_grad or sink is not None for tensor, sink in taken]
         # Not a look at the weights, which would wait for their updates.
-        trained = tuple([name for name in site.weight_names if state.parameters[name].requires_grad])
+        parameters = state.parameters
+        trained = tuple([name for name in site.weight_names if parameters[name].requires_grad])
     if not torch.is_grad_enabled() or not (trained or objects or any(needs)):
         return _run_without_graph(call, arguments, tensors)
     call.trained = trained
@@ -58,7 +60,7 @@ def call_layer(
         if call.joint is None:
             call.waiting = None  # it holds the inputs
     weighed = _weighed(call, tensors) if _is_weighed(call) else nullcontext()
-    with state.inside_layer(segment.device, is_watched=bool(objects)), weighed:
+    with InsideLayer(state, segment.device, is_watched=bool(objects)), weighed:
         results = apply_own(LayerFunction, state.anchor, call, arguments, *tensors, *objects.linked)  # type: ignore[no-untyped-call]
     leaves, call.result_leaves = call.result_leaves, ()
     for position, result in zip(call.tensor_positions, results, strict=False):
@@ -103,7 +105,7 @@ def _weighed(call: LayerCall, inputs: Sequence[torch.Tensor]) -> Iterator[None]:
 
 def _may_join(site: Site) -> bool:
     """Whether what the layer was seen to do by itself is all that it must do in a joint call."""
-    writes_buffers = site.written_buffers.get(site.training_flags()) != frozenset()
+    writes_buffers = bool(site.buffer_places) and site.written_buffers.get(site.training_flags()) != frozenset()
     learned = site.mutated_inputs == frozenset() and not writes_buffers
     return learned and not (site.draws or site.differentiates or site.joins is False)
 
@@ -111,7 +113,7 @@ def _may_join(site: Site) -> bool:
 def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
     args, kwargs = arguments.build(tensors)
-    with state.inside_layer(device, is_watched=bool(call.objects)):
+    with InsideLayer(state, device, is_watched=bool(call.objects)):
         buffers = CallBuffers(call)
         with call.objects.opened(_as_it_is):
             weights = state.weights.of_site(site, device, call.trained)

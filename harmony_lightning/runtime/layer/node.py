@@ -23,7 +23,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.activations import TakesDerivative, hand_out, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
-from harmony_lightning.runtime.differentiate import edge_of, keeps_graph
+from harmony_lightning.runtime.differentiate import edge_of, keeps_graph, kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
 from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version_of
@@ -32,6 +32,7 @@ from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.randomness import Replay
+from harmony_lightning.runtime.running import Recomputing
 from harmony_lightning.runtime.segment import Import, Sink, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
 
@@ -80,7 +81,7 @@ class LayerFunction(torch.autograd.Function):
                     around = Surroundings(arguments)
                     args, kwargs = arguments.build(inner)
                     weights = state.weights.of_site(site, device, call.trained)
-                    call.weight_edges = [weights.edge(name) for name in call.trained]
+                    call.weight_edges = weights.edges(call.trained)
                     weight_versions = versions_of_weights(site, weights)
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
@@ -127,7 +128,7 @@ class LayerFunction(torch.autograd.Function):
             results += around.results(known=[*results, *inner, *objects.originals])
         results += [inner[i] for i in mutated]
         if not site.differentiates:
-            call.result_edges = [get_gradient_edge(result) if result.requires_grad else None for result in results]
+            call.result_edges = [kept_edge_of(result) if result.requires_grad else None for result in results]
             refuse_strangers(results, call, start)
             outlive_slots(results, call)
         detached = [state.weights.off_the_arena(result.detach()) for result in results]
@@ -161,7 +162,7 @@ class LayerFunction(torch.autograd.Function):
         state, device = call.segment.state, call.segment.device
         try:
             call.check()
-            with state.recomputing(device):
+            with Recomputing(state, device):
                 if call.activations.is_kept:  # else the second run asks for them
                     state.memory.with_room(device, lambda: state.weights.of_site(call.site, device, call.trained))
                 values = differentiate(call, gradients, trained)

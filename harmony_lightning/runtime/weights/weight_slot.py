@@ -1,5 +1,6 @@
 """A slot for the weights of a pack on a device, and the leaves over it that layers compute with."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,15 @@ class Weights(dict[str, torch.Tensor]):
         super().__init__(*args)
         self._edges: dict[str, tuple[torch.Tensor, GradientEdge]] = {}
 
-    def edge(self, name: str) -> GradientEdge:
-        """Where gradients of a weight that requires one end. Torch makes a view of the leaf to find out."""
-        weight, (of, edge) = self[name], self._edges.get(name, (None, None))
-        if of is not weight or edge is None:
-            edge = get_gradient_edge(weight)
-            self._edges[name] = (weight, edge)
-        return edge
+    def edges(self, names: Iterable[str]) -> list[GradientEdge]:
+        """Where gradients of weights that require one end. Torch makes a view of each leaf to find out."""
+        found = []
+        for name in names:
+            weight, entry = self[name], self._edges.get(name)
+            if entry is None or entry[0] is not weight:
+                entry = self._edges[name] = weight, get_gradient_edge(weight)
+            found.append(entry[1])
+        return found
 
 
 @dataclass(slots=True, eq=False)
