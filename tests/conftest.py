@@ -1,10 +1,19 @@
 """What no test may leave behind."""
 
+import gc
+
 import chain
 import pytest
 import torch
 
 torch.set_num_threads(1)  # tiny tensors: threads only wait for each other, the more so beside other test processes
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_finish():
+    """What is there by now stays: collections of garbage, of which some tests ask for one, need not go through it."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)

@@ -122,7 +122,8 @@ def test_competitors_train_the_same_model_on_the_same_data(tmp_path):
     """With one microbatch all report the same loss: that of the whole minibatch."""
     results = tmp_path / "results.json"
     sizes = ("--sequences", "2", "--microbatch", "2", "--steps", "2", "--precision", "32-true")
-    done = run("against_peers", "--dry-run", *sizes, "--json", str(results))
+    competitors = ("--competitors", "plain", "harmony", "fsdp2")
+    done = run("against_peers", "--dry-run", *sizes, *competitors, "--json", str(results))
     assert done.returncode == 0, done.stderr
     losses = {result["name"]: result.get("losses") for result in json.loads(results.read_text())["results"]}
     assert losses["harmony"] == pytest.approx(losses["plain"], rel=1e-5)

@@ -180,3 +180,17 @@ def test_recurrent_layers_take_packed_sequences():
     for (padded, lengths), (other, other_lengths) in zip(*predictions, strict=True):
         assert torch.equal(padded, other)
         assert torch.equal(lengths, other_lengths)
+
+
+def test_what_sets_a_run_up_passes_by(monkeypatch):
+    """A trial of the optimizer and a first plan are thousands of operations, none of them the user's code."""
+    calls = []
+    original = Between.__torch_function__
+
+    def counted(self, func, *args, **kwargs):
+        calls.append(func)
+        return original(self, func, *args, **kwargs)
+
+    monkeypatch.setattr(Between, "__torch_function__", counted)
+    trainer(harmony(2), max_steps=1).fit(Chain(), loader(8))
+    assert 0 < len(calls) < 300

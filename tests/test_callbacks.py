@@ -34,7 +34,7 @@ def fit_both(make_callbacks, make_module=fresh, memory="120KiB", **options):
     for strategy in ("auto", one_piece(memory=memory)):
         module, own = make_module(), make_callbacks()
         fitted = trainer(strategy, **{"max_epochs": 3, "callbacks": own, **options})
-        fitted.fit(module, loader(BATCH), loader(BATCH))
+        fitted.fit(module, loader(BATCH, 24), loader(BATCH, 16))
         runs.append((module, fitted, own))
     return runs
 
@@ -71,7 +71,7 @@ def test_model_checkpoint_writes_the_same_files(tmp_path, options):
     for name, strategy in (("plain", "auto"), ("ours", one_piece())):
         saving = callbacks.ModelCheckpoint(dirpath=tmp_path / name, **options)
         run = trainer(strategy, max_epochs=3, enable_checkpointing=True, callbacks=[saving])
-        run.fit(fresh(), loader(BATCH), loader(BATCH))
+        run.fit(fresh(), loader(BATCH, 24), loader(BATCH, 16))
         written[name] = files(tmp_path / name)
     assert written["plain"] == written["ours"] != []
     for name in written["ours"]:
@@ -116,12 +116,12 @@ def test_the_best_checkpoint_is_evaluated_and_training_goes_on(tmp_path):
         module = fresh(Testable)
         saving = callbacks.ModelCheckpoint(tmp_path / name, monitor="val_loss")
         run = trainer(strategy, max_epochs=3, enable_checkpointing=True, callbacks=[saving])
-        run.fit(module, loader(BATCH), loader(BATCH))
+        run.fit(module, loader(BATCH, 24), loader(BATCH, 16))
         scores = run.test(ckpt_path="best", dataloaders=loader(BATCH), verbose=False)
         scores += run.validate(module, loader(BATCH), ckpt_path="best", verbose=False)
         predictions = run.predict(module, loader(BATCH), ckpt_path="best")
         run.fit_loop.max_epochs = 5
-        run.fit(module, loader(BATCH), loader(BATCH))
+        run.fit(module, loader(BATCH, 24), loader(BATCH, 16))
         runs.append((module, scores, predictions))
     (reference, *expected), (ours, *found) = runs
     assert equal(found, expected)
@@ -325,7 +325,7 @@ def test_lottery_tickets_go_back_to_the_initial_weights_as_on_a_gpu(options):
     for kind, strategy in ((PruningOnGpu, "auto"), (callbacks.ModelPruning, one_piece(memory="300KiB"))):
         module = fresh(depth=24)
         run = trainer(strategy, max_epochs=3, callbacks=[kind("l1_unstructured", amount=0.3, **options)])
-        run.fit(module, loader(BATCH), loader(BATCH))
+        run.fit(module, loader(BATCH, 24), loader(BATCH, 16))
         runs.append(module)
     assert same_weights(*runs)
     assert runs[1].state_dict().keys() == runs[0].state_dict().keys()
@@ -349,7 +349,7 @@ def test_lambda_callback_and_hooks_that_collect_garbage():
 
     fit_both(watching, max_epochs=1)
     assert seen[: len(seen) // 2] == seen[len(seen) // 2 :]
-    assert len(seen) == 2 * 2 * 5
+    assert len(seen) == 2 * 2 * 3
 
 
 def test_early_stopping_and_learning_rate_monitor(tmp_path):
@@ -370,7 +370,7 @@ def test_early_stopping_and_learning_rate_monitor(tmp_path):
         fitted = trainer(strategy, max_epochs=8, callbacks=watching(), logger=CSVLogger(tmp_path))
         fitted.logger.log_metrics = lambda metrics, step: None
         fitted.logger.save = lambda: None
-        fitted.fit(module, loader(BATCH), loader(BATCH))
+        fitted.fit(module, loader(BATCH, 24), loader(BATCH, 16))
         runs.append((module, fitted))
     (reference, plain), (ours, fitted) = runs
     assert same_weights(ours, reference)
@@ -426,7 +426,7 @@ def test_barebones():
     for strategy in ("auto", one_piece()):
         module = fresh()
         run = L.Trainer(barebones=True, strategy=strategy, accelerator="cpu", max_epochs=1)
-        run.fit(module, loader(BATCH), loader(BATCH))
+        run.fit(module, loader(BATCH, 24), loader(BATCH, 16))
         runs.append(module)
     assert same_weights(*runs)
 

@@ -167,13 +167,14 @@ class Session:
         self._last_plan = self._kept_plan = None
         if trainer.state.fn == "fit":
             self.setup_optimizers(trainer)
-            if self.lightning_module.automatic_optimization:
-                for optimizer in self.optimizers:
-                    self._updates.probe(optimizer)
         self.setup_precision_plugin()
         precision.keep_scaler_on_host(getattr(self.precision_plugin, "scaler", None))
-        automatic = self._automatic_plan(self._engine)
-        self._planning = Planning(self._engine, self._config, self._given_plan, self._state_nbytes, automatic)
+        with self._in_step():  # thousands of small operations, none of the user's
+            if trainer.state.fn == "fit" and self.lightning_module.automatic_optimization:
+                for optimizer in self.optimizers:
+                    self._updates.probe(optimizer)
+            automatic = self._automatic_plan(self._engine)
+            self._planning = Planning(self._engine, self._config, self._given_plan, self._state_nbytes, automatic)
         name_as_on_one_device(trainer.profiler)
 
     def _state_nbytes(self) -> dict[str, tuple[int, ...]] | None:

@@ -4,7 +4,7 @@ import itertools
 import random
 
 
-def covering_pairs(features, is_possible, candidates=24):
+def covering_pairs(features, is_possible, candidates=150):
     """Cases (dicts) such that every pair of values of two features is in one of them.
 
     Greedy: each case starts from the first pair that no case has, and the best of some random completions is kept, always

@@ -80,9 +80,9 @@ HOOKS = {
 }
 LOADERS = {
     "of unknown length": lambda: DataLoader(Endless(), batch_size=8),
-    "several, by name": lambda: CombinedLoader({"a": loader(4), "b": loader(6)}, "min_size"),
-    "several, in a list": lambda: [loader(8), loader(8)],
-    "one after the other": lambda: CombinedLoader([loader(4), loader(6)], "sequential"),
+    "several, by name": lambda: CombinedLoader({"a": loader(4, 12), "b": loader(6, 24)}, "min_size"),
+    "several, in a list": lambda: [loader(8, 24), loader(8, 24)],
+    "one after the other": lambda: CombinedLoader([loader(4, 12), loader(6, 24)], "sequential"),
 }
 
 
@@ -106,7 +106,7 @@ def outcome(strategy, overrides, batches, **options):
 
 CASES = (
     [
-        (name, {"training_step": step}, lambda: DataLoader(list(loader(8)), batch_size=None))
+        (name, {"training_step": step}, lambda: DataLoader(list(loader(8, 24)), batch_size=None))
         for name, step in STEPS.items()
     ]
     + [(name, hooks, lambda: loader(8)) for name, hooks in HOOKS.items()]
