@@ -44,8 +44,8 @@ RUNG = 2 ** (1 / 8)
 """Each rung is so many times the one below."""
 BLOCK = 64
 """Groups of pairs whose bounds are refined at once."""
-MAX_COMPUTATIONS = 20_000
-"""Microbatches times packs that a walk simulates at one rung at most, and one schedule more: a third of a second. Mostly it
+MAX_COMPUTATIONS = 40_000
+"""Microbatches times packs that a walk simulates at one rung at most, and one schedule more: half a second. Mostly it
 needs a hundredth of them."""
 MAX_BOUNDED = 4_000_000
 """Turns that bounds of pairs look at, at most: an eighth of a second. Mostly they need a tenth of them."""
