@@ -34,9 +34,9 @@ from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, wit
 from harmony_lightning.scheduler.runtime.levels import Levels
 from harmony_lightning.scheduler.runtime.sized_plan import named_plan
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
+from harmony_lightning.scheduler.search.found import Found
 from harmony_lightning.scheduler.search.genetic_runtime import breed_runtime
 from harmony_lightning.scheduler.search.runtime import search_runtime
-from harmony_lightning.scheduler.search.schedules import Found
 from harmony_lightning.units import format_nbytes
 
 log = logging.getLogger(__name__)

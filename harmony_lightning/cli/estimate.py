@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from harmony_lightning.profiler.machine import Machine
     from harmony_lightning.profiler.measure import Measured
     from harmony_lightning.scheduler.costs import Costs
-    from harmony_lightning.scheduler.search.schedules import Found
+    from harmony_lightning.scheduler.search.found import Found
 
 _WORTH_TELLING = 0.03
 """Of a step's seconds; predictions are a few per cent off."""

@@ -42,9 +42,10 @@ from harmony_lightning.cli.console import console
 from harmony_lightning.profiler import read_machine, read_profile
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import bound_seconds, describe, explain
+from harmony_lightning.scheduler.search.found import Found
 from harmony_lightning.scheduler.search.genetic import breed
 from harmony_lightning.scheduler.search.own import costs_under, search_own
-from harmony_lightning.scheduler.search.schedules import Found, search
+from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes, parse_nbytes
 
@@ -74,10 +75,9 @@ def run(arguments: argparse.Namespace) -> int:
     memory = parse_nbytes(arguments.memory) if arguments.memory is not None else machine.memory_bytes
     costs = Costs(read_profile(arguments.profile), machine)
     question: dict[str, Any] = {"minibatch": arguments.minibatch, "mode": arguments.mode, "memory_bytes": memory}
-    harmony = search(costs, rules=Rules.HARMONY, **question)
     default = {
-        Rules.HARMONY: harmony,
-        Rules.OWN: search_own(costs, known=[harmony.best.schedule], **question),
+        Rules.HARMONY: search(costs, rules=Rules.HARMONY, **question),
+        Rules.OWN: search_own(costs, **question),
     }
     found = default
     if arguments.planner == "genetic":

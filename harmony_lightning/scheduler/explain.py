@@ -15,8 +15,9 @@ from harmony_lightning.record import Record
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
 from harmony_lightning.scheduler.runtime.steps import settled_steps
+from harmony_lightning.scheduler.search.found import Found, num_computations
 from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS, search_runtime
-from harmony_lightning.scheduler.search.schedules import Found, num_computations, search
+from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 from harmony_lightning.units import format_nbytes
 

@@ -5,6 +5,7 @@ on its way in, an output on its way out, and stashes. Our rules add what is on t
 the former pack's gradients, and in dp the outputs that wait for the next pack.
 """
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from harmony_lightning.plan.schedule import Schedule, Span
@@ -14,7 +15,7 @@ from harmony_lightning.scheduler.rules.turns import Turn, turns
 
 def forward_bytes(costs: Costs, size: int, span: Span, stash_layers: Sequence[int] = ()) -> float:
     """Peak of a forward turn."""
-    stash = sum(costs.input_bytes(size, layer) for layer in stash_layers if span[0] <= layer <= span[1])
+    stash = sum(costs.input_bytes(size, layer) for layer in stash_layers)
     boundary = costs.input_bytes(size, span[0]) + costs.input_bytes(size, span[1] + 1)
     return boundary + costs.forward_compute_bytes(size, span) + stash
 
@@ -29,8 +30,9 @@ def backward_bytes(costs: Costs, size: int, span: Span) -> float:
 def turn_bytes(schedule: Schedule, costs: Costs, turn: Turn) -> float:
     """What one turn needs by itself, as Harmony counts."""
     if turn.is_forward:
-        stash_layers = [first for first, _ in schedule.packs_backward]
-        return forward_bytes(costs, schedule.sizes_forward[0], turn.span, stash_layers)
+        firsts = [first for first, _ in schedule.packs_backward]
+        stashes = firsts[bisect_left(firsts, turn.span[0]) : bisect_right(firsts, turn.span[1])]
+        return forward_bytes(costs, schedule.sizes_forward[0], turn.span, stashes)
     return backward_bytes(costs, schedule.sizes_backward[0], turn.span)
 
 

@@ -12,6 +12,7 @@ out, so a bound never exceeds what the simulation says; as compute and weights a
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -23,8 +24,12 @@ from harmony_lightning.scheduler.simulate import Rules
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int64]
+Boundary = Literal["device", "host"]
 Choice = tuple[int, Packing]
 """Microbatch size and packing, of one direction."""
+
+_ROUNDING = 1 - 1e-12
+"""Sums are rounded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +43,14 @@ class Setting:
     num_devices: int
     samples: int
     """Of one step on one device."""
+    prefetch: int = 1
+    boundary: Boundary = "device"
+    """What our rules leave open, as in `Schedule`; Harmony's know neither."""
+
+    @property
+    def is_by_host(self) -> bool:
+        """Whether what one pack hands to the next goes by way of the host."""
+        return self.rules is Rules.OWN and not self.is_pp and self.boundary == "host"
 
     @property
     def stride(self) -> int:
@@ -72,39 +85,46 @@ class Turns:
     inputs: Floats
     """Seconds for which inputs of all microbatches occupy the lane on which weights come."""
 
+    def rows(self, rows: Ints) -> "Turns":
+        return Turns(**{name: getattr(self, name)[rows] for name in Turns.__slots__})
 
-def fitting(
-    setting: Setting, direction: str, choices: Sequence[Choice], memory_bytes: float, *, is_able: bool = False
-) -> list[Choice]:
-    """Choices of which every pack fits the memory by itself, stashes and whatever else is on the device left out. If it
-    `is_able`, every pack fits beside what our rules have there meanwhile, among packs of this direction: the next one's
-    weights, the gradients of the one before, and in dp what is handed over on the device."""
-    rows: list[Ints] = []
+
+def needs(settings: Sequence[Setting], direction: str, choices: Sequence[Choice]) -> Floats:
+    """Bytes that no schedule with a choice does without, [setting, choice]: of the pack that needs most, stashes left out
+    that packs of the other direction ask for. Under our rules what else is there meanwhile counts, among packs of this
+    direction."""
+    found = np.zeros((len(settings), len(choices)))
+    costs, most = settings[0].costs, settings[0].samples
     for size, members in _by_size(choices).items():
         counts = np.array([len(choices[row][1]) for row in members])
         start, end = _layers([choices[row][1] for row in members])
-        samples = min(size, setting.samples)
-        peaks, inputs = (
-            np.array(setting.costs.peak_prefix(direction, samples)),
-            np.array(setting.costs.inputs(samples)),
-        )
-        needs = peaks[end] - peaks[start] + 2 * inputs[start] + inputs[end]
+        samples = min(size, most)
+        peaks, inputs = np.array(costs.peak_prefix(direction, samples)), np.array(costs.inputs(samples))
+        alone = peaks[end] - peaks[start] + 2 * inputs[start] + inputs[end]
         if direction == "backward":
-            needs += np.where(start > 0, 2.0, 1.0) * inputs[start]
-        if is_able:
-            needs = _with_abilities(setting, direction, needs, start, end, counts)
-        too_large = np.bincount(np.repeat(np.arange(len(members)), counts), needs > memory_bytes, len(members))
-        rows.append(np.array(members)[too_large == 0])
-    return [choices[row] for row in np.sort(np.concatenate(rows))] if rows else []
+            alone += np.where(start > 0, 2.0, 1.0) * inputs[start]
+        rows = np.array(members, dtype=np.int64)
+        used, begins = rows[counts > 0], (np.cumsum(counts) - counts)[counts > 0]
+        for place, setting in enumerate(settings):
+            nbytes = alone
+            if setting.rules is Rules.OWN:
+                nbytes = _with_abilities(setting, direction, alone, start, end, counts)
+            if len(used):
+                found[place, used] = np.maximum.reduceat(nbytes, begins)
+    return found
 
 
-def _with_abilities(setting: Setting, direction: str, needs: Floats, start: Ints, end: Ints, counts: Ints) -> Floats:
-    """Bytes while each pack computes, as `rules.memory.own_peak_bytes` counts them. Packs of one choice are in a row."""
+def _with_abilities(setting: Setting, direction: str, nbytes: Floats, start: Ints, end: Ints, counts: Ints) -> Floats:
+    """Bytes while each pack computes, as `rules.memory.own_peak_bytes` counts them: in dp what is handed over on the
+    device, and with prefetch the next one's weights and the gradients of the one before. Packs of one choice are in a
+    row."""
     costs, stride = setting.costs, setting.stride
     weights, states = np.array(costs.weight_prefix), np.array(costs.state_prefix)
-    if not setting.is_pp:
+    if not setting.is_pp and setting.boundary == "device":
         waiting = np.array(costs.inputs(setting.samples))
-        needs = needs + np.maximum(np.where(start > 0, waiting[start], 0.0), waiting[end])
+        nbytes = nbytes + np.maximum(np.where(start > 0, waiting[start], 0.0), waiting[end])
+    if not setting.prefetch:
+        return nbytes
     place = np.arange(len(start)) - np.repeat(np.cumsum(counts) - counts, counts)
     if direction == "forward":
         has_next = place + stride < np.repeat(counts, counts)
@@ -114,8 +134,8 @@ def _with_abilities(setting: Setting, direction: str, needs: Floats, start: Ints
         coming = np.maximum(np.arange(len(start)) - stride, 0)
         has_left = place + stride < np.repeat(counts, counts)
         left = np.minimum(np.arange(len(start)) + stride, len(start) - 1)
-        needs = needs + np.where(has_left, weights[end[left]] - weights[start[left]], 0.0)
-    return np.asarray(needs + np.where(has_next, states[end[coming]] - states[start[coming]], 0.0))
+        nbytes = nbytes + np.where(has_left, weights[end[left]] - weights[start[left]], 0.0)
+    return np.asarray(nbytes + np.where(has_next, states[end[coming]] - states[start[coming]], 0.0))
 
 
 def measure(setting: Setting, direction: str, choices: Sequence[Choice]) -> Turns:
@@ -178,6 +198,8 @@ def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints
         nbytes = np.where(takes_input, inputs[start], inputs[end])
         by_peer = setting.is_pp & ~(takes_input & (start == 0))
         entering = np.where(by_peer, nbytes / machine.peer_bytes_per_second, 0.0)
+        if setting.is_by_host:
+            entering = np.where(takes_input & (start == 0), 0.0, 2 * nbytes / host)  # out, and in
         # With another cut than forward's the input of the fused pack comes by way of the host.
         entering = np.where(is_fused & is_backward, np.minimum(entering, nbytes / host), entering)
         copying = np.zeros(len(start))
@@ -196,12 +218,18 @@ def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints
     state, inputs = between(costs.state_prefix), np.array(costs.inputs(size))
     release = 0.0 if setting.rules is Rules.OWN else machine.release_seconds
     sent = update = leaving = by_host = np.zeros(len(start))
+    if setting.rules is Rules.OWN:
+        all_inputs = (len(sizes) - 1) * inputs + np.array(costs.inputs(sizes[-1]))
+        by_host = np.where((start == 0) | setting.is_by_host | (is_backward & ~is_fused), all_inputs[start], 0.0) / host
+        if setting.is_by_host and is_backward:
+            by_host = by_host + np.where(is_fused, 0.0, all_inputs[end]) / host
     if is_backward:
         update = between(costs.update_prefix)
-        by_host = np.where(is_fused, 0.0, inputs[start]) * setting.samples / size / host
         if setting.rules is Rules.OWN:
             share = 1 if setting.is_pp else num_devices
-            sent, update = between(costs.weight_prefix) / share / host, update / share
+            weights = between(costs.weight_prefix) / share
+            sent, update = weights / host + weights * (share - 1) / machine.peer_bytes_per_second, update / share
+            leaving = np.zeros(len(start)) if setting.prefetch else sent
         else:
             around = 0.0 if setting.is_pp else 2 * (num_devices - 1) / num_devices
             leaving = sent = state * around / machine.peer_bytes_per_second + state / host
@@ -218,9 +246,10 @@ def _columns(setting: Setting, direction: str, size: int, start: Ints, end: Ints
         "last": last_entering + last_late,
         "total": (copying + early + late) * (len(sizes) - 1) + last_copying + last_early + last_late,
         "leaving": leaving + release,
+        "inputs": by_host,
     }
     if is_backward:
-        columns.update(sent=sent, update=update, inputs=by_host)
+        columns.update(sent=sent, update=update)
     return columns
 
 
@@ -279,7 +308,7 @@ def after_forward(setting: Setting, turns: Turns) -> State:
 def after_backward(setting: Setting, state: State, turns: Turns, packings: Ints) -> Floats:
     """Lower bounds, in seconds, on steps that go on from `state` with one backward packing each."""
     _take_all(setting, state, turns, packings)
-    return np.asarray(state.updated.max(axis=1))
+    return np.asarray(_ROUNDING * state.updated.max(axis=1))
 
 
 def _take_all(setting: Setting, state: State, turns: Turns, packings: Ints) -> None:
@@ -294,18 +323,25 @@ def _take(setting: Setting, state: State, turns: Turns, turn: int, rows: Ints, d
     coming, total = turns.coming[packings, turn], turns.total[packings, turn]
     free, leaving = state.free[rows, device], state.leaving[rows, device]
     if setting.rules is Rules.OWN:
-        copied = np.maximum(state.copied[rows, device], state.before[rows, device]) + coming
+        slot = state.before[rows, device] if setting.prefetch else free
+        copied = np.maximum(state.copied[rows, device], slot) + coming
         ready = np.maximum(free, copied)
-        state.copied[rows, device] = copied + turns.inputs[packings, turn]
+        copied = copied + turns.inputs[packings, turn]
+        state.copied[rows, device] = copied
         state.before[rows, device] = free
     elif setting.rules is Rules.HARMONY:
         ready = np.maximum(coming, free + np.maximum(coming, leaving))
     else:
         ready = np.maximum(coming, free + leaving + coming)
     entering, first = turns.entering[packings, turn], turns.first[packings, turn]
-    first_done = np.maximum(ready + first, state.first[rows] + entering + turns.late[packings, turn])
+    late = turns.late[packings, turn]
+    first_done = np.maximum(ready + first, state.first[rows] + entering + late)
+    if setting.rules is Rules.OWN:
+        first_done = np.maximum(first_done, free + leaving + late)  # by then there is a slot for gradients
     end = np.maximum(first_done - first, ready) + total
     end = np.maximum(end, state.last[rows] + turns.last[packings, turn])
+    if setting.rules is Rules.OWN:
+        end = np.maximum(end, copied)
     state.free[rows, device] = end
     state.leaving[rows, device] = turns.leaving[packings, turn]
     state.first[rows], state.last[rows] = first_done, end

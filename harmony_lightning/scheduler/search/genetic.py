@@ -30,7 +30,7 @@ from harmony_lightning.scheduler.search.breeding import (
     packs_between,
     stages,
 )
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, num_computations
+from harmony_lightning.scheduler.search.found import Candidate, Found, num_computations
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules, peak_bytes, seconds
 

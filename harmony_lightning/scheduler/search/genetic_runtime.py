@@ -32,8 +32,8 @@ from harmony_lightning.scheduler.search.breeding import (
     packs_between,
     stages,
 )
+from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_computations
 from harmony_lightning.scheduler.search.runtime_variants import Movable
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, best_of_kinds, num_computations
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes

@@ -15,7 +15,7 @@ nothing else. That takes longer than anything saves that stays, so only pp is se
 import heapq
 import time
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import accumulate
 from typing import Literal
@@ -29,8 +29,9 @@ from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 from harmony_lightning.scheduler.runtime.staying import predicted_usage, with_what_stays
 from harmony_lightning.scheduler.runtime.steps import runtime_seconds
 from harmony_lightning.scheduler.runtime.unmeasured import completed
+from harmony_lightning.scheduler.search.found import Candidate, Found, num_computations
 from harmony_lightning.scheduler.search.packings import MAX_UNITS, Packing, packs_of, table
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, num_computations, search
+from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
 
@@ -46,13 +47,10 @@ def search_own(
     minibatch: int,
     mode: Literal["pp", "dp", "auto"],
     memory_bytes: float,
-    known: Sequence[Schedule] = (),
 ) -> Found:
     """The fastest plan found whose peak is at most `memory_bytes` on each GPU; its `rules` tell under which rules that is.
-
-    `known` are schedules that are looked at first. Raises as `search` does.
-    """
-    found = search(costs, minibatch=minibatch, mode=mode, memory_bytes=memory_bytes, rules=Rules.OWN, known=known)
+    Raises as `search` does."""
+    found = search(costs, minibatch=minibatch, mode=mode, memory_bytes=memory_bytes, rules=Rules.OWN)
     if mode == "dp" or costs.machine.gpus == 1:
         return found
     started = time.perf_counter()

@@ -34,9 +34,9 @@ from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
+from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_computations
 from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Movable, Variant, Variants
-from harmony_lightning.scheduler.search.schedules import Candidate, Found, best_of_kinds, num_computations
 from harmony_lightning.scheduler.simulate import Rules
 
 MEMBERS = 12

@@ -1,0 +1,47 @@
+"""What searches find."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from harmony_lightning.plan.schedule import Schedule
+from harmony_lightning.record import Record
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate(Record):
+    """A schedule and what it takes."""
+
+    schedule: Schedule
+    seconds: float
+    peak_bytes: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found(Record):
+    """What a search found, and how far it had to look."""
+
+    rules: str
+    best: Candidate
+    others: tuple[Candidate, ...]
+    """The next best of those that were simulated: one for each combination of sizes and numbers of packs, best first."""
+    num_schedules: int
+    """Members of the family that may fit."""
+    num_simulated: int
+    is_proved: bool
+    """Whether nothing in the family is better; False if the search ran into its limit on simulations."""
+    search_seconds: float
+
+
+def best_of_kinds(found: Sequence[Candidate]) -> Iterator[Candidate]:
+    """One for each combination of mode, size and number of packs, best first."""
+    kinds: dict[tuple[str, int, int], Candidate] = {}
+    for candidate in found:
+        schedule = candidate.schedule
+        kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
+    yield from kinds.values()
+
+
+def num_computations(schedule: Schedule) -> int:
+    """Microbatches times packs: what a simulation takes time for."""
+    forward = len(schedule.packs_forward) * len(schedule.sizes_forward)
+    return forward + len(schedule.packs_backward) * len(schedule.sizes_backward)
