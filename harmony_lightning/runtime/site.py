@@ -133,9 +133,9 @@ class Site:
         try:
             for owner, attribute, name, _ in self._weights:
                 owner._parameters[attribute] = weights[name]  # type: ignore[assignment]
-            return (
-                self.call(*args, **kwargs) if self._hangs_weights_alone else self._run_with_more(buffers, args, kwargs)
-            )
+            if self._hangs_weights_alone:
+                return told_by_type(self.call, *args, **kwargs)
+            return self._run_with_more(buffers, args, kwargs)
         finally:
             for (owner, attribute, _, _), parameter in zip(self._weights, own_weights, strict=True):
                 owner._parameters[attribute] = parameter
