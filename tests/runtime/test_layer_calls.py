@@ -35,12 +35,12 @@ def counted(monkeypatch, name, counts):
 
 
 def test_a_layer_s_call_takes_no_more_functions_of_ours_than_it_did(monkeypatch):
-    # 284 and 135 of Python 3.11; where a few more are worth it, raise the limits.
+    # About 290 and 137 of Python 3.11; where a few more are worth it, raise the limits.
     counts = Counter()
     counted(monkeypatch, "forward", counts)
     counted(monkeypatch, "backward", counts)
     strategy = HarmonyStrategy(microbatch_size=2, layers=["net.*"], one_layer_per_pack=True, plan="sizes")
     trainer(strategy, limit_train_batches=NUM_STEPS).fit(Chain(depth=NUM_BLOCKS), loader(2 * NUM_MICROBATCHES))
     num_calls = NUM_BLOCKS * NUM_MICROBATCHES
-    assert 0 < counts["forward"] <= 290 * num_calls
-    assert 0 < counts["backward"] <= 138 * num_calls
+    assert 0 < counts["forward"] <= 300 * num_calls
+    assert 0 < counts["backward"] <= 145 * num_calls
