@@ -126,14 +126,15 @@ class Microbatch:
         if self._luggage is not None and self.waits_for is not None:
             self._luggage.send(self._state.device_of(self.waits_for, self.index))
 
-    def go_on(self) -> None:
-        """Called by the engine: run to the next switch or the end. Glue in front of the first layer is in pack 0."""
+    def go_on(self, device: Device) -> None:
+        """Called by the engine: run to the next switch or the end, on the microbatch's `device`. Glue in front of the first
+        layer is in pack 0."""
         if self._greenlet is None:
             self.open(0)
             self._greenlet = greenlet.greenlet(self._run)
             self._greenlet.gr_context = contextvars.copy_context()
         pack = self.segment.pack if self.waits_for is None else self.waits_for
-        device = self._device = self.device
+        self._device = device
         base = self._state.thread
         if self._stream is not None:
             self._stream.resume()

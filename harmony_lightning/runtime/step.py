@@ -152,9 +152,10 @@ class TrainingStep:
 
     def _run(self, microbatch: Microbatch) -> None:
         """Let a microbatch go on; if it comes to its end, differentiate its last segment."""
-        self._state.turn(microbatch.device)
+        device = microbatch.device
+        self._state.turn(device)
         with self._code.running(microbatch):
-            microbatch.go_on()
+            microbatch.go_on(device)
         if not microbatch.is_done:
             return
         share = self._shares[microbatch.index]

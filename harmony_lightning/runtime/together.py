@@ -113,7 +113,7 @@ class SharedPass:
         self._state.departures.turn(device)
         try:
             with self._code.running(microbatch):
-                microbatch.go_on()
+                microbatch.go_on(device)
         except Uncuttable:
             turns.obstacle = "it takes derivatives across layers"
             self._code.kill(turns.give_up_from(microbatch.index))

@@ -66,8 +66,10 @@ class LayerCall:
             state.memory.kept[device.index].add(self.activations)
         self.autocast = Autocast.capture()
         self.weight_versions = self._read_weight_versions()
-        self.objects = ObjectTensors(site.name, segment, arguments) if arguments.has_objects else NO_OBJECTS
-        self.arguments = self.objects.copy(arguments)
+        self.objects, self.arguments = NO_OBJECTS, arguments
+        if arguments.has_objects:
+            self.objects = ObjectTensors(site.name, segment, arguments)
+            self.arguments = self.objects.copy(arguments)
 
     def run(
         self, weights: Weights, buffers: list[torch.Tensor], args: Any, kwargs: Any, begin: Begin
