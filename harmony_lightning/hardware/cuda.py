@@ -30,7 +30,8 @@ class CudaDevice:
     Args:
         index: position within the cluster, which may differ from CUDA's ordinal.
         torch_device: with its ordinal, as `torch.device("cuda", 1)`.
-        memory_bytes: the limit, enforced through torch's caching allocator; None offers what is free, less a margin.
+        memory_bytes: the limit, which `limit` has torch's caching allocator enforce; None offers what is free, less a
+            margin, and no more than this process has been allowed.
 
     Raises:
         ConfigurationError: more memory is asked for than the GPU has.
@@ -42,7 +43,10 @@ class CudaDevice:
         self.index = index
         self.torch_device = torch_device
         free_bytes, total_bytes = torch.cuda.mem_get_info(torch_device)
-        is_limited = memory_bytes is not None
+        self._fraction: float | None = None
+        """Of the GPU's memory, if there is a limit."""
+        self._former_fraction: float | None = None
+        """What this process was allowed before; None if the limit is not in force."""
         if memory_bytes is None:
             # What torch has already reserved in this process is not free to the driver, yet free to us.
             memory_bytes = free_bytes + torch.cuda.memory_reserved(torch_device) - _MARGIN_BYTES
@@ -51,15 +55,16 @@ class CudaDevice:
                     f"{self.name} has only {format_nbytes(free_bytes)} of {format_nbytes(total_bytes)} free; end the "
                     "other processes on this GPU or choose another one"
                 )
+            if (allowed := torch.cuda.get_per_process_memory_fraction(torch_device)) < 1:
+                memory_bytes = min(memory_bytes, int(allowed * total_bytes))
         else:
             if not 0 < memory_bytes <= total_bytes:
                 raise ConfigurationError(
                     f"a limit of {format_nbytes(memory_bytes)} is asked for, but {self.name} has "
                     f"{format_nbytes(total_bytes)}; set memory to at most that"
                 )
-            torch.cuda.set_per_process_memory_fraction(memory_bytes / total_bytes, torch_device)
+            self._fraction = memory_bytes / total_bytes
         self.memory_bytes = memory_bytes
-        self._is_limited = is_limited
         self._former_peak = 0
         """The most bytes that were alive in front of the last `take_peak`."""
         self._swap_streams: dict[Lane, torch.cuda.Stream] = {}
@@ -70,10 +75,16 @@ class CudaDevice:
     def name(self) -> str:
         return f"gpu{self.index}"
 
+    def limit(self) -> None:
+        """Let the process have no more than `memory_bytes` if they were asked for, until `lift_limit`."""
+        if self._fraction is not None and self._former_fraction is None:
+            self._former_fraction = torch.cuda.get_per_process_memory_fraction(self.torch_device)
+            torch.cuda.set_per_process_memory_fraction(self._fraction, self.torch_device)
+
     def lift_limit(self) -> None:
-        """Let the process have the whole GPU again."""
-        if self._is_limited:
-            torch.cuda.set_per_process_memory_fraction(1.0, self.torch_device)
+        former, self._former_fraction = self._former_fraction, None
+        if former is not None:
+            torch.cuda.set_per_process_memory_fraction(former, self.torch_device)
 
     @contextlib.contextmanager
     def lane(self, lane: Lane, what: str = "") -> Iterator[None]:
@@ -148,6 +159,8 @@ class CudaCluster:
         if len(set(devices)) < len(devices):
             raise ConfigurationError(f"a CUDA device may be named once only, got {', '.join(map(str, devices))}")
         self._devices = tuple(CudaDevice(index, device, memory_bytes) for index, device in enumerate(devices))
+        for device in self._devices:  # when none of them has refused
+            device.limit()
         self._has_warned = False
 
     @property
@@ -169,6 +182,9 @@ class CudaCluster:
     def begin_job(self, priority: int) -> None: ...
 
     def result(self, tensor: torch.Tensor, root: torch.device) -> torch.Tensor:
+        """The root waits for the loss of the last microbatch, and no lane beside COMPUTE would change that: Lightning
+        divides and copies the loss at once, in front of backward. By the virtual clock that is 8 ms of a step of GPT-2's
+        width and 16384 tokens on four 3090s in pp, 1.8 % with 14 blocks; in mixed mode it is nothing."""
         return tensor.to(root, non_blocking=root.type != "cpu")
 
     def close(self) -> None:
@@ -201,8 +217,8 @@ class CudaCluster:
         if not self._has_warned:
             self._has_warned = True
             log.warning(
-                "cannot pin host memory (cudaHostRegister error %d); copies to and from it block. Raise the limit "
-                "on locked memory (ulimit -l) or free host memory",
+                "cannot pin host memory (cudaHostRegister error %d); copies to and from it block. Free host memory, or "
+                "raise the memory limit of the container that this runs in",
                 error_code,
             )
         return buffer

@@ -21,6 +21,7 @@ import torch
 from harmony_lightning.hardware.device import Cluster, Device
 from harmony_lightning.plan import Lifetime, aligned, lay_at_offsets
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.transfer import empty_on_host
 from harmony_lightning.runtime.weights.arena import lay_out
 from harmony_lightning.units import format_nbytes
 
@@ -106,8 +107,7 @@ class StashPlaces:
                 region = lay_out({"": source}, ("",))[""]
                 return region.view(arena.memory[place.offset :]), stay
             self._counters.unplaced_stashes += 1
-            is_pinned = device.torch_device.type == "cuda"
-            return torch.empty_like(source, device="cpu", pin_memory=is_pinned), stay
+            return empty_on_host(source, device), stay
 
     def end_step(self) -> None:
         self._is_over = True

@@ -17,6 +17,7 @@ import torch
 
 from harmony_lightning.hardware.device import Device, Event, Lane
 from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
+from harmony_lightning.units import format_nbytes
 
 _TURNS_HELD = 2
 """Microbatches for which memory that a copy reads is always held: copies of one turn overlap with compute of the next."""
@@ -207,9 +208,21 @@ def send(
     return Arrival(result, target, target.record(Lane.PEER_IN))
 
 
+def empty_on_host(like: torch.Tensor, device: Device) -> torch.Tensor:
+    """Host memory for a copy to or from the device, for which nobody waits.
+
+    Raises:
+        MemoryError: there is none. CUDA says "out of memory" then, as if it were the device's.
+    """
+    try:
+        return torch.empty_like(like, device="cpu", pin_memory=device.torch_device.type == "cuda")
+    except RuntimeError as error:
+        raise MemoryError(f"the host has no {format_nbytes(like.nbytes)} that can be pinned: {error}") from error
+
+
 def bring_in(tensor: torch.Tensor, device: Device) -> torch.Tensor:
     """Copy a tensor of the user's from the host; nobody waits, and he may write it at once."""
     if device.torch_device.type == "cpu" and device.torch_device.index is None:
         return tensor.to(device.torch_device)
-    staged = torch.empty_like(tensor, pin_memory=device.torch_device.type == "cuda").copy_(tensor)
+    staged = empty_on_host(tensor, device).copy_(tensor)
     return staged.to(device.torch_device, non_blocking=True)

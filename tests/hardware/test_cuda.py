@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.hardware.cuda import CudaCluster
 from harmony_lightning.hardware.device import Lane
 from harmony_lightning.runtime.worker import HostWorker
@@ -16,7 +17,7 @@ from harmony_lightning.runtime.worker import HostWorker
 @pytest.fixture
 def calls(monkeypatch):
     """Calls of CUDA's runtime, in their order, and the GPU that is current in each thread."""
-    seen = SimpleNamespace(registered={}, unregistered=[], current=threading.local(), error=0)
+    seen = SimpleNamespace(registered={}, unregistered=[], current=threading.local(), error=0, fractions={})
 
     def register(address, nbytes, flags):
         seen.registered[address] = nbytes
@@ -35,6 +36,14 @@ def calls(monkeypatch):
     )
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2**34))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_per_process_memory_fraction",
+        lambda share, device: seen.fractions.update({device.index: share}),
+    )
+    monkeypatch.setattr(
+        torch.cuda, "get_per_process_memory_fraction", lambda device: seen.fractions.get(device.index, 1.0)
+    )
     monkeypatch.setattr(torch.cuda, "cudart", lambda: cudart)
     monkeypatch.setattr(torch.cuda, "device", device)
     return seen
@@ -94,6 +103,30 @@ def test_memory_that_cannot_be_pinned_serves_all_the_same(calls, caplog, monkeyp
     del buffers
     gc.collect()
     assert not calls.unregistered
+
+
+def test_a_limit_is_lifted_to_what_there_was_before(calls):
+    calls.fractions[1] = 0.75
+    cluster = CudaCluster([torch.device("cuda", index) for index in range(2)], memory_bytes=2**33)
+    assert calls.fractions == {0: 0.5, 1: 0.5}
+    cluster.close()
+    cluster.close()
+    assert calls.fractions == {0: 1.0, 1: 0.75}
+
+
+def test_where_one_gpu_is_too_small_for_a_limit_none_gets_it(calls, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (2**33, 2 ** (34 - device.index)))
+    with pytest.raises(ConfigurationError, match="gpu1 has 8 GiB; set memory to at most that"):
+        CudaCluster([torch.device("cuda", index) for index in range(2)], memory_bytes=2**33 + 1)
+    assert not calls.fractions
+
+
+def test_no_more_is_offered_than_the_process_is_allowed(calls):
+    free = cluster_of(0).devices[0].memory_bytes
+    calls.fractions[0] = 0.25
+    assert cluster_of(0).devices[0].memory_bytes == 2**32 < free
+    calls.fractions[0] = 0.99  # others have the rest
+    assert cluster_of(0).devices[0].memory_bytes == free
 
 
 def test_threads_work_on_a_gpu_of_the_cluster(calls):

@@ -1,12 +1,15 @@
 """Copies between devices: how long their sources are held, and how far ahead they set out."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from harmony_lightning import EmulatedCluster
 from harmony_lightning.hardware.device import Lane
+from harmony_lightning.hardware.out_of_memory import told_by_type
 from harmony_lightning.runtime.microbatch import sending_ahead
-from harmony_lightning.runtime.transfer import Departures, Landings, send
+from harmony_lightning.runtime.transfer import Departures, Landings, bring_in, send
 
 
 @pytest.mark.parametrize(
@@ -88,3 +91,16 @@ def test_nothing_is_set_aside_for_what_is_unlike_the_last():
         landings.turn(target)
         memory, _ = landings.take(rows.t(), target)
         assert (memory.shape, memory.stride()) == (rows.t().shape, rows.t().stride())
+
+
+def test_a_host_without_memory_to_pin_is_not_taken_for_a_device_without_memory(monkeypatch):
+    """No room that a device made would help."""
+
+    def pinned(*args, **kwargs):
+        assert kwargs["pin_memory"]
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(torch, "empty_like", pinned)
+    device = SimpleNamespace(torch_device=torch.device("cuda", 0))
+    with pytest.raises(MemoryError, match="the host has no 4 KiB that can be pinned: CUDA error"):
+        told_by_type(bring_in, torch.zeros(1024), device)
