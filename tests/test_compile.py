@@ -2,12 +2,12 @@
 
 import pytest
 import torch
-from chain import harmony, loader, same_weights, trainer, twins
+from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
 from torch._C._dynamo import eval_frame
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from harmony_lightning import HarmonyStrategy
+from harmony_lightning import HarmonyStrategy, UnsupportedError
 
 BACKENDS = ["eager", "aot_eager"]  # need no C++ compiler
 
@@ -107,3 +107,33 @@ def test_microbatches_through_compiled_layers():
     trainer(HarmonyStrategy(microbatch_size=3), limit_train_batches=2).fit(ours, loader(7))
     for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
+
+
+class Scripted(Chain):
+    """The first block is TorchScript."""
+
+    def __init__(self, make, trains):
+        super().__init__(depth=3)
+        self.net[0] = make(self.net[0].requires_grad_(trains))
+
+
+def script(module):
+    return torch.jit.script(module)
+
+
+def traced(module):
+    return torch.jit.trace(module, torch.zeros(2, WIDTH))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("make", [script, traced])
+def test_torchscript_with_weights_is_refused_but_where_it_needs_nothing(make):
+    for strategy, trains in ((harmony(), True), (harmony(), False), (HarmonyStrategy(microbatch_size=8), True)):
+        with pytest.raises(UnsupportedError, match=r"net\.0 is a TorchScript module"):
+            trainer(strategy).fit(Scripted(make, trains), loader(8))
+    fits = []
+    for strategy in ("auto", HarmonyStrategy(microbatch_size=8)):
+        torch.manual_seed(0)
+        fits.append(Scripted(make, trains=False))
+        trainer(strategy).fit(fits[-1], loader(8))
+    assert same_weights(*fits)

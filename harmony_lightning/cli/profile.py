@@ -3,6 +3,8 @@ it."""
 
 import argparse
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.table import Table
 
@@ -62,8 +64,7 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
     trainer = trainer_of(module)
     smallest = 2 if decomposition.has_batch_statistics else 1
     try:
-        with warnings.catch_warnings(), telling(f"profiling {type(module).__name__}") as tell:
-            warnings.filterwarnings("ignore", message=r"You are trying to `self\.log\(\)`")  # nobody would read it
+        with _unlogged(), telling(f"profiling {type(module).__name__}") as tell:
             measured, _ = profile(
                 module,
                 decomposition,
@@ -90,7 +91,17 @@ def profile_for(arguments: argparse.Namespace):  # type: ignore[no-untyped-def]
             f"dtype: look at the shapes in --batch, try another --precision, or measure on real GPUs without --gpus"
         ) from error
     step = step_aside(step_of(), trainer)
-    return measured, with_narrow_weights(decomposition, module, batch.of(smallest), arguments.precision, step), machine
+    with _unlogged():
+        narrowed = with_narrow_weights(decomposition, module, batch.of(smallest), arguments.precision, step)
+    return measured, narrowed, machine
+
+
+@contextmanager
+def _unlogged() -> Iterator[None]:
+    """A step that is only followed may log; nobody would read it, and Lightning need not say so."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=r"You are trying to `self\.log\(\)`")
+        yield
 
 
 def _show(profile: Profile, arguments: argparse.Namespace) -> None:

@@ -99,7 +99,8 @@ def compare_losses(
     advice = next(
         (text for text, fits in remedies if fits()),
         "if the loss is a mean over something else than samples, such as tokens, give loss_weight=fn, which counts that "
-        f"in a microbatch; if it couples the samples of a batch, train in one piece with microbatch_size={size}",
+        f"in a microbatch; if it couples the samples of a batch, train in one piece with microbatch_size={size}; if not "
+        "samples are the first dimension of the batch's tensors, but time is, give split_batch=fn",
     )
     raise ConfigurationError(
         f"check of microbatches: training_step returned {whole:.6g} for the first minibatch of {size} samples in one "

@@ -23,7 +23,7 @@ from harmony_lightning.runtime.between import Between
 from harmony_lightning.runtime.engine import Engine
 from harmony_lightning.strategy import overrides, precision
 from harmony_lightning.strategy.automatic import AutomaticPlan
-from harmony_lightning.strategy.compiled import uncompiled_step, what_runs_eagerly
+from harmony_lightning.strategy.compiled import refuse_scripts, uncompiled_step, what_runs_eagerly
 from harmony_lightning.strategy.materialise import materialise, skipped_init
 from harmony_lightning.strategy.merged_log import direct_log
 from harmony_lightning.strategy.merged_metrics import Aside, Twins, merged_metrics
@@ -153,7 +153,10 @@ class Session:
         self.model = self.precision_plugin.convert_module(self.model)
         materialise(self.model)
         self.model_to_device()
-        self._engine = Engine(self.model, self._cluster())
+        cluster, module = self._cluster(), self.lightning_module
+        trains = trainer.state.fn == "fit" and module.automatic_optimization
+        refuse_scripts(self.model, on_host=cluster.host_is_device, trains=trains)
+        self._engine = Engine(self.model, cluster)
         if not self._engine.cluster.host_is_device:
             accelerator: Any = self.accelerator
             accelerator.get_device_stats = AllDeviceStats(accelerator.get_device_stats, self._engine.cluster.devices)

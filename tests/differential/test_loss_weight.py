@@ -5,6 +5,7 @@ import pytest
 import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from torch import nn
+from torch.utils.data import DataLoader
 from torchmetrics import MeanMetric
 
 from harmony_lightning import ConfigurationError, DeviceOutOfMemoryError, HarmonyConfig, HarmonyStrategy
@@ -82,6 +83,36 @@ def test_the_check_finds_losses_that_microbatches_change(reduce, advice):
     with pytest.raises(ConfigurationError, match=rf"first minibatch of 8 samples .* 4 microbatches .*{advice}"):
         fit(reduce, harmony(check_microbatches=True))
     fit(reduce, harmony())
+
+
+class TimeFirst(Chain):
+    def __init__(self):
+        super().__init__(depth=2)
+        self.rnn = nn.GRU(WIDTH, WIDTH)
+
+    def step(self, batch):
+        inputs, targets = batch
+        return nn.functional.mse_loss(self.rnn(self.net(inputs))[0], targets)
+
+
+def fit_time_first(strategy="auto", **options):
+    torch.manual_seed(0)
+    module, batches = TimeFirst(), torch.randn(3, 2, 12, 8, WIDTH)
+    trainer(strategy, **options).fit(module, DataLoader(batches, batch_size=None, collate_fn=tuple))
+    return module
+
+
+def test_a_batch_whose_first_dimension_is_time_is_cut_by_the_users_own_function():
+    """What a rule cannot see: it would be cut through time, which the check finds."""
+    with pytest.raises(ConfigurationError, match="but time is, give split_batch=fn"):
+        fit_time_first(harmony(2, "400KiB", check_microbatches=True))
+
+    def by_samples(batch, num_microbatches):
+        return list(zip(*(part.chunk(num_microbatches, 1) for part in batch), strict=True))
+
+    ours = fit_time_first(harmony(2, "400KiB", split_batch=by_samples, check_microbatches=True))
+    for mine, theirs in zip(ours.parameters(), fit_time_first().parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
 
 
 def test_the_check_knows_when_mean_was_right():
