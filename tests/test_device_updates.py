@@ -1,6 +1,7 @@
 """Packs that are updated on devices: what the host would have made of them to the bit, and finished for all who look."""
 
 import dataclasses
+import functools
 import itertools
 import logging
 import re
@@ -19,18 +20,24 @@ NUM_STEPS = 4
 MEMORY = "500KiB"
 
 
-def planned(which=lambda index: True, stay=(), **options):
-    """The plan that is made for the chain, with some of its packs updated on devices."""
+@functools.cache
+def made(**options):
+    """The plan that is made for the chain."""
     strategy = HarmonyStrategy(
         microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True, **options
     )
     torch.manual_seed(0)
     trainer(strategy, limit_train_batches=1).fit(Chain(depth=6), loader(8))
-    packs = strategy.plan.packs
+    return strategy.plan
+
+
+def planned(which=lambda index: True, stay=(), **options):
+    """The plan that is made for the chain, with some of its packs updated on devices."""
+    packs = made(**options).packs
     packs = [dataclasses.replace(pack, update="device" if which(i) else "host") for i, pack in enumerate(packs)]
     assert len(packs) > 2
     stay = [index for index, pack in enumerate(packs) if pack.update == "device" and (stay == "all" or index in stay)]
-    return dataclasses.replace(strategy.plan, packs=tuple(packs), updates_stay=tuple(stay))
+    return dataclasses.replace(made(**options), packs=tuple(packs), updates_stay=tuple(stay))
 
 
 def on_devices(which=lambda index: True, stay=(), **options):
@@ -89,8 +96,11 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("stay", [(), (1, 4), "all"], ids=["swapped", "some stay", "all stay"])
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize(
+    ("name", "stay"),
+    [*((name, (1, 4)) for name in OPTIMIZERS), *itertools.product(("SGD", "AdamW", "foreach"), ((), "all"))],
+    ids=str,
+)
 def test_equal_to_the_host(name, stay):
     kind, options = OPTIMIZERS[name]
 
@@ -195,18 +205,32 @@ def test_narrow_weights_stay_as_masters(make, callbacks):
     assert updates(strategies[0]) > 8
 
 
-def narrow_plan(count, mode):
-    """With so many first packs updated on devices, none of which stays."""
+@functools.cache
+def narrow_made(mode):
+    """The plan that is made to update all packs on devices."""
     options = {"mode": mode, "microbatch_size": 2, "one_layer_per_pack": True, "stash": "device"}
     strategy = HarmonyStrategy(update="device", cluster=EmulatedCluster(2, MEMORY), **options)
     fit(strategy, num_steps=2, precision="bf16-mixed")
-    plan = dataclasses.replace(strategy.plan, updates_stay=(), prefetch=1)
+    return strategy.plan
+
+
+def narrow_plan(count, mode):
+    """With so many first packs updated on devices, none of which stays."""
+    plan = dataclasses.replace(narrow_made(mode), updates_stay=(), prefetch=1)
     assert all(pack.narrow and pack.state_nbytes for pack in plan.packs)
     packs = [
         pack if index < count else dataclasses.replace(pack, update="host", state_nbytes=0, state_slot_nbytes=0)
         for index, pack in enumerate(plan.packs)
     ]
     return dataclasses.replace(plan, packs=tuple(packs))
+
+
+@functools.cache
+def narrow_on_host(mode, callback):
+    strategy = HarmonyStrategy(
+        mode=mode, microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True
+    )
+    return fit(strategy, num_steps=8, precision="bf16-mixed", callbacks=[callback()] if callback else [])
 
 
 @pytest.mark.parametrize("callback", [None, Peeking])
@@ -223,9 +247,7 @@ def test_narrow_weights_leave_as_masters(mode, count, callback):
 
     callbacks = [Counting(), *([callback()] if callback else [])]
     ours = fit(strategy, num_steps=8, precision="bf16-mixed", callbacks=callbacks)
-    on_host = HarmonyStrategy(mode=mode, microbatch_size=2, cluster=EmulatedCluster(2, MEMORY), one_layer_per_pack=True)
-    theirs = fit(on_host, num_steps=8, precision="bf16-mixed", callbacks=[callback()] if callback else [])
-    assert_same(ours, theirs)
+    assert_same(ours, narrow_on_host(mode, callback))
     assert updates(strategy) >= 6 * count
     found = [plan.is_left(index) for index in range(len(plan.packs))]
     assert sum(found) == (0 if mode == "dp" else min(count, 4))  # in two slots on each device

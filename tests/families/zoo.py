@@ -41,7 +41,8 @@ class Family:
     def build(self, optimizer=adamw):
         return self.module(self.net(), self.loss, optimizer)
 
-    def batches(self, steps=5):
+    def batches(self, steps=3):
+        """The first step shows what the module does, the second knows it, the third follows one that did."""
         torch.manual_seed(1)
         return [self.batch() for _ in range(steps)]
 
