@@ -240,3 +240,52 @@ def test_a_loss_that_nothing_was_computed_for(microbatch_size):
     ours, reference = both(LossIsLeaf, harmony(microbatch_size=microbatch_size), num_batches=4)
     assert same_weights(ours, reference)
     assert reference.weight < 2 and ours.own.grad == reference.own.grad == 2
+
+
+class WritingLater(nn.Module):
+    def __init__(self, write):
+        super().__init__()
+        self.write, self.is_late = write, False
+        self.inner, self.outer = nn.Linear(64, 64), nn.Linear(64, 64)
+
+    def forward(self, x):
+        if self.is_late:
+            self.write(x)
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+class Late(Chain):
+    def __init__(self, write, differentiates):
+        super().__init__(depth=6)
+        self.first, self.differentiates = WritingLater(write), differentiates
+
+    def step(self, batch):
+        self.first.is_late = self.trainer.global_step >= 3
+        x = batch[0] * (self.head.weight.sum() if self.differentiates else 1)
+        return super().step((self.first(x) + x, batch[1]))
+
+
+def late(write, *, differentiates):
+    """Losses and weights, of one device and of ours, where a layer's second plan has seen no write in its first call."""
+    fits = []
+    for strategy in ("auto", harmony(1, "240KiB", 8, layers=["first", "net.*"], plan="sizes")):
+        torch.manual_seed(0)
+        module = Late(write, differentiates)
+        fits.append(module)
+        trainer(strategy, limit_train_batches=5).fit(module, loader(8))
+    return fits
+
+
+@pytest.mark.parametrize("differentiates", [False, True])
+def test_a_layer_that_begins_to_write_its_input_later(differentiates, nothing_stays):
+    """What is written again is what has been there, so that the second run may begin with it; or the call begins anew."""
+    plain, ours = late(lambda x: x[:, ::2].zero_(), differentiates=differentiates)
+    assert same_numbers(plain.losses, ours.losses)
+    assert same_weights(plain, ours)
+
+
+def test_a_layer_that_begins_to_write_another_value_each_time(nothing_stays):
+    plain, ours = late(lambda x: x.mul_(0.5), differentiates=True)
+    assert same_weights(plain, ours)
+    with pytest.raises(UnsupportedError, match=r"layer first writes its input 0 in place, which it did not .* x.clone"):
+        late(lambda x: x.mul_(0.5), differentiates=False)

@@ -133,6 +133,8 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     present = None if call.replay is None else call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
     num_arguments = len(stash) - len(call.objects.used)
+    leaves: list[torch.Tensor] = []
+    inner: list[torch.Tensor] = []
     try:
         with torch.enable_grad(), hooks:
             leaves = [t.detach().requires_grad_(e is not None) for t, e in zip(stash, call.input_edges, strict=True)]
@@ -154,12 +156,28 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
             autocast.apply()
         if site.writes_weights:  # here, as the run ends as soon as it has saved what is wanted
             refuse_other_writes(site, call.segment, weights)
+        if inner:
+            _refuse_late_writes(call, leaves, inner)
     arguments.keep_written()
     result_leaves, _ = flatten_result(result)
     results = [leaf for leaf in result_leaves if isinstance(leaf, torch.Tensor) and not leaf.is_meta]
     if around.reach(result_leaves):
         results += around.results(known=[*results, *inner])
     return _SecondRun(leaves, results + [inner[i] for i in call.mutated], wide)
+
+
+def _refuse_late_writes(call: LayerCall, before: Sequence[torch.Tensor], after: Sequence[torch.Tensor]) -> None:
+    """Behind a second run that began with inputs as the first one has left them: it must have left them so, too.
+
+    Raises:
+        UnsupportedError: it has not.
+    """
+    for index in call.late_writes:
+        if not torch.equal(before[index], after[index]):
+            raise UnsupportedError(
+                f"layer {call.site.name} writes its input {index} in place, which it did not in its first call, so that "
+                "backward, which runs it again, would not be that of its forward; let it write a copy (x = x.clone())"
+            )
 
 
 def _recompute(call: LayerCall, save: Callable[[torch.Tensor], int]) -> None:

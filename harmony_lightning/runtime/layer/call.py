@@ -47,6 +47,8 @@ class LayerCall:
     tensor_positions: Sequence[int] = ()
     mutated: Sequence[int] = ()
     """Input tensors that the layer writes; their new values follow the results."""
+    late_writes: Sequence[int] = ()
+    """Those of them that it has written for the first time: they need no gradient, and the stash has their new values."""
     waiting: Waiting | None = None
     joint: Joint | None = None
     """The call for several microbatches that this one is part of, until its part is taken."""

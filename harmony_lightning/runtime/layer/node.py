@@ -37,6 +37,10 @@ from harmony_lightning.runtime.segment import Import, Sink, add_place, reaches_w
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
 
 
+_REFUSES_TO_WRITE = "is being modified inplace"
+"""What torch says of an input that the layer's graph begins with, and that is no copy."""
+
+
 class LayerFunction(torch.autograd.Function):
     """The autograd node of a `LayerCall`."""
 
@@ -85,9 +89,13 @@ class LayerFunction(torch.autograd.Function):
                     weight_versions = versions_of_weights(site, weights)
                     result, wide = call.run(weights, buffers.tensors, args, kwargs, begin_weight)
                 break
-            except (TakesDerivative, *OUT_OF_MEMORY) as reason:
+            except (TakesDerivative, RuntimeError, *OUT_OF_MEMORY) as reason:
                 if isinstance(reason, TakesDerivative):
                     site.differentiates = True
+                elif not isinstance(reason, OUT_OF_MEMORY):
+                    if copied is None or _REFUSES_TO_WRITE not in str(reason):
+                        raise
+                    copied = site.writes_objects = None
                 else:
                     kept, call.activations.is_kept = call.activations.is_kept, False  # else each try had that to let go
                     if not (state.memory.make_room(device) or kept):
@@ -115,6 +123,7 @@ class LayerFunction(torch.autograd.Function):
         if objects.used:
             site.writes_objects = bool(site.writes_objects) or any(i >= len(tensors) for i in mutated)
         call.mutated = mutated
+        call.late_writes = [] if copied is None else [i for i in mutated if i < len(tensors) and i not in copied]
 
         leaves, call.result_spec = flatten_result(result)
         del result
