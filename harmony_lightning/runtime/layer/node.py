@@ -36,7 +36,6 @@ from harmony_lightning.runtime.running import Recomputing
 from harmony_lightning.runtime.segment import Import, Sink, add_place, reaches_weights
 from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
 
-
 _REFUSES_TO_WRITE = "is being modified inplace"
 """What torch says of an input that the layer's graph begins with, and that is no copy."""
 
