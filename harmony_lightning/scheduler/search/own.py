@@ -28,7 +28,7 @@ from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.residency import HEADROOM
 from harmony_lightning.scheduler.runtime.levels import Levels
-from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes, visit_bytes
 from harmony_lightning.scheduler.runtime.steps import runtime_seconds
 from harmony_lightning.scheduler.runtime.unmeasured import completed
 from harmony_lightning.scheduler.search.found import Candidate, Found, num_computations
@@ -38,7 +38,7 @@ from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
 
-ALIKE = 0.005
+ALIKE = 0.003
 """Of schedules whose bounds differ by a smaller share, the one that takes least memory is simulated; of those by which
 weights or stashes stay, whose bounds say less, by twice as much."""
 SMALL = 100
@@ -140,7 +140,7 @@ class _Beside:
                 is_small = _is_small(schedule)
                 for stash in ("host", "device") if is_small else ("host",):
                     yield from self._dealt(replace(dealt, stash=stash))
-                    if is_small or packs in packings[::5]:
+                    if is_small or packs in packings[::6]:
                         for one in (schedule, dealt):
                             yield from self._staying(replace(one, stash=stash), 2 ** (0.25 if is_small else 0.5))
 
@@ -170,7 +170,9 @@ class _Beside:
 
     def _staying(self, schedule: Schedule, step: float) -> Iterator[tuple[float, float, Schedule]]:
         """With what stays at amounts of memory that are always the same."""
-        levels, peak = Levels(schedule, self.costs, is_cautious=True), runtime_peak_bytes(schedule, self.costs)
+        visits = tuple(visit_bytes(schedule, self.costs))
+        peak = runtime_peak_bytes(schedule, self.costs, visits)
+        levels = Levels(schedule, self.costs, visits=visits, is_cautious=True)
         most = (max(peak, *levels.full_bytes().values()) + 1) / (1 - HEADROOM)
         rungs = range(math.floor(math.log(max(peak, 1.0), step)), math.ceil(math.log(most, step)))
         for nbytes in (*(max(peak, step**rung) for rung in rungs), most):
