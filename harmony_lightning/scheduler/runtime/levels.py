@@ -12,7 +12,7 @@ import heapq
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from itertools import accumulate
+from itertools import accumulate, chain
 from typing import Literal
 
 from harmony_lightning.plan.schedule import Schedule, split
@@ -37,23 +37,33 @@ class Levels:
         *,
         moves_stash: bool = False,
         visits: Iterable[VisitBytes] | None = None,
+        is_cautious: bool = False,
     ) -> None:
-        """`moves_stash`: stashes go to the host whatever is left. `visits` are those of `visit_bytes`, if at hand."""
+        """
+        Args:
+            moves_stash: stashes go to the host whatever is left.
+            visits: those of `visit_bytes`, if at hand.
+            is_cautious: where the last pack is dealt, less may stay than could. That is quickly told.
+        """
         self._schedule, self._costs, self._moves_stash = schedule, costs, moves_stash
         self._chains: list[tuple[list[float], list[tuple[_What, int]]]] = []
-        if schedule.dealt:
+        last = len(schedule.packs_backward) - 1
+        self._dealt = {last} if is_cautious and schedule.dealt == (last,) else set()
+        """What of these stays does so on all devices."""
+        if schedule.dealt and not self._dealt:
             return  # such packs are on several devices, and what does not fit on one does not stay on the others either
         num_packs = len(schedule.packs_backward)
         groups: list[Sequence[int]] = [range(num_packs)]
         if schedule.mode == "pp":
             groups = [range(d, num_packs, schedule.num_devices) for d in range(min(num_packs, schedule.num_devices))]
+        if self._dealt:
+            groups = [[*range(d, last, schedule.num_devices), last] for d in range(schedule.num_devices)]
         most: list[dict[int, float]] = [{} for _ in groups]
         for visit in visit_bytes(schedule, costs) if visits is None else visits:
             of_device = most[visit.device if schedule.mode == "pp" else 0]
             of_device[visit.pack] = max(visit.nbytes, of_device.get(visit.pack, 0.0))
         for packs, in_use in zip(groups, most, strict=True):
-            chain = _Chain(schedule, costs, packs, [in_use[p] for p in packs], moves_stash)
-            candidates = list(chain.take())
+            candidates = list(_Chain(schedule, costs, packs, [in_use.get(p, 0.0) for p in packs], moves_stash).take())
             self._chains.append((list(accumulate((peak for peak, *_ in candidates), max)), [c[1:] for c in candidates]))
 
     def full_bytes(self) -> dict[int, float]:
@@ -62,16 +72,20 @@ class Levels:
 
     def at(self, memory_bytes: float) -> Schedule:
         """The schedule with what stays where each device offers so much."""
-        if self._schedule.dealt:
+        if self._schedule.dealt and not self._dealt:
             plan = named_plan(self._schedule, self._costs, int(memory_bytes))
             return with_what_stays(self._schedule, plan, self._costs, moves_stash=self._moves_stash)
         limit = int(memory_bytes * (1 - HEADROOM))
-        stays: dict[str, list[int]] = {"resident": [], "stash_stays": [], "keep": [self._schedule.num_layers - 1]}
-        for peaks, candidates in self._chains:
-            for what, index in candidates[: bisect_right(peaks, limit)]:
-                stays[what].append(index)
+        found = [candidates[: bisect_right(peaks, limit)] for peaks, candidates in self._chains]
+        stays: dict[str, set[int]] = {"resident": set(), "stash_stays": set(), "keep": {self._schedule.num_layers - 1}}
+        for what, index in chain.from_iterable(found):
+            if not self._is_dealt(what, index) or all((what, index) in here for here in found):
+                stays[what].add(index)
         resident, stash_stays, keep = (tuple(sorted(indices)) for indices in stays.values())
         return replace(self._schedule, resident=resident, stash_stays=stash_stays, keep=keep)
+
+    def _is_dealt(self, what: _What, index: int) -> bool:
+        return any(self._schedule.packs_backward[p][0] <= index if what == "keep" else p == index for p in self._dealt)
 
 
 @dataclass(slots=True)

@@ -5,38 +5,48 @@ the two, and the last pack has one device. Under the runtime's rules weights, st
 left, and microbatches of the last pack may be dealt over the devices. Both give each device a fixed share of shared links.
 
 A search under the runtime's rules for what they gain here: much is left to compute at the end, where nothing need be made
-again, in a large last pack; in front of it are packs that are as small as can be, which leaves memory. Candidates are
-refined in the order of a bound until none can be faster, or enough was simulated; so nothing proves the result the best.
+again, in a large last pack; in front of it are packs that are as small as can be, which leaves memory. Nothing proves the
+result the best of all there is.
+
+More memory never gives a slower plan, by construction. Candidates do not depend on the memory: each needs so much, and what
+stays is found out for amounts that are always the same. Of candidates with about the same bound the one that needs least
+stands for all. The memory admits candidates, and a bound that no step goes below leaves out those that cannot be faster;
+all others are simulated.
 
 In dp the devices' gradients are added up on one of them under the runtime's rules, one after the other, while both compute
 nothing else. That takes longer than anything saves that stays, so only pp is searched.
 """
 
-import heapq
+import math
 import time
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import replace
-from itertools import accumulate
 from typing import Literal
 
-from harmony_lightning.plan import Plan
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.scheduler.costs import Costs
-from harmony_lightning.scheduler.residency import HEADROOM, peaks
-from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
-from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
-from harmony_lightning.scheduler.runtime.staying import predicted_usage, with_what_stays
+from harmony_lightning.scheduler.residency import HEADROOM
+from harmony_lightning.scheduler.runtime.levels import Levels
+from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes, visit_bytes
 from harmony_lightning.scheduler.runtime.steps import runtime_seconds
 from harmony_lightning.scheduler.runtime.unmeasured import completed
 from harmony_lightning.scheduler.search.found import Candidate, Found, num_computations
 from harmony_lightning.scheduler.search.packings import MAX_UNITS, Packing, packs_of, table
+from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
 
-MAX_EFFORT = 24_000
-"""Of simulations under the runtime's rules, in computations; what stays takes as long as the square of the packs."""
+ALIKE = 0.003
+"""Of schedules whose bounds differ by a smaller share, the one that takes least memory is simulated; of those by which
+weights or stashes stay, whose bounds say less, by twice as much."""
+SMALL = 100
+FEW_LAYERS = 12
+"""Microbatches times packs of a schedule of a small model: all of these are simulated that might be faster."""
+MAX_COMPUTATIONS = 8_000
+"""Of a schedule, microbatches times packs, or it is left out: a quarter of a second. What is gained at the end of a step is
+little then."""
 MAX_LAST = 12
 """Layers of the last pack."""
 
@@ -83,33 +93,33 @@ class _Beside:
     def __init__(self, costs: Costs, minibatch: int, memory_bytes: float, known_seconds: float) -> None:
         self.costs, self.minibatch, self.memory_bytes, self.least = costs, minibatch, memory_bytes, known_seconds
         self.num_schedules = self.num_simulated = 0
-        self._effort = self._order = 0
 
     def run(self) -> list[Candidate]:
         """All that took less than what was known by then, best first."""
-        entries: list[tuple[float, int, Schedule, bool]] = []
-
-        def enter(schedule: Schedule, is_fitting: bool) -> None:
-            bound = self._bound(schedule)
-            if bound < self.least:
-                heapq.heappush(entries, (bound, self._order, schedule, is_fitting))
-            self._order += 1
-
-        for schedule in self._family():
-            enter(schedule, is_fitting=False)
-        self.num_schedules = self._order
+        least_needs: dict[object, tuple[float, float, Schedule]] = {}
+        for bound, nbytes, schedule in self._family():
+            self.num_schedules += 1
+            stays = bool(schedule.resident or schedule.stash_stays)
+            alike: object = schedule
+            if not _is_small(schedule):
+                apart = 2 * ALIKE if stays else ALIKE
+                alike = schedule.microbatch_backward, stays, math.floor(math.log(bound) / apart)
+            entry = nbytes, bound, schedule
+            if alike not in least_needs or entry[:2] < least_needs[alike][:2]:
+                least_needs[alike] = entry
         found: list[Candidate] = []
-        while entries and entries[0][0] < self.least and self._effort < MAX_EFFORT:
-            _, _, schedule, is_fitting = heapq.heappop(entries)
-            if is_fitting:
-                found += self._simulate(schedule)
+        for nbytes, bound, schedule in sorted(least_needs.values(), key=lambda entry: entry[1]):
+            if bound >= self.least or nbytes > self.memory_bytes:
                 continue
-            for variant in self._fitting(schedule):
-                enter(variant, is_fitting=True)
+            self.num_simulated += 1
+            seconds = runtime_seconds(schedule, self.costs)
+            if seconds < self.least:
+                self.least = seconds
+                found.append(Candidate(schedule=schedule, seconds=seconds, peak_bytes=nbytes))
         return found[::-1]
 
-    def _family(self) -> Iterator[Schedule]:
-        """With the whole last pack kept."""
+    def _family(self) -> Iterator[tuple[float, float, Schedule]]:
+        """Bounds, bytes of memory that must be offered, and schedules: all that might be faster than what is known."""
         costs = self.costs
         packings = tuple(self._packings())
         for size in choose_sizes(costs, "backward", self.minibatch):
@@ -123,10 +133,16 @@ class _Beside:
                     microbatch_backward=size,
                     packs_backward=packs,
                     prefetch=1,
-                    keep=tuple(range(packs[-1][0], costs.num_layers)),
                 )
-                yield schedule
-                yield replace(schedule, dealt=(len(packs) - 1,))
+                if num_computations(schedule) > MAX_COMPUTATIONS:
+                    continue
+                dealt = replace(schedule, dealt=(len(packs) - 1,))
+                is_small = _is_small(schedule)
+                for stash in ("host", "device") if is_small else ("host",):
+                    yield from self._dealt(replace(dealt, stash=stash))
+                    if is_small or packs in packings[::6]:
+                        for one in (schedule, dealt):
+                            yield from self._staying(replace(one, stash=stash), 2 ** (0.25 if is_small else 0.5))
 
     def _packings(self) -> Iterator[Packing]:
         """In front of last packs of all lengths, packs of one layer, or as many as are sensible."""
@@ -137,63 +153,61 @@ class _Beside:
             before = costs.num_layers - last
             yield (*packs_of(starts, min(before, MAX_UNITS), before), (before, costs.num_layers - 1))
 
-    def _fitting(self, schedule: Schedule) -> Iterator[Schedule]:
-        """With what can be kept of the last pack: the most where stashes leave, of which what stays is found out later."""
-        size, num_packs = schedule.sizes_backward[0], len(schedule.packs_backward)
-        for stash in ("device", "host"):
-            variant = replace(schedule, stash=stash)
-            peak = runtime_peak_bytes(variant, self.costs)
-            self._effort += 8 * num_packs
-            if peak > self.memory_bytes:
-                continue
-            *others, last = schedule.keep  # the last layer of all keeps its activations in any case
-            with_them = accumulate((self.costs.kept_bytes(size, layer) or 0.0 for layer in others), initial=peak)
-            count = sum(most <= (1 - HEADROOM) * self.memory_bytes for most in with_them)
-            yield replace(variant, keep=(*others[: max(0, count - 1)], last))
-            if count > len(others):
-                return
-
-    def _simulate(self, schedule: Schedule) -> Iterator[Candidate]:
-        plan = self._plan(schedule)
-        staying = with_what_stays(schedule, plan, self.costs)
-        self.num_simulated += 1
-        self._effort += num_computations(staying) + len(plan.packs) ** 2
-        if runtime_seconds(staying, self.costs, 2) >= self.least:
+    def _dealt(self, schedule: Schedule) -> Iterator[tuple[float, float, Schedule]]:
+        """With any number of layers of the last pack that keep their activations."""
+        size, (first, last) = schedule.sizes_backward[0], schedule.packs_backward[-1]
+        everything = replace(schedule, keep=tuple(range(first, last + 1)))
+        if self._bound(everything) >= self.least or (floor := runtime_bound(everything, self.costs)) >= self.least:
             return
-        seconds = runtime_seconds(staying, self.costs)
-        if seconds < self.least:
-            self.least = seconds
-            yield Candidate(schedule=staying, seconds=seconds, peak_bytes=self._peak(staying, plan))
+        peak = most = runtime_peak_bytes(schedule, self.costs)
+        for layer in range(first, last + 1):
+            # The last layer of all keeps its activations in any case.
+            variant = replace(schedule, keep=(*range(first, layer), last))
+            if (bound := max(floor, self._bound(variant))) < self.least:
+                yield bound, most, variant
+            peak += self.costs.kept_bytes(size, layer) or 0.0
+            most = peak / (1 - HEADROOM)
 
-    def _plan(self, schedule: Schedule) -> Plan:
-        """With layers known by their numbers: plans tell by names what stays."""
-        plan = sized_plan(schedule, self.costs)
-        spans = schedule.packs_backward
-        layers = [tuple(map(str, range(first, last + 1))) for first, last in spans]
-        packs = [replace(pack, layers=names) for pack, names in zip(plan.packs, layers, strict=True)]
-        return replace(plan, packs=tuple(packs), keep=layers[-1][-1:])
-
-    def _peak(self, schedule: Schedule, plan: Plan) -> float:
-        """Of what the schedule has, and what stays, when that was decided for `plan`."""
-        keep = tuple(map(str, schedule.keep))
-        staying = replace(plan, resident=schedule.resident, stash_stays=schedule.stash_stays, keep=keep)
-        return max(peaks(staying, predicted_usage(schedule, plan, self.costs), plan))
+    def _staying(self, schedule: Schedule, step: float) -> Iterator[tuple[float, float, Schedule]]:
+        """With what stays at amounts of memory that are always the same."""
+        visits = tuple(visit_bytes(schedule, self.costs))
+        peak = runtime_peak_bytes(schedule, self.costs, visits)
+        levels = Levels(schedule, self.costs, visits=visits, is_cautious=True)
+        most = (max(peak, *levels.full_bytes().values()) + 1) / (1 - HEADROOM)
+        rungs = range(math.floor(math.log(max(peak, 1.0), step)), math.ceil(math.log(most, step)))
+        for nbytes in (*(max(peak, step**rung) for rung in rungs), most):
+            variant = levels.at(nbytes)
+            bound = self._bound(variant)
+            if bound < self.least and (bound := max(bound, runtime_bound(variant, self.costs))) < self.least:
+                yield bound, nbytes, variant
 
     def _bound(self, schedule: Schedule) -> float:
         """What the busiest device computes, or one microbatch on its way through all packs and back, and until the weights
-        of the first pack are back, updated: no forward can begin before that. Frozen layers count as if they trained."""
+        of the first pack are back, updated: no forward can begin before that. Nothing is told where that pack is frozen."""
         costs, machine, packs = self.costs, self.costs.machine, schedule.packs_backward
-        sizes = schedule.sizes_backward
-        size, share = sizes[0], machine.host_share(machine.gpus)
+        first, sizes, share = packs[0], schedule.sizes_backward, machine.host_share(machine.gpus)
+        if not costs.gradient_bytes(first):
+            return 0.0
         path, busy = 0.0, [0.0] * schedule.num_devices
-        kept = [0.0] * len(packs)
+        kept: list[list[int]] = [[] for _ in packs]
         for layer in schedule.keep:
-            kept[bisect_right(packs, (layer, costs.num_layers)) - 1] += costs.recompute_seconds(size, (layer, layer))
+            kept[bisect_right(packs, (layer, costs.num_layers)) - 1].append(layer)
         for pack, span in enumerate(packs):
-            seconds = 2 * costs.forward_seconds(size, span) + costs.backward_seconds(size, span) - kept[pack]
-            path += seconds + (2 * costs.input_bytes(size, span[0]) / machine.peer_bytes_per_second if pack else 0.0)
-            for m, samples in enumerate(sizes):  # a last one that is smaller takes no less than its share
-                busy[(pack + m * (pack in schedule.dealt)) % len(busy)] += seconds * samples / size
-        first = packs[0]
+            seconds = {}
+            for size in dict.fromkeys(sizes):
+                seconds[size] = 2 * costs.forward_seconds(size, span) + costs.backward_seconds(size, span)
+                seconds[size] -= sum(costs.recompute_seconds(size, (layer, layer)) for layer in kept[pack])
+            size = sizes[0]
+            path += seconds[size]
+            path += 2 * costs.input_bytes(size, span[0]) / machine.peer_bytes_per_second if pack else 0.0
+            if pack not in schedule.dealt:
+                busy[pack % len(busy)] += sum(map(seconds.__getitem__, sizes))
+                continue
+            for m, samples in enumerate(sizes):
+                busy[(pack + m) % len(busy)] += seconds[samples]
         exposed = (costs.gradient_bytes(first) + costs.weight_bytes(first)) / share + costs.update_seconds(first)
-        return max(max(busy), path) + exposed
+        return (1 - 1e-6) * (max(*busy, path) + exposed)  # sums are rounded
+
+
+def _is_small(schedule: Schedule) -> bool:
+    return schedule.num_layers <= FEW_LAYERS and num_computations(schedule) <= SMALL

@@ -44,8 +44,8 @@ RUNG = 2 ** (1 / 8)
 """Each rung is so many times the one below."""
 BLOCK = 64
 """Groups of pairs whose bounds are refined at once."""
-MAX_COMPUTATIONS = 40_000
-"""Microbatches times packs that a walk simulates at one rung at most, and one schedule more: half a second. Mostly it
+MAX_COMPUTATIONS = 60_000
+"""Microbatches times packs that a walk simulates at one rung at most, and one schedule more: about a second. Mostly it
 needs a hundredth of them."""
 MAX_BOUNDED = 4_000_000
 """Turns that bounds of pairs look at, at most: an eighth of a second. Mostly they need a tenth of them."""
@@ -233,24 +233,20 @@ class Walk:
 
     def _family(self) -> tuple[list[Choice], Floats]:
         """Forward choices for all backward choices, sorted into groups that are alike, and the bytes that they need. The
-        packs of backward may do for forward, too: from where they fit both ways."""
-        by_layers: dict[int, dict[Packing, Floats]] = {}
+        packs of backward may do for forward, too: from where these fit somehow."""
+        by_layers: dict[int, dict[Packing, float]] = {}
         for row, (_, packs) in enumerate(self._backward):
-            nbytes, of_layers = self._needs_backward[:, row], by_layers.setdefault(packs[-1][0], {})
-            of_layers[packs[:-1]] = np.minimum(nbytes, of_layers.get(packs[:-1], nbytes))
-        nothing = np.zeros(len(self._settings))
+            nbytes, of_layers = self._needs_backward[:, row].min(), by_layers.setdefault(packs[-1][0], {})
+            of_layers[packs[:-1]] = min(nbytes, of_layers.get(packs[:-1], nbytes))
         family = [
             ((size, packing), nbytes)
             for size in choose_sizes(self._ideal.costs, "forward", self._ideal.samples)
             for num_layers, of_backward in by_layers.items()
-            for packing, nbytes in (
-                of_backward | dict.fromkeys(self._packings.forward(size, num_layers), nothing)
-            ).items()
+            for packing, nbytes in (of_backward | dict.fromkeys(self._packings.forward(size, num_layers), 0.0)).items()
         ]
         family.sort(key=lambda entry: (self._group(entry[0]), entry[0][1]))
         choices = [choice for choice, _ in family]
-        both = np.array([nbytes for _, nbytes in family]).reshape(len(family), len(self._settings)).T
-        return choices, np.maximum(needs(self._settings, "forward", choices), both)
+        return choices, np.maximum(needs(self._settings, "forward", choices), [nbytes for _, nbytes in family])
 
     def _group(self, choice: Choice) -> tuple[int, int, int]:
         """Layers, microbatch size, and how often the turns go round the devices, up to twice: such leave alike states."""
