@@ -46,7 +46,7 @@ BLOCK = 64
 """Groups of pairs whose bounds are refined at once."""
 MAX_COMPUTATIONS = 60_000
 """Microbatches times packs that a walk simulates at one rung at most, and one schedule more: about a second. Mostly it
-needs a hundredth of them."""
+needs a hundredth of them. Half of that with each setting, where there are several."""
 MAX_BOUNDED = 4_000_000
 """Turns that bounds of pairs look at, at most: an eighth of a second. Mostly they need a tenth of them."""
 MAX_SIZED = 20_000
@@ -95,6 +95,7 @@ class Walk:
     ) -> None:
         self._settings, self._mode, self._minibatch, self._packings = settings, mode, minibatch, packings
         self._ideal, self._open = settings[0], list(range(len(settings)))
+        self._most = MAX_COMPUTATIONS // (1 if len(settings) == 1 else 2)
         limit = RUNG ** (rung + 1)
         choices = [
             (size, packs)
@@ -195,7 +196,7 @@ class Walk:
                 break
             schedule = self._schedule(setting, self._forward[forward[pair]], self._backward[backward[pair]])
             if is_hopeful:
-                if effort.is_too_much:
+                if effort.computed > self._most or effort.sized > MAX_SIZED:
                     return False
                 effort.sized += len(schedule.packs_forward) + len(schedule.packs_backward)
                 if seen.peak_bytes(schedule) <= limit:
@@ -261,10 +262,6 @@ class _Effort:
     computed: int = 0
     sized: int = 0
     bounded: int = 0
-
-    @property
-    def is_too_much(self) -> bool:
-        return self.computed > MAX_COMPUTATIONS or self.sized > MAX_SIZED
 
 
 def _up_to(limit: float, choices: list[Choice], nbytes: Floats) -> tuple[list[Choice], Floats]:
