@@ -86,6 +86,9 @@ class _Device:
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
         visitors = {p: visitors_of(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
         self._here = {p: here for p, here in visitors.items() if here.count}
+        self._order = tuple(self._here)
+        self._turn = {p: turn for turn, p in enumerate(self._order)}
+        self._forward_turns = tuple(p for p in self._order if p != self._last)
         self._last_to_leave = max((p for p in self._here if p != self._last), default=None)
         self._before: dict[int, int | None] = dict(zip(self._here, (None, *self._here), strict=False))
         """The pack that is visited here in front of another."""
@@ -101,6 +104,8 @@ class _Device:
         self._reruns = schedule.microbatches_per_forward > 1
         # These are asked for many times.
         self._in_layers = cache(self._most_in_layers)
+        entering = costs.inputs(self._size)
+        self._boundaries = [0.0, *(entering[first] for first, _ in self._packs[1:]), 0.0]
         self._kept, self._sent_behind = dict[int, float](), dict[int, float]()
         kept = sent = 0.0
         for p in self._here:
@@ -210,7 +215,7 @@ class _Device:
 
     def _boundary(self, pack: int) -> float:
         """Of one microbatch, as it enters the pack; the first pack's input comes from the host."""
-        return self._costs.input_bytes(self._size, self._packs[pack][0]) if 0 < pack <= self._last else 0.0
+        return self._boundaries[pack]
 
     # Waiting ----------------------------------------------------------------------------------------------------------
 
@@ -267,20 +272,19 @@ class _Device:
 
     def _turns(self, pack: int, m: int, backward: bool) -> Iterator[tuple[float, float]]:
         """Turns and bytes sent in each, newest first. Outputs are sent all at once, when the next pack comes to them."""
+        here, turn = self._here, self._turn[pack]
         if backward or pack == self._last:
-            yield m - self._here[pack].stayed(m), self._boundary(pack)
+            yield m - here[pack].stayed(m), self._boundary(pack)
         elif self._leaves:
             yield m, 0.0
         if backward:
-            for p in [p for p in self._here if p > pack]:
-                yield self._here[p].arriving, self._boundary(p)
-        for p in reversed(self._here):
-            if p >= pack and not (backward and p != self._last):
-                continue
-            leaving = self._here[p].leaving * self._boundary(p + 1)
+            for p in self._order[turn + 1 :]:
+                yield here[p].arriving, self._boundary(p)
+        for p in reversed(self._forward_turns if backward else self._order[:turn]):
+            leaving = here[p].leaving * self._boundary(p + 1)
             if self._leaves:
                 yield 1, leaving
-                yield self._here[p].count - 1, 0.0
+                yield here[p].count - 1, 0.0
             elif leaving:
                 yield 1, leaving
 
