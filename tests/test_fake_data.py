@@ -48,3 +48,9 @@ def test_a_model_without_numbers_takes_no_memory():
     timeline, counts = run(_Large(), fake=True, memory="24GiB")
     assert counts.swap_in_bytes > 4 * 2**30 and timeline.seconds > 0.1
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2**20  # KiB: less than 1 GiB
+
+
+def test_host_memory_may_be_larger_than_the_host():
+    """Stashes of a large step lie in one piece."""
+    buffer = EmulatedCluster(fake=True).host_buffer(2**42)
+    assert (type(buffer), buffer.dtype, buffer.numel()) == (torch.Tensor, torch.uint8, 2**42)

@@ -20,6 +20,7 @@ from harmony_lightning.hardware.emulated_machine import Machine
 from harmony_lightning.hardware.emulated_mode import EmulatedMode, literals_on_devices
 from harmony_lightning.hardware.emulated_tensor import EmulatedTensor, storage_key
 from harmony_lightning.hardware.presets import DEFAULT_HOST, GpuModel, HostModel, gpu_model, host_model
+from harmony_lightning.hardware.shapes import addresses
 from harmony_lightning.hardware.virtual_clock import Activity, VirtualClock
 from harmony_lightning.units import parse_nbytes
 
@@ -118,7 +119,7 @@ class EmulatedCluster:
     def close(self) -> None: ...
 
     def host_buffer(self, nbytes: int) -> torch.Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        return addresses(nbytes) if self.fake else torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
     def trim_device_memory(self) -> None:
         """Memory goes back at once, and has no gaps."""

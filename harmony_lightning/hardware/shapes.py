@@ -6,6 +6,9 @@ computed: the shapes of results come from torch's own meta kernels, and their me
 tensors on the host stay real: counters, random states, samples' lengths. Small results are zero.
 """
 
+import contextlib
+import mmap
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -17,6 +20,8 @@ from harmony_lightning.hardware.operations import Operation, tensors
 
 _REAL_BYTES = 64 * 1024
 """Host tensors up to this size are computed."""
+_NO_RESERVE = 0x4000
+"""Linux: give addresses, whether or not there is memory for them. Python names the flag from 3.13 on."""
 
 
 def is_real(values: Iterable[Any]) -> bool:
@@ -89,6 +94,15 @@ def _results(known: Operation, args: Any, kwargs: Any, out: Any) -> Any:
         for value, source in zip(outs, known.returned, strict=False)
     )
     return results if len(known.returned) > 1 else results[0] if results else None
+
+
+def addresses(nbytes: int) -> torch.Tensor:
+    """Bytes on the host that stay untouched, and may be more than it has, where the system gives so many addresses."""
+    if nbytes and sys.platform == "linux":
+        with contextlib.suppress(OSError):
+            mapping = mmap.mmap(-1, nbytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _NO_RESERVE)
+            return torch.frombuffer(mapping, dtype=torch.uint8)
+    return torch.empty(nbytes, dtype=torch.uint8, device="cpu")
 
 
 def _meta(value: Any) -> Any:
