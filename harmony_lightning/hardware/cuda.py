@@ -97,7 +97,8 @@ class CudaDevice:
             self._outside.stream = outer
 
     def record(self, lane: Lane) -> Event:
-        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        # Whoever waits for it sleeps, and leaves its core to updates and casts.
+        event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]
         event.record(self._stream(lane))
         return event
 
