@@ -235,7 +235,7 @@ class Engine:
             streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
         own = ProcessStreams(self.cluster.devices)
         microbatches = self._microbatches = [
-            Microbatch(self.state, m, function, stream, is_cut=is_cut)
+            Microbatch(self.state, m, function, stream, is_cut=is_cut, may_join=is_cut)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
         ]
         if is_cut:

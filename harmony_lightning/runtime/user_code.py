@@ -135,7 +135,8 @@ class UserCode:
             plan = state.plan
             keeps = is_forward and site.name in plan.keep
             joins = (
-                is_forward
+                microbatch.may_join
+                and is_forward
                 and not keeps
                 and state.memory.num_together > 1
                 and site.pack is not None
