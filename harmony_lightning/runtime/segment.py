@@ -62,13 +62,16 @@ class Import(torch.autograd.Function):
     ) -> torch.Tensor:
         """`source` must be detached: autograd walks into the graph of every input, even one without gradient. `anchor`
         requires a gradient, so that the result does."""
+        ctx.set_materialize_grads(False)
         ctx.sink = sink
         return clone_with_strides(source) if is_written else source.view_as(source)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        if reaches_weights(ctx):
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[None, ...]:  # type: ignore[override]
+        # A layer that does not differentiate its input gives none to it, and autograd walks on. None is not zero: weights
+        # with a zero gradient are stepped.
+        if gradient is not None and reaches_weights(ctx):
             with torch._C.DisableTorchFunction():
                 ctx.sink(gradient)
         return (None,) * 4
