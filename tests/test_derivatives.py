@@ -4,6 +4,7 @@ import pytest
 import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from harmony_lightning import UnsupportedError
 from harmony_lightning.hardware.emulated_device import EmulatedDevice
@@ -68,6 +69,42 @@ def test_one_piece_does_not_depend_on_gpus_and_mode(num_gpus, mode):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     assert max(fitted.strategy.statistics().peak_device_bytes) <= 160 << 10
     assert fitted.strategy.plan.num_microbatches == 4
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_checkpoints_in_one_piece_go_from_gpu_to_gpu(manual):
+    class Checkpointing(Adversarial):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not manual
+
+        def step(self, batch):
+            inputs, targets = batch
+            halves = self.net[:4], self.net[4:]
+            for half in halves:
+                inputs = checkpoint(half, inputs, use_reentrant=False)
+            loss = super().step(batch)
+            return loss + nn.functional.mse_loss(self.head(inputs).squeeze(1), targets)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if manual:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    ours, reference, _ = both(Checkpointing, harmony(2, "160KiB", microbatch_size=8))
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_one_piece_in_mixed_precision_casts_when_swap_ins_have_read():
+    """A pack that has come in ahead for the next microbatch is not cast anew meanwhile."""
+    strategy = harmony(2, "160KiB", microbatch_size=2, mode="dp")
+    fitted = trainer(strategy, precision="bf16-mixed", limit_train_batches=3)
+    fitted.fit(Adversarial(), loader(8))
+    assert strategy.plan.narrow_dtype == "bfloat16"
 
 
 def test_one_piece_takes_its_random_stream_along_from_gpu_to_gpu(monkeypatch):

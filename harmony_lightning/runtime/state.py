@@ -185,10 +185,13 @@ class RuntimeState:
     def before_write(self, tensor: torch.Tensor) -> None:
         """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
         if self.is_master(tensor):
-            self.weights.finish_enqueuing()
-            for device in self.cluster.devices:
-                device.record(Lane.SWAP_IN).synchronize()
+            self._await_swap_ins()
             self.glue.before_write(tensor.data_ptr())
+
+    def _await_swap_ins(self) -> None:
+        self.weights.finish_enqueuing()
+        for device in self.cluster.devices:
+            device.record(Lane.SWAP_IN).synchronize()
 
     def is_master(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of masters."""
@@ -238,7 +241,8 @@ class RuntimeState:
                 self.gradients.hold()
             else:
                 self.gradients.finish(lambda names: None)
-            self.masters_written()  # most likely an update follows
+                self._await_swap_ins()
+                self.masters_written()  # most likely an update follows
         self._worker.drain()
 
     def wait(self) -> None:
