@@ -99,6 +99,55 @@ def test_checkpoints_in_one_piece_go_from_gpu_to_gpu(manual):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
+class Scaling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+class BackwardByHand(Chain):
+    """Code of its own runs in backward, of a part that is on the first GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = Scaling.apply(self.net[0](inputs), self.scale)
+        hidden.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3) * 0.5)
+        return nn.functional.mse_loss(self.head(self.net[1:](hidden) + hidden).squeeze(1), targets)
+
+
+class AdversarialByHand(Adversarial, BackwardByHand):
+    pass
+
+
+class ManualByHand(BackwardByHand):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(self.step(batch))
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("kind", [AdversarialByHand, ManualByHand])
+def test_the_user_s_own_backward_in_one_piece_computes_where_its_tensors_are(kind):
+    strategy = harmony(3, "160KiB", microbatch_size=8, one_layer_per_pack=True)
+    ours, reference, _ = both(kind, strategy)
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
 def test_one_piece_in_mixed_precision_casts_when_swap_ins_have_read():
     """A pack that has come in ahead for the next microbatch is not cast anew meanwhile."""
     strategy = harmony(2, "160KiB", microbatch_size=2, mode="dp")

@@ -90,6 +90,8 @@ class Glue(TorchFunctionMode):
                     args, kwargs = _map_tensors(objects.take, args), _map_tensors(objects.take, kwargs)
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            if not segment.is_cut and torch._C._current_graph_task_id() != -1:
+                segment = segment.where((args, kwargs))
             self._notice((args, kwargs))
         if not (buffers := segment.state.buffers).is_empty:
             with torch._C.DisableTorchFunction():
