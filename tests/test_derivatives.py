@@ -4,6 +4,7 @@ import pytest
 import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer, twins
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from harmony_lightning import UnsupportedError
 from harmony_lightning.hardware.emulated_device import EmulatedDevice
@@ -68,6 +69,91 @@ def test_one_piece_does_not_depend_on_gpus_and_mode(num_gpus, mode):
         torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
     assert max(fitted.strategy.statistics().peak_device_bytes) <= 160 << 10
     assert fitted.strategy.plan.num_microbatches == 4
+
+
+@pytest.mark.parametrize("manual", [False, True])
+def test_checkpoints_in_one_piece_go_from_gpu_to_gpu(manual):
+    class Checkpointing(Adversarial):
+        def __init__(self):
+            super().__init__()
+            self.automatic_optimization = not manual
+
+        def step(self, batch):
+            inputs, targets = batch
+            halves = self.net[:4], self.net[4:]
+            for half in halves:
+                inputs = checkpoint(half, inputs, use_reentrant=False)
+            loss = super().step(batch)
+            return loss + nn.functional.mse_loss(self.head(inputs).squeeze(1), targets)
+
+        def training_step(self, batch, batch_idx):
+            loss = super().training_step(batch, batch_idx)
+            if manual:
+                self.optimizers().zero_grad()
+                self.manual_backward(loss)
+                self.optimizers().step()
+            return loss
+
+    ours, reference, _ = both(Checkpointing, harmony(2, "160KiB", microbatch_size=8))
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+class Scaling(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, scale):
+        ctx.save_for_backward(x, scale)
+        return x * scale
+
+    @staticmethod
+    def backward(ctx, gradient):
+        x, scale = ctx.saved_tensors
+        return gradient * scale, (gradient * x).sum(0)
+
+
+class BackwardByHand(Chain):
+    """Code of its own runs in backward, of a part that is on the first GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = Scaling.apply(self.net[0](inputs), self.scale)
+        hidden.register_hook(lambda gradient: gradient.clamp(-1e-3, 1e-3) * 0.5)
+        return nn.functional.mse_loss(self.head(self.net[1:](hidden) + hidden).squeeze(1), targets)
+
+
+class AdversarialByHand(Adversarial, BackwardByHand):
+    pass
+
+
+class ManualByHand(BackwardByHand):
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        self.optimizers().zero_grad()
+        self.manual_backward(self.step(batch))
+        self.optimizers().step()
+
+
+@pytest.mark.parametrize("kind", [AdversarialByHand, ManualByHand])
+def test_the_user_s_own_backward_in_one_piece_computes_where_its_tensors_are(kind):
+    strategy = harmony(3, "160KiB", microbatch_size=8, one_layer_per_pack=True)
+    ours, reference, _ = both(kind, strategy)
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-5)
+
+
+def test_one_piece_in_mixed_precision_casts_when_swap_ins_have_read():
+    """A pack that has come in ahead for the next microbatch is not cast anew meanwhile."""
+    strategy = harmony(2, "160KiB", microbatch_size=2, mode="dp")
+    fitted = trainer(strategy, precision="bf16-mixed", limit_train_batches=3)
+    fitted.fit(Adversarial(), loader(8))
+    assert strategy.plan.narrow_dtype == "bfloat16"
 
 
 def test_one_piece_takes_its_random_stream_along_from_gpu_to_gpu(monkeypatch):

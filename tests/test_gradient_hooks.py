@@ -233,6 +233,32 @@ def test_tensor_and_module_hooks_get_the_gradients_of_plain_training(strategy):
     assert same_weights(ours, reference)
 
 
+class Ignoring(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, y):
+        return self.linear(x) + y.detach()
+
+
+@STRATEGIES
+def test_a_tensor_that_gets_no_gradient_calls_no_hook(strategy):
+    class Ignored(Chain):
+        def __init__(self):
+            super().__init__(depth=4)
+            self.mix = Ignoring()
+
+        def step(self, batch):
+            inputs, targets = batch
+            ignored = self.net(inputs)
+            ignored.register_hook(lambda gradient: gradient.clamp(max=1))
+            return nn.functional.mse_loss(self.head(self.mix(inputs, ignored)).squeeze(1), targets)
+
+    ours, reference, _ = both(Ignored, strategy())
+    assert same_weights(ours, reference)
+
+
 @STRATEGIES
 def test_forward_hooks_run_once_and_what_they_keep_has_a_gradient(strategy):
     class Matching(Chain):

@@ -155,6 +155,67 @@ class Routing(Chain):
             block.append(Router())
 
 
+class Counted(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        return self.linear(x), len(x)
+
+
+class Counting(Chain):
+    """Its layers tell how many samples there are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleList(Counted() for _ in range(8))
+
+    def step(self, batch):
+        hidden, targets = batch
+        for layer in self.net:
+            (hidden, num), before = layer(hidden), len(hidden)
+            assert num == before
+        return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
+class Gate(nn.Module):
+    """Goes another way where one sample is far out, as none of the first ones is."""
+
+    def forward(self, x):
+        return x if float(x.abs().max()) < 1e3 else x / 2
+
+
+class Gating(Chain):
+    def __init__(self):
+        super().__init__()
+        for block in self.net:
+            block.append(Gate())
+
+
+class Paired(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, mixture):
+        return self.linear(mixture @ x)
+
+
+class Pairing(Chain):
+    """What is given to its layers has as many rows as there are samples, and as many columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.ModuleList(Paired() for _ in range(8))
+
+    def step(self, batch):
+        hidden, targets = batch
+        for layer in self.net:
+            hidden = layer(hidden, torch.eye(len(hidden), device=hidden.device))
+        return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
 class Writing(nn.Module):
     def forward(self, x):
         return x.clamp_(min=0.1)
@@ -166,10 +227,51 @@ class InPlace(Chain):
         self.net = nn.Sequential(*(nn.Sequential(Writing(), nn.Linear(WIDTH, WIDTH)) for _ in range(8)))
 
 
-@pytest.mark.parametrize("make", [Dropping, Normalising, Coupling, Routing, InPlace])
+@pytest.mark.parametrize("make", [Dropping, Normalising, Coupling, Routing, Counting, Gating, Pairing, InPlace])
 def test_layers_that_must_not_be_joined_are_not(make):
     strategy, alone = joint(1, "300KiB", one_layer_per_pack=True), harmony(1, "300KiB", one_layer_per_pack=True)
     assert is_bitwise_equal(fit(strategy, make), fit(alone, make))
+    assert strategy.statistics().joint_forwards == 0
+
+
+class Remembering(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.register_buffer("mean", torch.zeros(WIDTH))
+
+    def forward(self, x, inputs):
+        self.mean.lerp_(inputs.mean(0), 0.5)
+        return self.linear(x)
+
+
+class Remembers(Chain):
+    """A layer between others that are joined writes down what the step was given."""
+
+    def __init__(self):
+        super().__init__()
+        self.memory = Remembering()
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = self.net[3:](self.memory(self.net[:3](inputs), inputs))
+        return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
+def test_buffers_are_written_in_the_order_of_microbatches_on_several_gpus():
+    strategy = joint(2, "300KiB", mode="dp")
+    ours = fit(strategy, Remembers)
+    assert strategy.statistics().joint_forwards > 0
+    assert torch.equal(ours.memory.mean, fit(make=Remembers).memory.mean)
+
+
+def test_evaluation_steps_that_share_a_pass_call_layers_alone():
+    found = []
+    for strategy in ("auto", joint(evaluation_batches=4)):
+        torch.manual_seed(0)
+        fitted = trainer(strategy)
+        found.append(fitted.validate(Chain(), loader(8), verbose=False))
+    assert found[0] == found[1]
     assert strategy.statistics().joint_forwards == 0
 
 
@@ -244,19 +346,27 @@ def test_a_layer_that_begins_to_draw_random_numbers_goes_alone_from_then_on():
     assert strategy.statistics().joint_forwards > 0
 
 
-def test_an_error_in_a_joint_call_names_the_layer():
-    class Failing(Chain):
-        def __init__(self):
-            super().__init__()
-            self.net[2].register_forward_pre_hook(self.look)
+class Failing(Chain):
+    """One of its blocks refuses so many samples, or more."""
 
-        def look(self, module, args):
-            if len(args[0]) > 2 and self.global_step == 2:
-                raise ValueError("too many")
+    def __init__(self, least):
+        super().__init__()
+        self.least = least
+        self.net[2].register_forward_pre_hook(self.look)
 
+    def look(self, module, args):
+        if len(args[0]) >= self.least and self.global_step == 2:
+            raise ValueError("too many")
+
+
+def test_an_error_in_a_layer_that_was_joined_names_it():
     with pytest.raises(ValueError, match="too many") as caught:
-        fit(joint(memory="250KiB"), Failing)
+        fit(joint(memory="250KiB"), lambda: Failing(2))
     assert any("net.2" in note for note in caught.value.__notes__)
+
+
+def test_a_layer_that_refuses_a_joint_call_is_called_alone():
+    assert difference(fit(joint(memory="250KiB"), lambda: Failing(3)), fit()) < 1e-4
 
 
 @pytest.mark.parametrize("size", [0, -1, 1.5, True])

@@ -3,9 +3,10 @@
 import lightning as L
 import pytest
 import torch
-from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
+from chain import WIDTH, Chain, assert_same_optimizers, harmony, loader, same_weights, trainer
 from lightning.pytorch import plugins
 from lightning.pytorch.plugins import MixedPrecision
+from torch import nn
 
 from harmony_lightning import ConfigurationError
 from harmony_lightning.strategy import precision
@@ -67,6 +68,54 @@ def test_accumulation_and_clipping(name):
         name, num_batches=6, memory="240KiB", accumulate_grad_batches=3, gradient_clip_val=0.1
     )
     assert same_weights(ours, reference)
+
+
+class InFull(Careful):
+    """Its last lines are computed in float32."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = self.net(inputs)
+        with torch.autocast("cpu", enabled=False):
+            mixed = hidden.float() @ self.head.weight.float().mT
+        return nn.functional.mse_loss(mixed.squeeze(1), targets)
+
+
+def test_backward_is_not_cast_where_forward_was_not():
+    """The last segment's is run where autocast is still on."""
+    ours, reference, *_ = train_both("bf16-mixed", InFull)
+    assert same_weights(ours, reference)
+
+
+class Noise(nn.Module):
+    """Makes numbers of the default type, which is that of the step alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(WIDTH))
+
+    def forward(self, x):
+        noise = torch.randn(x.shape, device=x.device)
+        assert noise.dtype == x.dtype
+        return x + self.scale * noise
+
+
+class Noisy(Careful):
+    def __init__(self):
+        super().__init__()
+        for block in self.net:
+            block.append(Noise())
+
+    def on_train_start(self):
+        torch.manual_seed(2)
+
+
+@pytest.mark.parametrize("name", ["64-true", "bf16-true"])
+def test_a_layer_runs_again_with_the_default_type_of_the_step(name):
+    """While the worker makes the optimizer's states, whose type depends on it, too."""
+    ours, reference, *fitted = train_both(name, Noisy, memory="240KiB" if name == "64-true" else "60KiB")
+    assert same_weights(ours, reference)
+    assert_same_optimizers(*([one.optimizers[0]] for one in fitted))
 
 
 class Overflowing(Chain):

@@ -45,6 +45,47 @@ def test_weights_that_share_a_gradient_get_it_once_each(strategy):
     assert same_weights(ours, reference)
 
 
+class Detaching(nn.Module):
+    """Takes no gradient to its second argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, y):
+        return self.linear(x) + y.detach()
+
+
+class Passed(Chain):
+    """A shift that never gets a gradient, which is not a gradient of zero: weights decay with that."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.shift = nn.Parameter(torch.ones(WIDTH))
+        self.mix = Detaching()
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = self.mix(self.net(inputs), inputs * self.shift)
+        return nn.functional.mse_loss(self.head(hidden).squeeze(1), targets)
+
+
+@pytest.mark.parametrize("microbatch_size", [2, 8])
+def test_no_gradient_is_not_a_gradient_of_zero(microbatch_size):
+    """Also where clipping by value, which wants some gradient, is given nothing but this weight."""
+    torch.manual_seed(0)
+    reference = Passed(weight_decay=0.1)
+    ours = copy.deepcopy(reference)
+    clip = {"gradient_clip_val": 1e-2, "gradient_clip_algorithm": "value"}
+    parts = 8 // microbatch_size
+    plain = trainer(limit_train_batches=2 * parts, accumulate_grad_batches=parts, **clip)
+    plain.fit(reference, loader(microbatch_size))
+    fitted = trainer(harmony(microbatch_size=microbatch_size, one_layer_per_pack=True), limit_train_batches=2, **clip)
+    fitted.fit(ours, loader(8))
+    assert ours.shift not in fitted.optimizers[0].state
+    assert same_weights(ours, reference)
+
+
 def test_exchanged_memory_of_weights_is_seen():
     """`parameter.data = ...`, as moving averages and flattening utilities do."""
 

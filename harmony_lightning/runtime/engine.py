@@ -28,6 +28,7 @@ from harmony_lightning.runtime.rest import Rest
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.step import Settle, TrainingStep
+from harmony_lightning.runtime.thread_state import Autocast
 from harmony_lightning.runtime.together import SharedPass, Together
 from harmony_lightning.runtime.trace import Trace
 from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
@@ -202,6 +203,7 @@ class Engine:
         factor: float = 1.0,
         *,
         is_cut: bool = True,
+        outside: Autocast | None = None,
     ) -> list[Any]:
         """Run every function as a microbatch, to its end, with the backward of its last segment.
 
@@ -213,6 +215,7 @@ class Engine:
             shares: what each microbatch's loss counts in the minibatch's.
             settle: takes a result apart.
             factor: the gradient of the minibatch's loss that `backward` is expected to be given.
+            outside: what is in force where `backward` will be called; None if it is the same here.
 
         Returns:
             The results; losses in them are detached.
@@ -227,6 +230,7 @@ class Engine:
         # Weights at rest may have been written by anybody, others only by their updates.
         self.state.weights.forget_casts(None if self.rest.has_settled else self.rest.updated)
         self.state.is_learning = not self.trace.is_complete
+        self.state.outside = outside
         streams: list[Stream | None] = [None]
         step_seed, self._interrupted_seed = self._interrupted_seed, None
         if len(functions) > 1:
@@ -235,7 +239,7 @@ class Engine:
             streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
         own = ProcessStreams(self.cluster.devices)
         microbatches = self._microbatches = [
-            Microbatch(self.state, m, function, stream, is_cut=is_cut)
+            Microbatch(self.state, m, function, stream, is_cut=is_cut, may_join=is_cut)
             for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
         ]
         if is_cut:

@@ -31,7 +31,7 @@ from harmony_lightning.runtime.segment import Segment
 _READS = frozenset(
     """__array__ __get__ __set__ __len__ __repr__ __format__ __bool__ __int__ __float__ __index__ __contains__ __hash__
     __deepcopy__ __reduce_ex__ _set_grad_enabled data_ptr dense_dim detach dim element_size get_device
-    has_names item ndimension nelement numel numpy register_hook register_post_accumulate_grad_hook requires_grad_
+    has_names item ndimension nelement numel numpy register_post_accumulate_grad_hook requires_grad_
     retain_grad size sparse_dim storage storage_offset stride tolist untyped_storage""".split()  # noqa: SIM905
 )
 """Functions that take tensors as they are: they leave no trace in the autograd graph and compute nothing on a device."""
@@ -90,6 +90,8 @@ class Glue(TorchFunctionMode):
                     args, kwargs = _map_tensors(objects.take, args), _map_tensors(objects.take, kwargs)
             return func(*args, **kwargs)
         with torch._C.DisableTorchFunction():
+            if not segment.is_cut and torch._C._current_graph_task_id() != -1:
+                segment = segment.where((args, kwargs))
             self._notice((args, kwargs))
         if not (buffers := segment.state.buffers).is_empty:
             with torch._C.DisableTorchFunction():
@@ -112,7 +114,10 @@ class Glue(TorchFunctionMode):
             func(args[0], segment.present(args[1]).detach().to(_HOST))
             segment.state.notice_write(args[0])
             return None
-        if kind in ("read", "exchange", "derivative"):
+        if kind == "hook" and args[0].grad_fn is not None:
+            tensor, hook = (*args, *kwargs.values())
+            return func(*_originals(segment, (tensor, _where_there_is_a_gradient(hook))))
+        if kind in ("read", "exchange", "derivative", "hook"):
             result = self._read(segment, func, _originals(segment, args), kwargs)
             if kind == "derivative" and result is None and keeps_graph(func, args, kwargs):
                 with torch._C.DisableTorchFunction():
@@ -210,6 +215,8 @@ def _classify(func: Callable[..., Any]) -> str:
     name = getattr(func, "__name__", "")
     if func == torch.Tensor.data.__set__:  # type: ignore[attr-defined]
         kind = "exchange"
+    elif func == torch.Tensor.register_hook:
+        kind = "hook"
     elif func in DERIVATIVES:
         kind = "derivative"
     elif name == "__get__" and getattr(getattr(func, "__self__", None), "__name__", "") in _COMPUTED_ATTRIBUTES:
@@ -226,6 +233,16 @@ def _classify(func: Callable[..., Any]) -> str:
         kind = "compute"
     _KINDS[func] = kind
     return kind
+
+
+def _where_there_is_a_gradient(hook: Callable[..., Any]) -> Callable[[torch.Tensor | None], Any]:
+    """A hook of a tensor's that is not called where no gradient comes: a layer that does not differentiate its input gives
+    none to it, but autograd walks on all the same, as it would not if it saw the operations within."""
+
+    def called(gradient: torch.Tensor | None) -> Any:
+        return None if gradient is None else hook(gradient)
+
+    return called
 
 
 def _is_told_by_anybody(func: Callable[..., Any]) -> bool:

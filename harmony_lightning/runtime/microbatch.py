@@ -31,6 +31,7 @@ class Microbatch:
         index: within the minibatch.
         is_cut: its graph ends at pack borders and is differentiated segment by segment. False for evaluation and where
             user code differentiates by itself: then packs are brought in whenever they are called.
+        may_join: other microbatches may share its calls of layers. Evaluation's may not: it equals one device to the bit.
         segments: those whose backward has not run, oldest first.
         waits_for: the pack that it is about to enter, while it is parked.
         awaits_turn: it is parked until all microbatches before it have ended.
@@ -38,11 +39,19 @@ class Microbatch:
     """
 
     def __init__(
-        self, state: RuntimeState, index: int, function: Callable[[], Any], stream: Stream | None, *, is_cut: bool
+        self,
+        state: RuntimeState,
+        index: int,
+        function: Callable[[], Any],
+        stream: Stream | None,
+        *,
+        is_cut: bool,
+        may_join: bool = False,
     ) -> None:
         self._state = state
         self.index = index
         self.is_cut = is_cut
+        self.may_join = may_join
         self.segments: list[Segment] = []
         self.waits_for: int | None = None
         self.awaits_turn = False

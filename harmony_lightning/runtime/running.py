@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.runtime.glue_backward import GlueBackward
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.thread_state import Autocast
 
 
 class InsideLayer:
@@ -79,8 +80,13 @@ def unwatched(state: RuntimeState) -> Iterator[None]:
 
 @contextmanager
 def differentiating(state: RuntimeState, device: Device, *, has_glue: bool) -> Iterator[None]:
-    """The code within is a segment's backward."""
+    """The code within is a segment's backward. That of the last one is run where the user's step still has its precision,
+    but on one device backward is behind the step: functions that autocast would cast are not cast there."""
     before, state.is_differentiating = state.is_differentiating, True
+    within = None
+    if state.outside is not None and state.outside != (autocast := Autocast.capture()):
+        within = autocast
+        state.outside.apply()
     tries_again = has_glue and not state.cluster.host_is_device
     if tries_again:
         _push_dispatch_mode(GlueBackward(device, state.memory.with_room))
@@ -89,4 +95,6 @@ def differentiating(state: RuntimeState, device: Device, *, has_glue: bool) -> I
     finally:
         if tries_again:
             _pop_dispatch_mode()
+        if within is not None:
+            within.apply()
         state.is_differentiating = before

@@ -16,6 +16,7 @@ average, a metric) is written where it lives; anything else is written as an imp
 in the rest of the microbatch.
 """
 
+import copy
 import functools
 import weakref
 from collections import defaultdict
@@ -29,7 +30,7 @@ from torch.autograd.graph import GradientEdge
 from harmony_lightning.runtime.differentiate import kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.state import RuntimeState
-from harmony_lightning.runtime.structure import clone_with_strides, nbytes_of
+from harmony_lightning.runtime.structure import clone_with_strides, nbytes_of, tensors_in
 from harmony_lightning.runtime.transfer import Arrival, bring_in
 
 _NUM_MOVED = 16
@@ -62,13 +63,16 @@ class Import(torch.autograd.Function):
     ) -> torch.Tensor:
         """`source` must be detached: autograd walks into the graph of every input, even one without gradient. `anchor`
         requires a gradient, so that the result does."""
+        ctx.set_materialize_grads(False)
         ctx.sink = sink
         return clone_with_strides(source) if is_written else source.view_as(source)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[None, ...]:  # type: ignore[override]
-        if reaches_weights(ctx):
+    def backward(ctx: Any, gradient: torch.Tensor | None) -> tuple[None, ...]:  # type: ignore[override]
+        # A layer that does not differentiate its input gives none to it, and autograd walks on. None is not zero: weights
+        # with a zero gradient are stepped.
+        if gradient is not None and reaches_weights(ctx):
             with torch._C.DisableTorchFunction():
                 ctx.sink(gradient)
         return (None,) * 4
@@ -214,6 +218,17 @@ class Segment:
             return value
         self.has_graph = True
         return apply_own(Import, self.state.anchor, value, sink, is_written)  # type: ignore[no-any-return,no-untyped-call]
+
+    def where(self, values: Any) -> "Segment":
+        """For code of the user's own amid a backward in one piece (a hook, a function's backward), which was not
+        necessarily used in this segment: the device is that of the tensors that the code works with."""
+        devices = (self.state.find_device(tensor.device) for tensor in tensors_in(values) if tensor.dim())
+        device = next((device for device in devices if device is not None), self.device)
+        if device is self.device:
+            return self
+        other = copy.copy(self)
+        other.device, other._moved = device, {}
+        return other
 
     def take(self, tensor: torch.Tensor, is_written: bool = False) -> tuple[torch.Tensor, Sink | None]:
         """The tensor as it may be used here. Where this segment's graph must not go on to the tensor's node, that is its

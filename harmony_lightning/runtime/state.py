@@ -23,7 +23,7 @@ from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.device_memory import DeviceMemory
 from harmony_lightning.runtime.measuring import Measuring
 from harmony_lightning.runtime.swapped_weights import SwappedWeights
-from harmony_lightning.runtime.thread_state import ThreadState
+from harmony_lightning.runtime.thread_state import Autocast, ThreadState
 from harmony_lightning.runtime.transfer import Arrival, Departures, Landings, send
 from harmony_lightning.runtime.updates.gradients import GradientStore
 from harmony_lightning.runtime.weights.buffers import BufferStore
@@ -49,6 +49,7 @@ class RuntimeState:
         glue: device copies of weights that user code uses outside of layers.
         is_recomputing: a layer is being run again for its backward.
         is_differentiating: a segment's backward runs.
+        outside: autocast as it is around the step, where on one device backward runs; None if it is no other within.
         is_holding: gradients that a backward leaves behind wait for the minibatch's others.
         slot_nbytes: of the largest pack's weights.
         objects: what the running layer has been given within objects.
@@ -104,6 +105,7 @@ class RuntimeState:
         self.depth = 0
         self.is_recomputing = False
         self.is_differentiating = False
+        self.outside: Autocast | None = None
         self.is_holding = False
         self.objects: Any = None
         self.uses = uses
@@ -185,10 +187,13 @@ class RuntimeState:
     def before_write(self, tensor: torch.Tensor) -> None:
         """User code is about to write a tensor: copies of a master to the devices must have been read by then."""
         if self.is_master(tensor):
-            self.weights.finish_enqueuing()
-            for device in self.cluster.devices:
-                device.record(Lane.SWAP_IN).synchronize()
+            self._await_swap_ins()
             self.glue.before_write(tensor.data_ptr())
+
+    def _await_swap_ins(self) -> None:
+        self.weights.finish_enqueuing()
+        for device in self.cluster.devices:
+            device.record(Lane.SWAP_IN).synchronize()
 
     def is_master(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of masters."""
@@ -238,7 +243,8 @@ class RuntimeState:
                 self.gradients.hold()
             else:
                 self.gradients.finish(lambda names: None)
-            self.masters_written()  # most likely an update follows
+                self._await_swap_ins()
+                self.masters_written()  # most likely an update follows
         self._worker.drain()
 
     def wait(self) -> None:

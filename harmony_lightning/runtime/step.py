@@ -10,7 +10,6 @@ Which pack comes next is read off the microbatches themselves: the foremost pack
 skipped layers and other orders than the plan's need no special case, only more swapping.
 """
 
-import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from typing import Any
 import torch
 from torch.autograd.graph import get_gradient_edge
 
-from harmony_lightning.runtime.layer.joint import Joint
+from harmony_lightning.runtime.layer.joint import Joint, Waiting
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
 from harmony_lightning.runtime.running import unwatched
@@ -126,16 +125,20 @@ class TrainingStep:
             state.gradients.finish(on_complete)
 
     def _groups(self, pack: int, visitors: Sequence[Microbatch]) -> Iterable[Group]:
-        """Those that go through a pack together, each group on one device."""
+        """Those that go through a pack together, as many as may be on each device. They stay in their order over all
+        devices, as layers write buffers in it."""
         plan = self._state.plan
         size = self._state.memory.num_together if pack + 1 < len(plan.packs) else 1
-        groups: list[Group] = [[microbatch] for microbatch in visitors]
-        if size > 1:
-            by_device: dict[int, list[Microbatch]] = {}
-            for microbatch in visitors:
-                by_device.setdefault(microbatch.device.index, []).append(microbatch)
-            columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in by_device.values()]
-            groups = [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
+        if size == 1:
+            return [[microbatch] for microbatch in visitors]
+        groups: list[list[Microbatch]] = [[]]
+        on_device: Counter[int] = Counter()
+        for microbatch in visitors:
+            if on_device[microbatch.device.index] == size:
+                groups.append([])
+                on_device.clear()
+            on_device[microbatch.device.index] += 1
+            groups[-1].append(microbatch)
         return groups
 
     def _run_group(self, group: Group) -> None:
@@ -143,11 +146,9 @@ class TrainingStep:
         for microbatch in group:
             self._run(microbatch)
         while waiting := [(m, m.waiting) for m in group if m.waiting is not None]:
-            first = waiting[0][1]
-            together = [(m, call) for m, call in waiting if call is first or first.is_joinable_with(call)]
-            joint = Joint([call for _, call in together]) if len(together) > 1 else None
-            for microbatch, _ in together:
-                microbatch.joint = joint
+            here = [(m, call) for m, call in waiting if call.site is waiting[0][1].site]
+            _join(here)
+            for microbatch, _ in here:
                 self._run(microbatch)
 
     def _run(self, microbatch: Microbatch) -> None:
@@ -200,3 +201,15 @@ class TrainingStep:
         for microbatch in self._microbatches:
             for _, parts in microbatch.pending.values():
                 parts[:] = [Arrival(part.take() * ratio, part.device) for part in parts]
+
+
+def _join(calls: Sequence[tuple[Microbatch, Waiting]]) -> None:
+    """Let calls of a layer that can be joined share a joint one."""
+    left = list(calls)
+    while left:
+        first = left[0][1]
+        together = [(m, call) for m, call in left if call is first or first.is_joinable_with(call)]
+        left = [one for one in left if one not in together]
+        joint = Joint([call for _, call in together]) if len(together) > 1 else None
+        for microbatch, _ in together:
+            microbatch.joint = joint

@@ -6,6 +6,9 @@ may leak to the others. So at each switch the state *above* the runtime's own ba
 when the microbatch goes on.
 """
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,14 +21,19 @@ from torch.utils._python_dispatch import _push_mode as _push_dispatch_mode
 
 _hooks = torch._C._autograd
 AUTOCAST_TYPES = ("cpu", "cuda")
+DEFAULT_DTYPE = threading.RLock()
+"""Held by whoever has changed torch's default type for a while behind the forward, as that is one for all threads, and by
+updates that make states."""
 
 
 class Autocast(NamedTuple):
-    """Autocast switches of one thread, for every device type that the runtime serves. A tuple: one is made for each call of
-    a layer and each switch, in a third of a dataclass's time."""
+    """Autocast switches of one thread, for every device type that the runtime serves, and torch's default type, which
+    "true" precisions set instead. A tuple: one is made for each call of a layer and each switch, in a third of a
+    dataclass's time."""
 
     enabled: tuple[bool, ...]
     dtypes: tuple[torch.dtype, ...]
+    default_dtype: torch.dtype
     is_cached: bool
 
     @classmethod
@@ -34,6 +42,7 @@ class Autocast(NamedTuple):
         return cls(
             (torch.is_autocast_enabled(cpu), torch.is_autocast_enabled(cuda)),
             (torch.get_autocast_dtype(cpu), torch.get_autocast_dtype(cuda)),
+            torch.get_default_dtype(),
             torch.is_autocast_cache_enabled(),
         )
 
@@ -41,7 +50,20 @@ class Autocast(NamedTuple):
         for kind, enabled, dtype in zip(AUTOCAST_TYPES, self.enabled, self.dtypes, strict=True):
             torch.set_autocast_enabled(kind, enabled)
             torch.set_autocast_dtype(kind, dtype)
+        if self.default_dtype is not torch.get_default_dtype():
+            torch.set_default_dtype(self.default_dtype)
         torch.set_autocast_cache_enabled(self.is_cached)
+
+    @contextmanager
+    def in_force(self) -> Iterator[None]:
+        """Within, the thread is in this state; the process's default type does not change under an update that needs it."""
+        before = Autocast.capture()
+        with DEFAULT_DTYPE if before.default_dtype is not self.default_dtype else nullcontext():
+            self.apply()
+            try:
+                yield
+            finally:
+                before.apply()
 
 
 class ThreadState:

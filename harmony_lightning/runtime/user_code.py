@@ -135,7 +135,8 @@ class UserCode:
             plan = state.plan
             keeps = is_forward and site.name in plan.keep
             joins = (
-                is_forward
+                microbatch.may_join
+                and is_forward
                 and not keeps
                 and state.memory.num_together > 1
                 and site.pack is not None
@@ -185,8 +186,8 @@ class UserCode:
         self.stash.before_write(target)
 
     def _is_checkpointing(self) -> bool:
-        """Whether the runtime keeps no activations of the running code: it is a layer's, or glue between such."""
-        return self.state.depth > 0 or (self.microbatch is not None and self.microbatch.is_cut)
+        """Whether the running code is a layer's, of which the runtime keeps no activations, or glue between such."""
+        return self.state.depth > 0 or self.microbatch is not None
 
     def _stashing_segment(self, tensor: torch.Tensor) -> Segment | None:
         """The segment, if a tensor that it saves goes to the host. Nothing of the last pack does, as its backward is

@@ -14,6 +14,7 @@ from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.batch.minibatch import Microbatches, loss_shares, scale_without
 from harmony_lightning.runtime.batch.outputs import loss_of, map_tensors, merge_outputs, with_loss
 from harmony_lightning.runtime.derivatives import Uncuttable
+from harmony_lightning.runtime.thread_state import Autocast
 from harmony_lightning.strategy import precision
 from harmony_lightning.strategy.merged_log import Losses, direct_log, merged_log, unlogged
 from harmony_lightning.strategy.merged_profile import merged_profile
@@ -140,6 +141,7 @@ class Training(Session):
     ) -> Any:
         """The output for the minibatch, its loss detached."""
         engine, module = self._require_engine(), self.lightning_module
+        is_cut, outside = not self._is_uncuttable, Autocast.capture()
         differentiable = []
 
         def settle(result: Any) -> tuple[torch.Tensor | None, Any]:
@@ -164,7 +166,7 @@ class Training(Session):
             self._around_step("train_step_context", logging_merged, len(functions)) as merged,
             merged_profile(module.trainer.profiler),
         ):
-            outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=not self._is_uncuttable)
+            outputs = engine.forward(functions, shares, settle, self._expected_factor(), is_cut=is_cut, outside=outside)
             outputs = [map_tensors(self._to_root, output) for output in outputs]
             self._loss_scale = scale_without(shares, [loss_of(output) is None for output in outputs])
             shares = [share * self._loss_scale for share in shares]

@@ -32,6 +32,17 @@ class _Manual(Chain):
         optimizer.step()
 
 
+class _InOnePiece(Chain):
+    """Differentiates across packs by itself, and then not all that it has used."""
+
+    def training_step(self, batch, batch_idx):
+        self.step(batch).backward()
+        with torch.no_grad():
+            self.step(batch)
+        self.net[0](batch[0]).mean().backward()
+        return super().training_step(batch, batch_idx)
+
+
 class _Broken(Exception):
     pass
 
@@ -67,6 +78,7 @@ SCENARIOS = {
     "updates stay": (Chain, {"update": "device", "memory": "1MiB"}),
     "narrow pp": (Chain, {"mode": "pp"}),
     "narrow dp": (Chain, {"mode": "dp"}),
+    "narrow, in one piece": (_InOnePiece, {}),
     "narrow, in one go": (Chain, {"gradient_wire": "half"}),
     "narrow, first ones stay": (Chain, {"update": "first", "memory": "500KiB"}),
     "narrow, masters leave": (Chain, {"update": "device"}),

@@ -116,6 +116,14 @@ class _SecondRun:
 
 def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     """The layer's forward once more, from the stash, with the random, autocast and buffer state of the first time."""
+    if Autocast.capture()[:3] == call.autocast[:3]:  # the cache is off in here
+        return _run(call, hooks)
+    with call.autocast.in_force():
+        torch.set_autocast_cache_enabled(False)
+        return _run(call, hooks)
+
+
+def _run(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     site, device = call.site, call.segment.device
     state = call.segment.state
     assert call.stash is not None
@@ -125,11 +133,6 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
         (call.buffers_before[index] if index in call.buffers_before else state.buffers.fetch(place, device)).clone()
         for index, place in enumerate(site.buffer_places)
     ]
-    autocast = Autocast.capture()
-    is_as_first = autocast[:2] == call.autocast[:2]  # the cache is off in here
-    if not is_as_first:
-        call.autocast.apply()
-        torch.set_autocast_cache_enabled(False)
     present = None if call.replay is None else call.replay.begin(device)
     copied = site.mutated_inputs or frozenset()
     num_arguments = len(stash) - len(call.objects.used)
@@ -152,8 +155,6 @@ def _run_again(call: LayerCall, hooks: saved_tensors_hooks) -> _SecondRun:
     finally:
         if present is not None:
             present.begin(device)
-        if not is_as_first:
-            autocast.apply()
         if site.writes_weights:  # here, as the run ends as soon as it has saved what is wanted
             refuse_other_writes(site, call.segment, weights)
         if inner:

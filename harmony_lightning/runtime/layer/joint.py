@@ -26,6 +26,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from harmony_lightning.errors import HarmonyError
 from harmony_lightning.hardware.device import Device
 from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.runtime.layer.watching import run_layer
@@ -50,9 +51,11 @@ _RANKING = frozenset(
             "nonzero",
         ),
         *("nonzero_static", "sort", "topk", "unique_consecutive", "unique_dim", "_unique", "_unique2"),
+        *("_local_scalar_dense", "equal", "is_nonzero"),  # the layer's code looks at values, and may go another way
     )
 )
-"""Operations whose results depend on how elements compare with each other, or on how many there are of a kind."""
+"""Operations whose results depend on how elements compare with each other, or on how many there are of a kind, or which
+tell Python's code of elements."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -118,6 +121,13 @@ class Part:
     def results(self) -> list[torch.Tensor]:
         return [self.leaves[position] for position in self.positions]
 
+    def has_same_rest(self, leaves: Sequence[Any], positions: Sequence[int]) -> bool:
+        """Whether leaves with tensors at `positions` are the same beside these: a number of rows, say, is not."""
+        rest = [leaf for index, leaf in enumerate(self.leaves) if index not in self.positions]
+        return self.positions == list(positions) and rest == [
+            leaf for index, leaf in enumerate(leaves) if index not in positions
+        ]
+
 
 class Joint:
     """One call for several microbatches. The first to go on makes it."""
@@ -141,12 +151,15 @@ class Joint:
             self._parts = dict(zip(self._members, parts, strict=True)) if parts else {}
         return None if self._is_probe else self._parts.pop(member, None)
 
-    def compare(self, member: Waiting, results: Sequence[torch.Tensor]) -> None:
-        """The layer was called for the microbatch alone: does its part say the same?"""
+    def compare(
+        self, member: Waiting, results: Sequence[torch.Tensor], leaves: Sequence[Any], positions: Sequence[int]
+    ) -> None:
+        """The layer was called for the microbatch alone: does its part say the same? The tensors at `positions` of the
+        result's leaves are `results`."""
         part = (self._parts or {}).pop(member, None)
         if not self._is_probe or part is None or self._site.joins is False:
             return
-        is_same = len(part.results) == len(results) and all(map(_agree, part.results, results))
+        is_same = part.has_same_rest(leaves, positions) and all(map(_agree, part.results, results))
         if not is_same:
             self._site.joins = False
         elif not self._parts:
@@ -167,10 +180,12 @@ class Joint:
         try:
             with ranking if self._is_probe else nullcontext():
                 parts = self._run(buffers, self._tensors())
-        except OUT_OF_MEMORY:
+        except Exception as error:
             own.keep_what_was_drawn(first.device)
             own.begin(first.device)
-            raise
+            if isinstance(error, (*OUT_OF_MEMORY, HarmonyError)):
+                raise
+            return []  # what was taken for samples may be none; an error of the layer's own comes again in single calls
         own.keep_what_was_drawn(first.device)
         if not own.is_empty:
             own.begin(first.device)
@@ -226,7 +241,12 @@ class Joint:
             raise
         except Exception:  # user code that looks at its inputs
             return False
-        return bool(others) and all(map(torch.equal, parts[kept].results, others[kept].results))
+        part, other = parts[kept], others[kept] if others else None
+        return (
+            other is not None
+            and part.has_same_rest(other.leaves, other.positions)
+            and all(map(torch.equal, part.results, other.results))
+        )
 
     @torch.no_grad()
     def _take_apart(self, result: Any) -> list[Part]:

@@ -144,7 +144,7 @@ class LayerFunction(torch.autograd.Function):
             *(d for d, result in zip(detached, results, strict=True) if not result.requires_grad)
         )
         if call.joint is not None and call.waiting is not None:
-            call.joint.compare(call.waiting, detached)
+            call.joint.compare(call.waiting, detached, leaves, call.tensor_positions)
             call.joint = call.waiting = None
         for position in call.tensor_positions:
             leaves[position] = None

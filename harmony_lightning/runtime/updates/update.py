@@ -7,14 +7,16 @@ optimizer whose update is separable per parameter this is its ordinary step to t
 """
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+from harmony_lightning.runtime.thread_state import DEFAULT_DTYPE
 
 Group = dict[str, Any]
 Prepare = Callable[[Sequence[nn.Parameter]], None]
@@ -41,7 +43,7 @@ class JustInTimeUpdate:
         *,
         prepare: Prepare | None = None,
         keeps_gradients: bool = False,
-        stepped: Collection[str] = (),
+        stepped: Set[str] = frozenset(),
     ) -> None:
         """
         Args:
@@ -68,9 +70,11 @@ class JustInTimeUpdate:
         if not groups:
             return
         ours = [weight for group in groups for weight in group["params"]]
-        if self._prepare is not None:
-            self._prepare(ours)
-        step_part(self._optimizer, groups)
+        if self._prepare is not None and any(weight.grad is not None for weight in ours):
+            self._prepare(ours)  # clipping by value wants a gradient at least
+        # States may be of torch's default type, which the controller changes for a layer that runs again.
+        with nullcontext() if self.stepped >= set(names) else DEFAULT_DTYPE:
+            step_part(self._optimizer, groups)
         for weight in ours:
             self._keep(weight, weight.grad)
             weight.grad = None
