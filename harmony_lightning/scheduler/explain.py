@@ -105,9 +105,10 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
     weights = sum(map(costs.weight_bytes, moving))
     # Updates on devices send as much: new weights instead.
     gradients = sum(map(costs.gradient_bytes, moving))
-    kept = sum(costs.weight_bytes(spans[p]) for p in schedule.resident if spans[p] in moving)
+    resident = [spans[p] for p in schedule.resident if spans[p] in moving]
+    kept = sum(2 * costs.weight_bytes(span) - costs.trained_bytes(span) for span in resident)
     seconds = {
-        # Once for forward and once for backward, unless they stay in between.
+        # Once for forward and once for backward; of those that stay only what trains, for forward.
         "weights": (2 * weights - kept) / share / (1 if is_dp else devices),
         # In dp they are added up on one device, which sends them alone.
         "gradients": gradients / machine.host_share(1) if is_dp else gradients / share / devices,

@@ -148,7 +148,7 @@ def test_swapped_bytes_of_a_step(options, swap_in):
 def test_frozen_weights_come_in_but_have_no_gradients_to_bring_out():
     partly = plan(pack("a", 100, trainable=0), pack("b", 200, trainable=64))
     assert partly.swap_in_bytes(is_first=True) == 300
-    assert partly.swap_in_bytes_per_step == 200  # nobody writes a, and nobody takes its slot
+    assert partly.swap_in_bytes_per_step == 64  # nobody writes the rest, and nobody takes its slots
     assert partly.swap_out_bytes_per_step == 64
 
 
