@@ -1,5 +1,6 @@
 """Packs of which only some weights train (adapters): what is frozen and still there does not come again."""
 
+import contextlib
 import copy
 import dataclasses
 
@@ -16,13 +17,14 @@ BATCH = 8
 
 
 class Adapted(Chain):
-    """A chain of frozen blocks with adapters; its head is frozen but for the bias."""
+    """A chain of frozen blocks with adapters, but for one; its head is frozen but for the bias."""
 
-    def __init__(self, **options):
+    def __init__(self, without=None, **options):
         super().__init__(**options)
         self.requires_grad_(False)
-        for block in self.net:
-            block[0] = LowRank(block[0])
+        for index, block in enumerate(self.net):
+            if index != without:
+                block[0] = LowRank(block[0])
         self.head.bias.requires_grad_()
 
     def configure_optimizers(self):
@@ -35,14 +37,15 @@ def twins(make=Adapted, **options):
     return module, copy.deepcopy(module)
 
 
-def fit(ours, reference, num_gpus=2, memory=AMPLE, *, precision="32-true", callbacks=(), batches=NUM_STEPS, **options):
+def fit(ours, reference, num_gpus=2, memory=AMPLE, *, parts=4, precision="32-true", callback=None, **options):
     """Both beside each other, on the same microbatches; what the strategy has copied in each step."""
-    looking = Looking()
-    strategy = harmony(num_gpus, memory, one_layer_per_pack=True, layers=LAYERS, **options)
+    looking, batches = Looking(), options.pop("batches", NUM_STEPS)
+    strategy = harmony(num_gpus, memory, BATCH // parts, one_layer_per_pack=True, layers=LAYERS, **options)
+    callbacks = [[] if callback is None else [callback()] for _ in range(2)]
     steps = {"limit_train_batches": batches, **with_precision(precision)}
-    theirs = {**steps, "limit_train_batches": 4 * batches, "accumulate_grad_batches": 4}
-    trainer(strategy, callbacks=[*callbacks, looking], **steps).fit(ours, loader(BATCH))
-    trainer(callbacks=copy.deepcopy(list(callbacks)), **theirs).fit(reference, loader(2))
+    trainer(strategy, callbacks=[*callbacks[0], looking], **steps).fit(ours, loader(BATCH))
+    steps["limit_train_batches"] *= parts
+    trainer(callbacks=callbacks[1], accumulate_grad_batches=parts, **steps).fit(reference, loader(BATCH // parts))
     return looking
 
 
@@ -99,26 +102,29 @@ def test_where_devices_update_what_trains_nothing_comes(precision):
     assert swapped[1] - swapped[0] == strategy.plan.swap_in_bytes_per_step == 0
 
 
+def frozen_weight(module):
+    layer = module.net[2][0]
+    return layer.base.weight if isinstance(layer, LowRank) else layer.weight
+
+
 class Writing(L.Callback):
-    """Writes a frozen weight once, between two steps or within one."""
+    """Writes a frozen weight once, in a hook between two steps or around the optimizer's."""
 
     def __init__(self, hook, way):
-        self.way, self.calls, self.view = way, 0, None
-        setattr(self, hook, self._call)
+        self.way, self.is_done, self.view = way, False, None
+        setattr(self, hook, self.write)
 
     def on_train_start(self, trainer, module):
-        self.view = {
-            "a view from before": lambda: module.net[2][0].base.weight.view(-1),
-            "numpy": lambda: module.net[2][0].base.weight.detach().numpy(),
-        }.get(self.way, lambda: None)()
+        if self.way == "a view from before":
+            self.view = frozen_weight(module).view(-1)
+        elif self.way == "numpy":
+            self.view = frozen_weight(module).detach().numpy()
 
     @torch.no_grad()
-    def _call(self, trainer, module, *args):
-        self.calls += 1
-        weight = module.net[2][0].base.weight
-        if trainer.global_step != 2 or weight.grad_fn is not None or self.calls < 0:
+    def write(self, trainer, module, *args):
+        if trainer.global_step < 3 or self.is_done:
             return
-        self.calls = -1000
+        weight, self.is_done = frozen_weight(module), True
         if self.way == "in place":
             weight.mul_(1.5)
         elif self.way == "data":
@@ -126,9 +132,72 @@ class Writing(L.Callback):
         elif self.way == "exchange":
             weight.data = weight.data * 1.5
         elif self.way == "state dict":
-            state = module.state_dict()
-            module.load_state_dict({**state, "net.2.0.base.weight": state["net.2.0.base.weight"] * 1.5})
-        elif self.way == "a view from before":
-            self.view.mul_(1.5)
-        elif self.way == "numpy":
+            module.load_state_dict({name: value * 1.5 for name, value in module.state_dict().items()})
+        else:
             self.view *= 1.5
+
+
+@pytest.mark.parametrize("way", ["in place", "data", "exchange", "state dict", "a view from before", "numpy"])
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_after_backward", "on_before_optimizer_step"])
+@pytest.mark.parametrize("without", [None, 2], ids=["partly frozen", "all frozen"])
+def test_frozen_weights_that_somebody_writes_come_again(hook, way, without):
+    ours, reference = twins(without=without)
+    looking = fit(ours, reference, parts=1, callback=lambda: Writing(hook, way))
+    assert same_weights(ours, reference)
+    assert max(looking.each("swap_in_bytes")[3:]) >= frozen_weight(ours).nbytes
+
+
+class Averaging(L.Callback):
+    """Looks at what trains behind each step."""
+
+    @torch.no_grad()
+    def on_train_batch_end(self, trainer, module, *args):
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        self.average = {name: p.data * 0.5 for name, p in trained.items()}
+
+
+def test_whoever_looks_at_what_trains_leaves_the_rest_where_it_is():
+    ours, reference = twins()
+    looking = fit(ours, reference, callback=Averaging)
+    assert same_weights(ours, reference)
+    assert looking.each("swap_in_bytes")[2:] == [nbytes(ours, trains=True)] * (NUM_STEPS - 2)
+
+
+class Tied(Adapted):
+    """The frozen weight of one block is that of another, which borrows it."""
+
+    def __init__(self, **options):
+        super().__init__(**options)
+        self.net[5][0].base.weight = self.net[1][0].base.weight
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+def test_a_frozen_weight_of_two_packs_stays_in_both(precision):
+    ours, reference = twins(Tied)
+    looking = fit(ours, reference, precision=precision)
+    assert same_weights(ours, reference)
+    assert looking.each("swap_in_bytes")[3:] == [looking.plans[-1].swap_in_bytes_per_step] * (NUM_STEPS - 3)
+    assert looking.plans[-1].swap_in_bytes_per_step == sum(pack.trained_nbytes for pack in looking.plans[-1].packs)
+
+
+class Failing(Adapted):
+    """A microbatch of the fourth step fails; the step is left out."""
+
+    calls = 0
+
+    def training_step(self, batch, batch_idx):
+        self.calls += 1
+        if self.calls == 14:
+            raise ValueError("this one")
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_step_that_fails_leaves_weights_that_the_next_run_trains_on():
+    ours, reference = twins(Failing)
+    for module, parts in ((ours, 1), (reference, 4)):
+        for fails in (True, False):
+            strategy = harmony(2, AMPLE, one_layer_per_pack=True, layers=LAYERS) if parts == 1 else "auto"
+            run = trainer(strategy, accumulate_grad_batches=parts, limit_train_batches=5 * parts)
+            with pytest.raises(ValueError, match="this one") if fails else contextlib.nullcontext():
+                run.fit(module, loader(BATCH // parts))
+    assert same_weights(ours, reference)

@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -268,10 +268,12 @@ class Training(Session):
         engine = self._engine
         if engine is None:
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
+        may_write = self._updates.may_write_frozen(optimizer, self.lightning_module, self.precision_plugin, self._pl)
         with (
             self._in_step(),
             self._updates.stepping(optimizer, closure, engine, trainer) as closure,
             engine.cluster.activate(continues=True),  # the optimizer may write masters and read gradients itself
+            self._watching() if may_write else nullcontext(),
         ):
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
 
