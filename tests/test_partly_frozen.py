@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+from collections import Counter
 
 import lightning as L
 import pytest
@@ -11,6 +12,8 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from test_frozen import LowRank
 from test_precision import with_precision
 from test_residency import AMPLE, NUM_STEPS, Looking
+
+from harmony_lightning.runtime.weights.casts import Casts
 
 LAYERS = ["net.*", "head"]
 BATCH = 8
@@ -100,6 +103,25 @@ def test_where_devices_update_what_trains_nothing_comes(precision):
         assert same_weights(ours, reference) and strategy.statistics().updates_on_devices
         swapped.append(strategy.statistics().swap_in_bytes)
     assert swapped[1] - swapped[0] == strategy.plan.swap_in_bytes_per_step == 0
+
+
+@pytest.mark.parametrize("settles", [False, True])
+def test_frozen_weights_are_not_cast_again(settles, monkeypatch):
+    """Neither behind updates that are in flight nor behind a step after which anybody may have looked at weights."""
+    cast, original = Counter(), Casts._cast
+
+    def noting(self, pack, names):
+        cast.update(names)
+        original(self, pack, names)
+
+    monkeypatch.setattr(Casts, "_cast", noting)
+    ours, _ = twins()
+    strategy = harmony(2, AMPLE, one_layer_per_pack=True, layers=LAYERS)
+    steps = {"limit_train_batches": NUM_STEPS, **with_precision("bf16-mixed")}
+    trainer(strategy, callbacks=[Looking()] if settles else [], **steps).fit(ours, loader(BATCH))
+    trained = {name for name, p in ours.named_parameters() if p.requires_grad}
+    assert {cast[name] for name in cast.keys() - trained} == {2}  # slots have changed, which lets updates settle
+    assert min(cast[name] for name in trained) >= NUM_STEPS - 1
 
 
 def frozen_weight(module):
