@@ -229,9 +229,6 @@ class Session:
     def _in_step(self) -> AbstractContextManager[None]:
         return self._between.suspended() if self._between is not None else nullcontext()
 
-    def _watching(self) -> AbstractContextManager[None]:
-        return self._between.resumed() if self._between is not None else nullcontext()
-
     def _close_engine(self) -> None:
         if self._between is not None:
             self._between.leave()

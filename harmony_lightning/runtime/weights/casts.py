@@ -111,6 +111,7 @@ class Casts:
         return self._jobs.get(pack)
 
     @torch.no_grad()
-    def _cast(self, pack: int, names: Iterable[str]) -> None:
-        for name in names:
-            self._views[pack][name].copy_(self._parameters[name])
+    def _cast(self, pack: int, names: Collection[str]) -> None:
+        for name, view in self._views[pack].items():
+            if name in names:
+                view.copy_(self._parameters[name])

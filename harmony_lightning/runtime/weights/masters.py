@@ -80,9 +80,9 @@ class WeightStore:
     ) -> Part:
         """`sources`: names, the host memory in which these lie one behind the other, and where that begins in a slot."""
         names = tuple(name for name in layout if self.parameters[name].requires_grad is trains)
-        runs = []
+        found, runs = frozenset(names), []
         for inside, memory, offset in sources:
-            regions = [layout[name] for name in inside if name in names]
+            regions = [layout[name] for name in inside if name in found]
             if regions and regions[0].start < regions[-1].stop:
                 start, stop = regions[0].start, regions[-1].stop
                 runs.append((memory[start - offset : stop - offset], start))
@@ -90,19 +90,19 @@ class WeightStore:
             names=names,
             trains=trains,
             runs=tuple(runs),
-            borrowed=tuple(name for name in borrowed if name in names),
+            borrowed=tuple(name for name in borrowed if name in found),
             nbytes=sum(layout[name].nbytes for name in names),
         )
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of masters."""
         if not self._memory:
-            masters = (self.parameters[name] for layout in self.layouts for name in layout)
-            self._memory = {storage_key(master): master.requires_grad for master in masters}
+            parts = [part for parts in self.parts for part in parts]
+            self._memory = {storage_key(self.parameters[n]): part.trains for part in parts for n in part.names}
         return storage_key(tensor) in self._memory
 
     def expect_writes_of(self, tensors: Sequence[torch.Tensor]) -> None:
-        """The same as `expect_writes` where these lie in the memory of masters."""
+        """Somebody may write these, which lie in the memory of masters."""
         self.expect_writes(trained_only=all(self._memory[storage_key(tensor)] for tensor in tensors))
 
     def move_in(self, pack: int) -> None:
