@@ -1,5 +1,7 @@
 """A model whose layers take a GPU long enough that what a schedule gets right or wrong shows: for fake data only."""
 
+from dataclasses import replace
+
 import lightning as L
 import torch
 from chain import trainer
@@ -73,7 +75,7 @@ def train(make, schedule, layers, gpu="3090", host="server", num_steps=5, memory
     cluster = cluster_of(schedule.num_devices, gpu, host, memory)
     if schedule.updated_there:
         layers = layers.with_states({weight.name: (weight.nbytes, weight.nbytes, 4) for weight in layers.weights})
-    plan = plan_of(schedule, layers, cluster.devices[0].memory_bytes)
+    plan = replace(plan_of(schedule, layers, cluster.devices[0].memory_bytes), resident=schedule.resident)
     module = on_meta(make).to_empty(device="cpu")
     strategy = HarmonyStrategy(microbatch_size=plan.microbatch_size, cluster=cluster, plan=plan)
     data = TensorDataset(*batch_of(schedule.minibatch * num_steps))

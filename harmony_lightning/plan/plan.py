@@ -12,7 +12,7 @@ from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
-from harmony_lightning.plan.slots import swap_ins
+from harmony_lightning.plan.slots import SwapIns, swap_ins
 from harmony_lightning.record import Record
 
 ALIGNMENT = 64
@@ -212,21 +212,21 @@ class Plan(Record):
 
     def swap_in_bytes(self, *, is_first: bool) -> int:
         """Bytes of weights in the first step, or in those behind it."""
-        steps = map(self._swap_ins, range(self.num_devices))
-        brought = [index for first, later in steps for index in (first if is_first else later)]
-        total = sum(self.packs[i].nbytes - self.weights_stay(i) * self.packs[i].trained_nbytes for i in brought)
-        if is_first:
-            return total
-        found = {i for i in brought if self.is_left(i)}  # by forward, not by backward
+        total, found = 0, set[int]()
+        for first, later in map(self._swap_ins, range(self.num_devices)):
+            brought = first if is_first else later
+            frozen = sum(self.packs[i].nbytes - self.packs[i].trained_nbytes for i in brought.whole)
+            trained = [i for i in (*brought.whole, *brought.trained) if not self.weights_stay(i)]
+            total += frozen + sum(self.packs[i].trained_nbytes for i in trained)
+            found.update(i for i in trained if self.is_left(i) and not is_first)  # by forward, not by backward
         return total - sum(self.packs[i].trained_nbytes for i in found)
 
-    def _swap_ins(self, device: int) -> tuple[list[int], list[int]]:
-        """Packs that a device brings in: in the first step, and in each one behind it."""
+    def _swap_ins(self, device: int) -> tuple[SwapIns, SwapIns]:
+        """What a device brings in: in the first step, and in each one behind it."""
         packs = [index for index in self.packs_on(device) if device in self.visitors(index)]
         visits = [*packs, *(index for index in reversed(packs) if self.has_backward(index))]
         offsets = self.slot_offsets(device).items()
-        places = {index: (offset, offset + self.packs[index].slot_nbytes) for index, offset in offsets}
-        return swap_ins(visits, places, [index for index in packs if not self.packs[index].trainable_nbytes])
+        return swap_ins(visits, {index: (offset, offset + self.packs[index].slot_nbytes) for index, offset in offsets})
 
     @property
     def swap_out_bytes_per_step(self) -> int:

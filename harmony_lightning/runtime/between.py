@@ -52,6 +52,18 @@ class Between(TorchFunctionMode):
         finally:
             self.enter()
 
+    @contextmanager
+    def resumed(self) -> Iterator[None]:
+        """Within `suspended`: in force again, for user code that is called there."""
+        if self._is_entered:
+            yield
+            return
+        self.enter()
+        try:
+            yield
+        finally:
+            self.leave()
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:

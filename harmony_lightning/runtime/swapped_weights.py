@@ -173,9 +173,9 @@ class SwappedWeights:
         store = self._store
         if store is None or not (store.is_copied or leaks):
             return
-        if any(isinstance(leaf, torch.Tensor) and store.holds(leaf) for leaf in arguments):
+        if seen := [leaf for leaf in arguments if isinstance(leaf, torch.Tensor) and store.holds(leaf)]:
             store.has_leaked |= leaks
-            store.expect_writes()
+            store.expect_writes_of(seen)
 
     @property
     def has_leaked(self) -> bool:

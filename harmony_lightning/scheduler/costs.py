@@ -133,6 +133,11 @@ class Costs:
         """Of the weights that train."""
         return self.gradient_prefix[span[1] + 1] - self.gradient_prefix[span[0]]
 
+    def trained_bytes(self, span: Span) -> float:
+        """The same as they travel: what is narrow trains first, as far as costs can tell."""
+        gradients = self.gradient_bytes(span)
+        return gradients - min(gradients, self.narrow_bytes(span)) / 2
+
     def largest_weight_bytes(self, layer: int) -> float:
         """Of those of a layer that train; the whole layer where they were not told apart."""
         found = self.profile.kind(layer).largest_weight_bytes

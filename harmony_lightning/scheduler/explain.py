@@ -101,14 +101,19 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
     machine, devices = costs.machine, schedule.num_devices
     share, is_dp = machine.host_share(devices), schedule.mode == "dp"
     spans = schedule.packs_backward
-    moving = [span for p, span in enumerate(spans) if is_dp or p not in schedule.updates_stay]
-    weights = sum(map(costs.weight_bytes, moving))
+    moving = [p for p in range(len(spans)) if is_dp or p not in schedule.updates_stay]
+
+    def entering(p: int) -> float:
+        """Once for forward and once for backward; of what stays only what trains, for forward."""
+        whole, trained = costs.weight_bytes(spans[p]), costs.trained_bytes(spans[p])
+        if p not in moving:  # what trains is there
+            whole, trained = whole - trained, 0.0
+        return trained if p in schedule.resident else 2 * whole
+
     # Updates on devices send as much: new weights instead.
-    gradients = sum(map(costs.gradient_bytes, moving))
-    kept = sum(costs.weight_bytes(spans[p]) for p in schedule.resident if spans[p] in moving)
+    gradients = sum(costs.gradient_bytes(spans[p]) for p in moving)
     seconds = {
-        # Once for forward and once for backward, unless they stay in between.
-        "weights": (2 * weights - kept) / share / (1 if is_dp else devices),
+        "weights": sum(map(entering, range(len(spans)))) / share / (1 if is_dp else devices),
         # In dp they are added up on one device, which sends them alone.
         "gradients": gradients / machine.host_share(1) if is_dp else gradients / share / devices,
         # The runtime has one worker, the rules of schedules one for each device.

@@ -39,17 +39,23 @@ def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | 
         return "gradients are clipped by their common norm"
     if getattr(precision_plugin, "scaler", None) is not None:
         return "the gradient scaler looks for infinities in all gradients"
+    hook = hook_around_step(module, precision_plugin, pl)
+    return None if hook is None else f"{hook} sees gradients"
+
+
+def hook_around_step(module: Any, precision_plugin: Any, pl: Any) -> str | None:
+    """The first hook that runs between backward and step and is not Lightning's own; None if there is none."""
     for hook in _BETWEEN_BACKWARD_AND_STEP:
         if _is_overridden(module, hook, pl.LightningModule):
-            return f"{type(module).__name__}.{hook} sees gradients"
-    for callback in trainer.callbacks:
+            return f"{type(module).__name__}.{hook}"
+    for callback in module.trainer.callbacks:
         for hook in _CALLBACKS_BETWEEN:
             if _is_overridden(callback, hook, pl.Callback):
-                return f"{type(callback).__name__}.{hook} sees gradients"
+                return f"{type(callback).__name__}.{hook}"
     if not _is_of_package(type(precision_plugin), pl):
         for hook in _PRECISION_BETWEEN:
             if getattr(type(precision_plugin), hook, None) is not getattr(pl.plugins.Precision, hook, None):
-                return f"{type(precision_plugin).__name__}.{hook} sees gradients"
+                return f"{type(precision_plugin).__name__}.{hook}"
     return None
 
 

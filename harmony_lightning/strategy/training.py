@@ -3,7 +3,7 @@
 import functools
 import logging
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -274,8 +274,17 @@ class Training(Session):
             self._in_step(),
             self._updates.stepping(optimizer, closure, engine, trainer) as closure,
             engine.cluster.activate(continues=True),  # the optimizer may write masters and read gradients itself
+            self._watching(optimizer),
         ):
             return super().optimizer_step(optimizer, closure, model, **kwargs)  # type: ignore[misc]
+
+    def _watching(self, optimizer: Optimizer) -> AbstractContextManager[None]:
+        """Around the optimizer's step: what hooks there write is noticed as between steps, where frozen weights are some of
+        it, which would not come again."""
+        module, plugin = self.lightning_module, self.precision_plugin
+        if self._between is None or not self._updates.may_write_frozen(optimizer, module, plugin, self._pl):
+            return nullcontext()
+        return self._between.resumed()
 
 
 def _call_step(step: Callable[..., Any], *args: Any) -> Any:

@@ -148,7 +148,7 @@ def test_swapped_bytes_of_a_step(options, swap_in):
 def test_frozen_weights_come_in_but_have_no_gradients_to_bring_out():
     partly = plan(pack("a", 100, trainable=0), pack("b", 200, trainable=64))
     assert partly.swap_in_bytes(is_first=True) == 300
-    assert partly.swap_in_bytes_per_step == 200  # nobody writes a, and nobody takes its slot
+    assert partly.swap_in_bytes_per_step == 64  # nobody writes the rest, and nobody takes its slots
     assert partly.swap_out_bytes_per_step == 64
 
 
@@ -163,6 +163,19 @@ def test_frozen_packs_stay_as_long_as_nobody_takes_their_slots():
     assert frozen("c", prefetch=0) == (500, 500)
     assert frozen("c", resident=(3,)) == (400, 200)  # b is found by the next step, d always
     assert frozen("a", resident=(1, 2, 3)) == (400, 100)
+
+
+def test_of_packs_that_are_still_there_only_what_trains_comes_again():
+    def partly(**options):
+        made = plan(*(pack(name, 100, trainable=30) for name in "abcd"), num_devices=1, **options)
+        return made.swap_in_bytes(is_first=True), made.swap_in_bytes_per_step
+
+    assert partly(resident=(0, 1, 2, 3)) == (400, 120)
+    assert partly(resident=(1, 2, 3)) == (400, 120)  # nobody takes the slot of a either
+    assert partly(prefetch=0) == (700, 630)  # backward ends with a, which is found there
+    assert partly(prefetch=0, resident=(2,)) == (600, 100 + 130 + 100 + 200 - 70)
+    there = [dataclasses.replace(updated_there(name, 100, 8), trainable_nbytes=30) for name in "abcd"]
+    assert plan(*there, num_devices=1, updates_stay=(0, 1, 2, 3), prefetch=0).swap_in_bytes_per_step == 6 * 70
 
 
 def test_slots_are_aligned_and_with_prefetch_two_packs_are_there_at_once():

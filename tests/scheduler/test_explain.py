@@ -82,5 +82,11 @@ def test_the_parts_of_a_settled_step_are_as_long_as_the_step(update, resident):
     assert needs["weights"] == pytest.approx((1 if resident else 2) * 600 / 200 / 12)
     moved = replace(schedule, updated_there=(0, 1, 2), updates_stay=(0, 1, 2))
     assert set(samples_to_hide(slow, moved, Rules.RUNTIME).values()) == {0}
+    partly = [replace(one, gradient_bytes=one.weight_bytes // 4) for one in slow.profile.layer_kinds]
+    partly = Costs(replace(slow.profile, layer_kinds=tuple(partly)), slow.machine)
+    told = [samples_to_hide(partly, one, Rules.RUNTIME)["weights"] for one in (schedule, moved)]
+    assert told == pytest.approx(
+        [needs["weights"] / 4, 0] if resident else [needs["weights"], needs["weights"] * 3 / 4]
+    )
     assert describe(moved).endswith(", all updated on GPUs")
     assert describe(replace(moved, updates_stay=(0,))).endswith(", all updated on GPUs, states of 2 come and go")

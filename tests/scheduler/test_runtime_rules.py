@@ -6,6 +6,7 @@ from dataclasses import replace
 from unittest import mock
 
 import pytest
+import torch
 import wide
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
@@ -66,6 +67,38 @@ def test_it_takes_what_the_runtime_takes(num_gpus, gpu, host, packs, options):
     seconds, peak = train(GROWING, schedule, layers, gpu, host)
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
     assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
+
+
+class Norms(Wide):
+    """Of its blocks only the smallest weights train."""
+
+    def __init__(self):
+        super().__init__(hidden=(1, 2, 1, 3))
+        self.requires_grad_(False)
+        for block in self.blocks:
+            block.norm.requires_grad_()
+        self.head.requires_grad_()
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW([p for p in self.parameters() if p.requires_grad], fused=True)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "packs", "options", "abilities"),
+    [
+        (1, (3, 2, 2), {}, {}),
+        (1, (3, 2, 2), {}, {"resident": (0, 1, 2)}),
+        (4, (2, 1, 1, 2, 1), {"mode": "dp"}, {"resident": (1, 3)}),
+        (2, (2, 2, 2, 1), {}, {"resident": (1, 2, 3), "dealt": (3,)}),
+        (1, (3, 2, 2), {}, {"updated_there": (0, 1, 2)}),
+        (2, (2, 1, 1, 1, 1, 1), {}, {"updated_there": (0, 1, 4), "updates_stay": (0, 1, 4), "resident": (0,)}),
+    ],
+)
+def test_frozen_weights_that_are_still_there_do_not_come_again(num_gpus, packs, options, abilities):
+    costs, layers = costs_of(Norms, num_gpus, "1080ti")
+    schedule = replace(schedule_of(costs, packs, **options), **abilities)
+    seconds, _ = train(Norms, schedule, layers, "1080ti")
+    assert runtime_bound(schedule, costs) <= fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.02)
 
 
 @st.composite

@@ -30,6 +30,10 @@ class Region:
     shape: torch.Size
     stride: tuple[int, ...]
 
+    @property
+    def nbytes(self) -> int:
+        return self.stop - self.start
+
     def view(self, arena: torch.Tensor) -> torch.Tensor:
         """The tensor within `arena` (uint8, flat)."""
         return arena[self.start : self.stop].view(self.dtype).as_strided(self.shape, self.stride)
@@ -62,6 +66,11 @@ def lay_out(
         layout[name] = Region(start, start + nbytes, dtype, tensor.shape, stride)
         start += aligned(nbytes)
     return layout
+
+
+def trained_first(parameters: Mapping[str, torch.Tensor], names: Iterable[str]) -> list[str]:
+    """Laid out so, those that train lie together, and can travel without the frozen ones."""
+    return sorted(names, key=lambda name: not parameters[name].requires_grad)
 
 
 def narrow_types(plan: Plan, names: Iterable[str]) -> dict[str, torch.dtype]:

@@ -1,6 +1,7 @@
 """The masters: weights on the host, one arena per pack, and how device copies of them grow old."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -15,8 +16,23 @@ from harmony_lightning.runtime.weights.arena import (
     layout_nbytes,
     narrow_types,
     return_freed_memory,
+    trained_first,
 )
 from harmony_lightning.runtime.weights.casts import Casts
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Part:
+    """What of a pack is written at one time, and so grows old at one time: the weights that train, or the frozen ones."""
+
+    names: tuple[str, ...]
+    trains: bool
+    runs: tuple[tuple[torch.Tensor, int], ...]
+    """Pieces of host memory that travel as they are, and where each begins in a slot, bytes."""
+    borrowed: tuple[str, ...]
+    """Weights that lie in the arenas of other packs, and travel one by one."""
+    nbytes: int
+    """Of the weights as they travel."""
 
 
 class WeightStore:
@@ -27,36 +43,67 @@ class WeightStore:
         self.arenas: list[HostArena] = []
         self.layouts: list[Layout] = []
         """By pack, of a slot on a device."""
-        self.wide_nbytes: list[int] = []
-        """By pack: so much of the beginning of its arena travels as it is."""
+        self.parts: list[tuple[Part, ...]] = []
+        """By pack, at least one."""
         self.narrow = Casts(parameters, plan, cluster)
-        self.borrowed: list[tuple[str, ...]] = []
-        self.generations = [0] * len(plan.packs)
-        """By pack: how often its masters were written, or are going to be; copies of an earlier generation are no good."""
         self.is_copied = False
-        """Whether copies were asked for since then."""
+        """Whether copies were asked for since all masters may have been written."""
         self.has_leaked = False
         """Whether somebody may write masters without torch."""
-        self._memory: set[int] = set()
-        self._trains = [any(parameters[name].requires_grad for name in pack.parameters) for pack in plan.packs]
+        self._memory: dict[int, bool] = {}
+        """By piece of memory in which masters lie, whether it is one that trains."""
+        self._num_writes = self._num_updates = 0
+        """How often masters were written, or are going to be: any of them, and those that train."""
         owned: set[str] = set()
-        for pack in plan.packs:
+        for index, pack in enumerate(plan.packs):
             wide = [name for name in pack.parameters if name not in owned and name not in pack.narrow]
-            names = [*wide, *(name for name in pack.narrow if name not in owned)]
-            self.borrowed.append(tuple(n for n in pack.parameters if n in owned and n not in pack.narrow))
-            owned.update(names)
-            self.arenas.append(HostArena(parameters, names, cluster))
-            self.wide_nbytes.append(layout_nbytes(lay_out(parameters, wide)))
-            # Own weights first, then the narrow ones, in the order of the host's arenas: each part arrives in one copy.
-            types = narrow_types(plan, pack.narrow)
-            self.layouts.append(lay_out(parameters, (*wide, *pack.narrow, *self.borrowed[-1]), types))
+            wide, narrow = trained_first(parameters, wide), trained_first(parameters, pack.narrow)
+            borrowed = [n for n in pack.parameters if n in owned and n not in pack.narrow]
+            self.arenas.append(HostArena(parameters, [*wide, *(n for n in narrow if n not in owned)], cluster))
+            # Own weights first, then the narrow ones, in the order of the host's arenas: each part arrives in two copies.
+            layout = lay_out(parameters, (*wide, *narrow, *borrowed), narrow_types(plan, pack.narrow))
+            self.layouts.append(layout)
+            owned.update(wide, narrow)
+            wide_nbytes = layout_nbytes(lay_out(parameters, wide))
+            sources = (wide, self.arenas[-1].bytes, 0), (narrow, self.narrow.arenas[index], wide_nbytes)
+            parts = (self._part(layout, sources, borrowed, trains=trains) for trains in (True, False))
+            self.parts.append(tuple(part for part in parts if part.names or not (part.trains or pack.parameters)))
             return_freed_memory()  # pack by pack: else the host would hold the weights twice for a moment
+
+    def _part(
+        self,
+        layout: Layout,
+        sources: Sequence[tuple[Sequence[str], torch.Tensor, int]],
+        borrowed: Sequence[str],
+        *,
+        trains: bool,
+    ) -> Part:
+        """`sources`: names, the host memory in which these lie one behind the other, and where that begins in a slot."""
+        names = tuple(name for name in layout if self.parameters[name].requires_grad is trains)
+        found, runs = frozenset(names), []
+        for inside, memory, offset in sources:
+            regions = [layout[name] for name in inside if name in found]
+            if regions and regions[0].start < regions[-1].stop:
+                start, stop = regions[0].start, regions[-1].stop
+                runs.append((memory[start - offset : stop - offset], start))
+        return Part(
+            names=names,
+            trains=trains,
+            runs=tuple(runs),
+            borrowed=tuple(name for name in borrowed if name in found),
+            nbytes=sum(layout[name].nbytes for name in names),
+        )
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of masters."""
         if not self._memory:
-            self._memory = {storage_key(self.parameters[name]) for layout in self.layouts for name in layout}
+            parts = [part for parts in self.parts for part in parts]
+            self._memory = {storage_key(self.parameters[n]): part.trains for part in parts for n in part.names}
         return storage_key(tensor) in self._memory
+
+    def expect_writes_of(self, tensors: Sequence[torch.Tensor]) -> None:
+        """Somebody may write these, which lie in the memory of masters."""
+        self.expect_writes(trained_only=all(self._memory[storage_key(tensor)] for tensor in tensors))
 
     def move_in(self, pack: int) -> None:
         """Take in weights that user code has given other memory."""
@@ -66,9 +113,13 @@ class WeightStore:
     def expect_writes(self, *, trained_only: bool = False) -> None:
         """Somebody writes masters, or is going to: copies that were asked for until now are no good afterwards."""
         self.is_copied &= trained_only
-        for pack, trains in enumerate(self._trains):
-            self.generations[pack] += trains or not trained_only
+        self._num_updates += 1
+        self._num_writes += not trained_only
 
-    def versions(self, pack: int) -> int:
-        """Grows whenever torch sees a master written, by whomever."""
-        return sum(self.parameters[name]._version for name in self.layouts[pack])
+    def generation(self, part: Part) -> int:
+        """Grows whenever masters of the part are written, or are going to be: copies of an earlier one are no good."""
+        return self._num_updates if part.trains else self._num_writes
+
+    def version(self, part: Part) -> int:
+        """Grows whenever torch sees a master of the part written, by whomever."""
+        return sum(self.parameters[name]._version for name in part.names)

@@ -4,13 +4,14 @@ Each device has one slot for each pack. Those of resident packs have memory of t
 offsets by which packs that are there at the same time do not overlap (`Plan.slot_offsets`). Swap-in copies a pack's arena
 into its slot on the SWAP_IN lane; compute waits for that copy, and the copy waits for the compute that used what lies in
 its place. Weights are never copied back: the host's are the masters, and only gradients leave (`gradients`). What a
-released slot holds stays good until the masters are written or a pack comes whose slot overlaps with it.
+released slot holds stays good until a pack comes whose slot overlaps with it, or the masters are written: of one that is
+partly frozen what trains comes again then, and nothing else.
 
 User code that asks for packs in another order than the plan's gets them at another place where there is room, or in the
 place of packs that are in use, which have to come back then: `Counters.out_of_turn`.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 
@@ -19,7 +20,7 @@ from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.weights.arena import Region
-from harmony_lightning.runtime.weights.masters import WeightStore
+from harmony_lightning.runtime.weights.masters import Part, WeightStore
 from harmony_lightning.runtime.weights.weight_slot import Weights, WeightSlot
 from harmony_lightning.runtime.worker import HostWorker, Ticket
 
@@ -86,7 +87,7 @@ class DeviceWeights:
     def prefetch(self, pack: int) -> None:
         """Start to bring `pack` in if there is room."""
         self._allocate()
-        if self._find(pack) is not None or self._vacant(pack) is not None:
+        if self._find(pack)[0] is not None or self._vacant(pack) is not None:
             self._load(pack)
 
     def _finish_loading(self, slot: WeightSlot) -> None:
@@ -130,7 +131,7 @@ class DeviceWeights:
         last = sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         stop = start + (last + 1) * size if tensor.numel() else start
         for slot in self._slots:
-            is_there = slot.generation >= 0 and storage_key(slot.memory) == key
+            is_there = slot.generations and storage_key(slot.memory) == key
             if is_there and slot.start <= start and stop <= slot.stop:
                 region = Region(start - slot.start, stop - slot.start, tensor.dtype, tensor.shape, tensor.stride())
                 return slot.pack, region
@@ -170,17 +171,30 @@ class DeviceWeights:
         self._is_allocated = False
         self._plan = plan
 
-    def _find(self, pack: int) -> WeightSlot | None:
-        """The slot with good weights of `pack`."""
-        for slot in self._slots:
-            if slot.pack == pack and slot.generation == self._store.generations[pack]:
-                if slot.loading is not None:
-                    if not slot.is_free:
-                        return slot
-                    slot.loading.wait()  # it was not used the last time
-                is_good = slot.versions == (self._store.versions(pack), slot.bytes._version)
-                return slot if is_good and not self._store.arenas[pack].is_out_of_date() else None
-        return None
+    def _find(self, pack: int) -> tuple[WeightSlot | None, Sequence[Part]]:
+        """The slot with good weights of `pack`, if there is one, and the parts of the pack that have to come."""
+        parts = self._store.parts[pack]
+        if not self._store.arenas[pack].is_out_of_date():
+            for slot in self._slots:
+                if slot.pack == pack and slot.generations:
+                    stale = self._stale(slot)
+                    if len(stale) < len(parts):
+                        return slot, stale
+        return None, parts
+
+    def _stale(self, slot: WeightSlot) -> Sequence[Part]:
+        """Parts of which the slot has no good copies."""
+        store, parts = self._store, self._store.parts[slot.pack]
+        written = [part for part in parts if slot.generations.get(part) != store.generation(part)]
+        if len(written) == len(parts):
+            return parts
+        if slot.loading is not None:
+            if not (slot.is_free or written):
+                return ()
+            slot.loading.wait()  # it was not used the last time, or something has been written since
+        if slot.version != slot.bytes._version:
+            return parts
+        return [part for part in parts if part in written or slot.versions.get(part) != store.version(part)]
 
     def _vacant(self, pack: int) -> WeightSlot | None:
         """A slot that the pack may have without taking the memory of one that is needed: its own, else anywhere."""
@@ -201,11 +215,12 @@ class DeviceWeights:
     @torch.inference_mode(False)
     @torch.no_grad()
     def _load(self, pack: int) -> WeightSlot:
-        if (found := self._find(pack)) is not None:
-            found.is_free = False
-            return found
+        slot, parts = self._find(pack)
+        if slot is not None and not parts:
+            slot.is_free = False
+            return slot
         self._allocate()
-        slot = self._vacant(pack)
+        slot = slot or self._vacant(pack)
         if slot is None:  # user code asked for a pack out of turn
             self._counters.out_of_turn += 1
             slot = next((slot for slot in self._slots if slot.pack == pack), None) or self._add_own(pack)
@@ -215,10 +230,12 @@ class DeviceWeights:
             if one.released is not None:  # the lane waits for it once: what it copies later comes behind that, too
                 after.append(one.released)
                 one.released = None
-            one.generation = -1
+            if one is not slot:
+                one.generations.clear()
             if one is self._last:
                 self._last = None
-        slot.is_free, slot.generation = False, self._store.generations[pack]
+        slot.is_free = False
+        slot.generations.update((part, self._store.generation(part)) for part in parts)
         layout = self._store.layouts[pack]
         if self._store.arenas[pack].is_out_of_date():
             self._await_updates(layout)
@@ -229,11 +246,14 @@ class DeviceWeights:
         self._store.is_copied = True
         if not slot.weights:
             slot.weights.update((name, region.view(slot.bytes).detach()) for name, region in layout.items())
-        newer, made = self.find_newer(pack) or ({}, None)
-        self._counters.swap_in_bytes += self._plan.packs[pack].nbytes - sum(slot.weights[name].nbytes for name in newer)
-        cast = None if newer else self._store.narrow.prepare(pack, self._worker, self._await_updates)
+        newer, made = (any(part.trains for part in parts) and self.find_newer(pack)) or ({}, None)
+        self._counters.swap_in_bytes += sum(part.nbytes for part in parts) - sum(layout[n].nbytes for n in newer)
+        flat = [name for part in parts if not (part.trains and newer) for name in part.names]
+        cast = self._store.narrow.prepare(pack, flat, self._worker, self._await_updates) if flat else None
         after += [] if made is None else [made]
-        slot.loading = self._loads[pack] = self._worker.submit(lambda: self._swap_in(slot, pack, after, newer, cast))
+        slot.loading = self._loads[pack] = self._worker.submit(
+            lambda: self._swap_in(slot, pack, parts, after, newer, cast)
+        )
         return slot
 
     @torch.inference_mode(False)
@@ -242,27 +262,28 @@ class DeviceWeights:
         self,
         slot: WeightSlot,
         pack: int,
+        parts: Iterable[Part],
         after: Iterable[Event],
         newer: Mapping[str, torch.Tensor],
         cast: Ticket | None,
     ) -> None:
         """On the worker."""
-        arena, layout = self._store.arenas[pack], self._store.layouts[pack]
-        narrow, wide_nbytes = self._store.narrow.arenas[pack], self._store.wide_nbytes[pack]
-        self._await_updates([name for name in layout if name not in newer])
+        layout = self._store.layouts[pack]
+        self._await_updates([name for part in parts for name in part.names if name not in newer])
         if cast is not None:
             cast.wait()
         for event in after:
             self._device.wait(Lane.SWAP_IN, event)
         with self._device.lane(Lane.SWAP_IN, f"weights of pack {pack}"):
-            if wide_nbytes and not newer:
-                slot.bytes[:wide_nbytes].copy_(arena.bytes[:wide_nbytes], non_blocking=True)
-            if narrow.numel() and not newer:
-                slot.bytes[wide_nbytes : wide_nbytes + narrow.numel()].copy_(narrow, non_blocking=True)
-            for name in layout if newer else self._store.borrowed[pack]:
-                source = newer.get(name, self._store.parameters[name])  # a master, which is cast here if need be
-                layout[name].view(slot.bytes).copy_(source, non_blocking=True)
-        slot.versions = self._store.versions(pack), slot.bytes._version
+            for part in parts:
+                is_mixed = part.trains and bool(newer)
+                for memory, start in () if is_mixed else part.runs:
+                    slot.bytes[start : start + memory.numel()].copy_(memory, non_blocking=True)
+                for name in part.names if is_mixed else part.borrowed:
+                    source = newer.get(name, self._store.parameters[name])  # a master, which is cast here if need be
+                    layout[name].view(slot.bytes).copy_(source, non_blocking=True)
+        slot.versions.update((part, self._store.version(part)) for part in parts)
+        slot.version = slot.bytes._version
         slot.ready = self._reads[pack] = self._device.record(Lane.SWAP_IN)
 
     def _allocate(self) -> None:

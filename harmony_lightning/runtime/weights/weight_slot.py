@@ -1,13 +1,14 @@
 """A slot for the weights of a pack on a device, and the leaves over it that layers compute with."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.hardware.device import Event
+from harmony_lightning.runtime.weights.masters import Part
 from harmony_lightning.runtime.worker import Ticket
 
 
@@ -45,10 +46,12 @@ class WeightSlot:
     """Behind the last compute on its content, or on what the memory was before; None once a swap-in has waited for that."""
     is_free: bool = True
     """Whether nobody needs the pack here now."""
-    generation: int = -1
-    """Of the masters that its content are copies of; -1: of none, another slot has had the memory."""
-    versions: tuple[int, int] = (-1, -1)
-    """Of those masters, and of the copy, behind the swap-in."""
+    generations: dict[Part, int] = field(default_factory=dict)
+    """By part of the pack: of the masters that it is a copy of. Empty: of none, another slot has had the memory."""
+    versions: dict[Part, int] = field(default_factory=dict)
+    """Of those masters, behind the part's last swap-in."""
+    version: int = -1
+    """Of the copy, behind the last swap-in."""
     loading: Ticket | None = None
     """Of the job that enqueues the swap-in of the present content; None once compute waits for that."""
     ready: Event | None = None

@@ -24,6 +24,8 @@ class _Slot:
     is_free: bool = True
     """Nobody needs the pack here now."""
     is_good: bool = False
+    is_stale: bool = False
+    """What trains has been written since: it has to come again, and nothing else."""
     is_awaited: bool = False
     """Somebody has waited for the swap-in to be enqueued."""
     released: Point = ()
@@ -39,7 +41,7 @@ class WeightSlots:
     """Where packs come in on one device.
 
     Args:
-        swap_in: brings a pack in behind a point; returns when it is there.
+        swap_in: brings a pack, or what trains of it alone, in behind a point; returns when it is there.
         finish: is called when a pack is first used and its swap-in must be enqueued.
         now: the point behind all that compute was given so far.
     """
@@ -48,7 +50,7 @@ class WeightSlots:
         self,
         plan: Plan,
         device: int,
-        swap_in: Callable[[int, Point], Event],
+        swap_in: Callable[[int, Point, bool], Event],
         finish: Callable[[int], None],
         now: Callable[[], Point],
     ) -> None:
@@ -86,10 +88,10 @@ class WeightSlots:
                 self._release(slot)
 
     def end_step(self, is_updated: Callable[[int], bool]) -> None:
-        """No pack is needed; those that are updated have to come again."""
+        """No pack is needed; what is updated of each has to come again."""
         for slot in self._present:
             self._release(slot)
-            slot.is_good = slot.is_good and not is_updated(slot.pack)
+            slot.is_stale |= is_updated(slot.pack)
 
     def _release(self, slot: _Slot) -> None:
         if not slot.is_free:
@@ -112,10 +114,10 @@ class WeightSlots:
 
     def _load(self, pack: int) -> _Slot:
         found = self._find(pack)
-        if found is not None:
+        if found is not None and not found.is_stale:
             found.is_free = False
             return found
-        slot = self._vacant(pack) or self._homes[pack]
+        slot = found or self._vacant(pack) or self._homes[pack]
         before: Point = ()
         gone = [one for one in self._present if one is slot or one.overlaps(slot)]
         for one in gone:
@@ -126,8 +128,8 @@ class WeightSlots:
             self._last = None
         self._present = [one for one in self._present if one not in gone]
         self._present.append(slot)
-        slot.is_free, slot.is_good, slot.is_awaited = False, True, False
-        self._arrived[pack] = self._swap_in(pack, before)
+        slot.is_free, slot.is_good, slot.is_stale, slot.is_awaited = False, True, False, False
+        self._arrived[pack] = self._swap_in(pack, before, found is not None)
         return slot
 
 

@@ -257,15 +257,20 @@ class RuntimeSteps:
         for d in following:
             self.weights[d].release(pack)
 
-    def _swap_in(self, d: int, pack: int, released: Point) -> Event:
-        lanes, updates = self.lanes, self.updates
+    def _swap_in(self, d: int, pack: int, released: Point, trained_only: bool) -> Event:
+        lanes, updates, sizes = self.lanes, self.updates, self.plan.packs[pack]
+        nbytes = sizes.trained_nbytes if trained_only else sizes.nbytes
+        self._enqueued_behind[pack] = updates.updated[pack]
         if pack in updates.weights_there:
             self._enqueued_behind[pack], newer = None, updates.find_there(pack)
             seconds, lane = updates.device_seconds(pack, 2), NUM_LANES * d + Lane.SWAP_IN
-            return lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *released, lanes.controller, newer)
-        self._enqueued_behind[pack] = updates.updated[pack]
-        waits = (*released, updates.updated[pack], lanes.controller)
-        return lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, self.plan.packs[pack].nbytes, *waits)
+            arrived = lanes.run(lane, seconds, Kind.WEIGHTS_IN, lanes.turn, 0, 0, *released, lanes.controller, newer)
+            nbytes -= sizes.trained_nbytes
+            if not nbytes:
+                return arrived
+            released = (arrived,)
+        waits = (*released, self._enqueued_behind[pack], lanes.controller)
+        return lanes.copy(d, Lane.SWAP_IN, Kind.WEIGHTS_IN, 0, nbytes, *waits)
 
     def _finish(self, pack: int) -> None:
         """A swap-in must have been enqueued, which is done behind the last update of the weights on the host."""

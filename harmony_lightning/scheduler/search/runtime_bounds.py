@@ -8,7 +8,7 @@ Of each device the longest chain of what it must do, and what must come before a
             head                                  tail
 
 Beside that what links carry and what the host updates. What stays counts: layers that keep their activations are not
-computed again, resident packs come in once.
+computed again, of resident packs only what trains comes in.
 """
 
 from collections.abc import Callable, Sequence
@@ -37,6 +37,7 @@ class _Bound:
         self._sizes = split(schedule.minibatch, schedule.microbatch_backward)
         self._visitors = min(self._gpus, len(self._sizes)) if self._is_dp else 1
         self._weights = [costs.weight_bytes(span) for span in self._packs]
+        self._trained = [costs.trained_bytes(span) for span in self._packs]
         self._gradients = [costs.gradient_bytes(span) for span in self._packs]
         self._there = frozenset(schedule.updated_there)
         trains = costs.profile.glue_bytes > 0
@@ -122,10 +123,11 @@ class _Bound:
         return (self._visitors - 1) * each
 
     def _update(self, pack: int) -> float:
-        """Between a pack's backward and its next forward: gradients leave, the host steps the weights, these come back."""
+        """Between a pack's backward and its next forward: gradients leave, the host steps the weights, these come back,
+        if the frozen ones beside them are still there."""
         if not self._gradients[pack] or pack in self._there:
             return 0.0
-        copied = (self._gradients[pack] + self._weights[pack]) / self._machine.host_share(1)
+        copied = (self._gradients[pack] + self._trained[pack]) / self._machine.host_share(1)
         return copied + self._costs.update_seconds(self._packs[pack])
 
     def cycles(self) -> float:
@@ -158,8 +160,8 @@ class _Bound:
         return max(sum(entering) / together, sum(leaving) / together, max(entering) / alone, max(leaving) / alone)
 
     def _entering(self, group: list[int]) -> float:
-        """Of packs that share slots: each comes in for forward if it was updated on the host, those that share slots come
-        again for backward unless they are still there, and stashes that left come back."""
+        """Of each pack that was updated on the host, what trains comes in for forward; of those that share slots the frozen
+        rest, too, and all of it again for backward, unless it is still there; and stashes that left come back."""
         schedule = self._schedule
         rotating = [self._weights[p] for p in group if p not in schedule.resident]
         still_there = max(rotating, default=0.0)
@@ -167,7 +169,12 @@ class _Bound:
             still_there *= self._gpus * (1 + schedule.prefetch)
         elif schedule.prefetch:
             still_there = max([still_there, *map(sum, pairwise(rotating))])
-        forward = sum(self._weights[p] for p in group if self._gradients[p] and p not in self._there)
+        on_host = [p for p in group if self._gradients[p] and p not in self._there]
+        frozen = sum(self._weights[p] - self._trained[p] for p in on_host if p not in schedule.resident)
+        # At most so much of it was left behind: no less where more is resident, so that the bound only falls with that.
+        left = sum(sorted(self._weights[p] for p in group)[-1 - schedule.prefetch :])
+        left *= self._gpus if schedule.dealt else 1
+        forward = sum(self._trained[p] for p in on_host) + max(0.0, frozen - left)
         again = [p for p in group if p not in schedule.resident and self._goes_back[p] and p != self._last]
         if self._last in group and self._last not in schedule.resident:
             still_there = max(0.0, still_there - self._weights[self._last])
