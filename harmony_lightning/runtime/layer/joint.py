@@ -8,8 +8,8 @@ concatenation, and each gets its part of the result. Only layers that treat samp
                derivatives, is given no objects with tensors in them
     probed     once, when a group first waits at it: parts of the joint result equal what single calls give, but for
                rounding; they stay the same to the bit when the others' samples are exchanged for wild ones; and no
-               operation ranks or counts elements, as routers with a limited capacity do. There, who shares the call may
-               decide what becomes of a sample, though it did not in the probe.
+               operation ranks or counts elements, as routers with a limited capacity do, or tells the layer's code of
+               them. There, who shares the call may decide what becomes of a sample, though it did not in the probe.
 
 Where memory is short for a joint call, idle slots of packs go, which come back; then half as many go together from then on.
 
@@ -173,7 +173,7 @@ class Joint:
 
     def _call(self, buffers: Sequence[torch.Tensor]) -> list[Part]:
         """Parts of the result, in the order of members; none if it cannot be taken apart, or the layer did what it must
-        not."""
+        not, or failed."""
         first = self._members[0]
         own = Replay(first.device)
         ranking = _Ranking()
@@ -185,7 +185,7 @@ class Joint:
             own.begin(first.device)
             if isinstance(error, (*OUT_OF_MEMORY, HarmonyError)):
                 raise
-            return []  # what was taken for samples may be none; an error of the layer's own comes again in single calls
+            return []  # what was taken for samples may be none; an error of the layer's own comes in single calls, too
         own.keep_what_was_drawn(first.device)
         if not own.is_empty:
             own.begin(first.device)
