@@ -313,6 +313,8 @@ class Segment:
             self._make_room_for_moved()
         return entry[2].take()
 
+    @torch.inference_mode(False)  # such tensors do not count their versions, and a layer may write its input
+    @torch.no_grad()
     def _bring_over(self, tensor: torch.Tensor) -> Arrival:
         return self.state.memory.with_room(self.device, lambda: self._copy_over(tensor))
 

@@ -9,6 +9,7 @@ import torch
 from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from torch import nn
 from torchmetrics import CatMetric, MeanMetric, MetricCollection, SumMetric
 from torchmetrics.classification import BinaryAccuracy, BinaryAUROC
 
@@ -78,6 +79,39 @@ def test_evaluation_and_prediction(after_fit, num_gpus, inference_mode):
     assert len(found[0][1]) > 5
     assert equal(found[0], found[1])
     assert {inner._compiled_call_impl for inner in module.modules()} == {None}
+
+
+class Adding(nn.Module):
+    """Leaves its result in its argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        x += self.linear(x * 1)
+
+
+class Added(Chain):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(Adding() for _ in range(3))
+
+    def step(self, batch):
+        hidden = self.net(batch[0])
+        for layer in self.layers:
+            layer(hidden)
+        return nn.functional.mse_loss(self.head(hidden).squeeze(1), batch[1])
+
+
+@pytest.mark.parametrize("inference_mode", [False, True])
+def test_layers_on_other_gpus_write_their_arguments_in_evaluation_too(inference_mode):
+    found = []
+    for strategy in ("auto", harmony(3, one_layer_per_pack=True, layers=[Adding])):
+        torch.manual_seed(0)
+        fitted = trainer(strategy, inference_mode=inference_mode)
+        found.append(fitted.validate(Added(), loader(8), verbose=False))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.derivatives import refuse_transforms
 from harmony_lightning.runtime.functions import apply_own
-from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
+from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version_of
 from harmony_lightning.runtime.layer.joint import Join, Waiting
 from harmony_lightning.runtime.layer.node import LayerFunction
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
@@ -43,7 +43,7 @@ def call_layer(
         parameters = state.parameters
         trained = tuple([name for name in site.weight_names if parameters[name].requires_grad])
     if not torch.is_grad_enabled() or not (trained or objects or any(needs)):
-        return _run_without_graph(call, arguments, tensors)
+        return _run_without_graph(call, arguments, originals, tensors)
     call.trained = trained
     call.given, call.needs = originals, needs
     call.sinks = [sink for _, sink in taken]
@@ -110,8 +110,11 @@ def _may_join(site: Site) -> bool:
     return learned and not (site.draws or site.differentiates or site.joins is False)
 
 
-def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torch.Tensor]) -> Any:
+def _run_without_graph(
+    call: LayerCall, arguments: Arguments, originals: Sequence[torch.Tensor], tensors: list[torch.Tensor]
+) -> Any:
     state, site, device = call.segment.state, call.site, call.segment.device
+    versions = [version_of(tensor) for tensor in tensors]
     args, kwargs = arguments.build(tensors)
     with InsideLayer(state, device, is_watched=bool(call.objects)):
         buffers = CallBuffers(call)
@@ -121,6 +124,9 @@ def _run_without_graph(call: LayerCall, arguments: Arguments, tensors: list[torc
             result, wide = call.run(weights, buffers.tensors, args, kwargs, _without_graph)
             hand_on_written(site, call.segment, weights, weight_versions, wide)
         buffers.report_written()
+    for original, tensor, version in zip(originals, tensors, versions, strict=True):
+        if tensor is not original and version_of(tensor) != version:  # the user's code has that one
+            call.segment.replaced[id(original)] = (original, tensor)
     call.objects.let_go()
     arguments.keep_written()
     arguments.place_tensors(state.weights.off_the_arena)
