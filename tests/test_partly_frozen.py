@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import dataclasses
+import itertools
 from collections import Counter
 
 import lightning as L
@@ -159,8 +160,11 @@ class Writing(L.Callback):
             self.view *= 1.5
 
 
-@pytest.mark.parametrize("way", ["in place", "data", "exchange", "state dict", "a view from before", "numpy"])
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_after_backward", "on_before_optimizer_step"])
+WAYS = ["in place", "data", "exchange", "state dict", "a view from before", "numpy"]
+AROUND_STEP = itertools.product(["on_after_backward", "on_before_optimizer_step"], ["data", "numpy"])
+
+
+@pytest.mark.parametrize(("hook", "way"), [*itertools.product(["on_train_batch_end"], WAYS), *AROUND_STEP])
 @pytest.mark.parametrize("without", [None, 2], ids=["partly frozen", "all frozen"])
 def test_frozen_weights_that_somebody_writes_come_again(hook, way, without):
     ours, reference = twins(without=without)

@@ -266,3 +266,26 @@ def test_half_precision_of_a_part_of_the_model():
     assert same_weights(ours, reference)
     assert {p.dtype for p in ours.parameters()} == {torch.float32, torch.bfloat16}
     assert ours.net[2][0].in_features == WIDTH
+
+
+@pytest.mark.parametrize("kind", [nn.TransformerEncoderLayer, nn.MultiheadAttention])
+def test_layers_whose_evaluation_is_one_kernel(kind):
+    """Of operations that autocast casts."""
+
+    class Attentive(Chain):
+        def __init__(self):
+            super().__init__(depth=2)
+            self.attention = kind(WIDTH, 2, batch_first=True)
+
+        def step(self, batch):
+            hidden = self.net(batch[0])[:, None]
+            hidden = self.attention(*[hidden] * (1 if kind is nn.TransformerEncoderLayer else 3))
+            hidden = hidden if isinstance(hidden, torch.Tensor) else hidden[0]
+            return torch.nn.functional.mse_loss(self.head(hidden[:, 0]).squeeze(1), batch[1])
+
+    torch.manual_seed(0)
+    module, losses = Attentive(), []
+    for strategy in ("auto", harmony(2, "4MiB", 8, layers=["net.*", "attention", "head"], one_layer_per_pack=True)):
+        (found,) = trainer(strategy, precision="bf16-mixed").validate(module, loader(8), verbose=False)
+        losses.append(found["val_loss"])
+    assert losses[0] == losses[1]

@@ -26,6 +26,7 @@ from harmony_lightning.hardware.operations import Operation, operation
 from harmony_lightning.hardware.shapes import run_on_shapes
 
 aten = torch.ops.aten
+_PYTHON = torch._C.DispatchKeySet(torch._C.DispatchKey.Python).add(torch._C.DispatchKey.PythonTLSSnapshot)
 HOST = torch.device("cpu")
 
 below_functions = torch._C.DisableTorchFunction
@@ -231,6 +232,10 @@ def run(func: Any, args: Any, kwargs: Any, devices: Sequence[EmulatedDevice] | N
         return bring_together(run, known, args, kwargs, home if devices is not None else None)
     if home is not None and home.machine.is_fake:
         out = run_on_shapes(known, inner_args, inner_kwargs)
+    elif known.calls_others:
+        # Where Python is asked autocast is over. Within the kernel it is what it was, and Python is not asked again.
+        with torch._C._RestorePythonTLSSnapshot(), torch._C._ExcludeDispatchKeyGuard(_PYTHON):  # type: ignore[attr-defined]
+            out = func(*inner_args, **inner_kwargs)
     else:
         out = func(*inner_args, **inner_kwargs)
     if home is None:

@@ -31,6 +31,8 @@ _IDLE = {
 """No kernel runs, and no view is declared in the schema."""
 _TELLS_HOST = {aten.equal.default, aten.nonzero.default, aten.masked_select.default, aten._unique2.default}
 """The host waits for the result, or for its shape."""
+_CALLS_OTHERS = {aten._transformer_encoder_layer_fwd.default, aten._native_multi_head_attention.default}
+"""Kernels that are made of operations which autocast casts: `nn.TransformerEncoderLayer` in evaluation."""
 
 
 def _attention_flops(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any) -> int:
@@ -64,6 +66,7 @@ class Operation:
         run: how an emulated GPU does it, if in a way of its own.
         is_idle: no memory is read or written.
         tells_host: the calling thread waits for the result.
+        calls_others: its kernel is made of operations that autocast sees.
         is_factory: takes a device.
         is_fused_update: steps the parameters in its first argument.
         returns_tensor: some result is a tensor, not a number.
@@ -73,6 +76,7 @@ class Operation:
 
     __slots__ = (
         "_flops",
+        "calls_others",
         "func",
         "is_factory",
         "is_fused_update",
@@ -90,6 +94,7 @@ class Operation:
         self.run: Callable[..., Any] | None = SPECIAL.get(func)
         self.is_idle = func.is_view or func in _IDLE
         self.tells_host = func in _TELLS_HOST
+        self.calls_others = func in _CALLS_OTHERS
         self.is_factory = any(argument.name == "device" for argument in schema.arguments)
         self.is_fused_update = schema.name.startswith("aten::_fused_")
         written = [(i, a) for i, a in enumerate(schema.arguments) if a.alias_info is not None and a.alias_info.is_write]
