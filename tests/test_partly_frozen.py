@@ -173,6 +173,20 @@ def test_frozen_weights_that_somebody_writes_come_again(hook, way, without):
     assert max(looking.each("swap_in_bytes")[3:]) >= frozen_weight(ours).nbytes
 
 
+class WritingFirst(L.Callback):
+    """Writes a weight of the first block in front of backward, which has no use for it."""
+
+    def on_before_backward(self, trainer, module, loss):
+        if trainer.global_step == 3:
+            module.net[0][0].base.weight.data.mul_(1.5)
+
+
+def test_frozen_weights_may_be_written_in_front_of_backward():
+    ours, reference = twins()
+    fit(ours, reference, parts=1, callback=WritingFirst)
+    assert same_weights(ours, reference)
+
+
 class Averaging(L.Callback):
     """Looks at what trains behind each step."""
 

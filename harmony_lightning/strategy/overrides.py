@@ -59,6 +59,14 @@ def hook_around_step(module: Any, precision_plugin: Any, pl: Any) -> str | None:
     return None
 
 
+def runs_before_backward(module: Any, pl: Any) -> bool:
+    """Whether code of the user's runs between training_step and backward."""
+    hook = "on_before_backward"
+    return _is_overridden(module, hook, pl.LightningModule) or any(
+        _is_overridden(callback, hook, pl.Callback) for callback in module.trainer.callbacks
+    )
+
+
 def looks_back(module: Any, pl: Any) -> bool:
     """Whether the user's code may look at gradients when the step is over."""
     return any(_is_overridden(module, hook, pl.LightningModule) for hook in _BEHIND_STEP) or any(

@@ -163,12 +163,13 @@ class Updates:
         return not any(isinstance(value, Optimizer) for value in vars(optimizer).values())
 
     def may_write_frozen(self, optimizer: Optimizer, module: Any, precision_plugin: Any, pl: Any) -> bool:
-        """Whether code runs around the optimizer's step that may write weights which do not train: not Lightning's own, nor
-        a step of which it was found out what it does."""
+        """Whether code runs around the optimizer's step, or in front of backward, that may write frozen weights:
+        not Lightning's own, nor a step of which it was found out what it does."""
         if all(parameter.requires_grad for parameter in module.parameters()):
             return False
-        hook = overrides.hook_around_step(module, precision_plugin, pl)
-        return (hook or self._separability.reason_against(optimizer)) is not None
+        if overrides.runs_before_backward(module, pl) or overrides.hook_around_step(module, precision_plugin, pl):
+            return True
+        return self._separability.reason_against(optimizer) is not None
 
     def watch(self, optimizer: Optimizer, parameters: Iterable[torch.Tensor]) -> Callable[[torch.Tensor], bool]:
         """Tells whether a tensor lies in memory that updates write."""
