@@ -108,7 +108,8 @@ def test_in_evaluation_weights_arrive_while_the_pack_before_computes():
     trainer(strategy).validate(module, data, verbose=False)
     swap_ins = [span for span in strategy.timeline().lane(0, "swap-in") if span.name.startswith("weights")]
     assert [span.name for span in swap_ins] == [f"weights of pack {pack}" for pack in range(4)]
-    first = strategy.timeline().lane(0, "compute")[0]
+    copied, first, *_ = strategy.timeline().lane(0, "compute")
+    assert (copied.name, copied.nbytes) == ("copy", 32 * batch_of(1)[0].nbytes)  # the batch
     assert swap_ins[0].end <= first.start and swap_ins[1].start < first.end
     assert all(later.start == pytest.approx(one.end) for one, later in itertools.pairwise(swap_ins))
 

@@ -17,6 +17,8 @@ from harmony_lightning.hardware.operations import operation, tensors
 from harmony_lightning.hardware.shapes import is_real, run_on_shapes
 
 aten = torch.ops.aten
+_COPIES = {aten.to, aten.item}
+"""Operations that are made of a copy, if it takes one."""
 
 
 @functools.cache
@@ -34,14 +36,18 @@ class EmulatedMode(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     @override
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        if torch.is_inference_mode_enabled() and _calls_others(func):
-            # Elsewhere autograd takes such an operation apart before it comes here, and autocast sees what it calls. In
-            # inference mode it comes whole, and autocast has been passed already.
-            with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
-                if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
-                    with self:
-                        out = func.decompose(*args, **(kwargs or {}))
-                    return pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t._is_view() else t, out)
+        if torch.is_inference_mode_enabled():
+            # Elsewhere autograd takes operations that are made of others apart before they come here, and autocast sees
+            # what these call. In inference mode they come whole, and autocast has been passed already.
+            if _calls_others(func):
+                with torch._C._RestorePythonTLSSnapshot():  # type: ignore[attr-defined]
+                    if any(map(torch.is_autocast_enabled, ("cpu", "cuda"))):
+                        with self:
+                            out = func.decompose(*args, **(kwargs or {}))
+                        return pytree.tree_map_only(torch.Tensor, lambda t: t.clone() if t._is_view() else t, out)
+            if func._overloadpacket in _COPIES:  # whole, they would not tell that they copy
+                with self:
+                    return func.decompose(*args, **(kwargs or {}))
         with below_functions():
             return self._dispatch(func, types, args, kwargs)  # type: ignore[no-untyped-call]
 

@@ -548,3 +548,18 @@ def test_hardware_rooms_import_without_a_gpu() -> None:
         assert HostCluster().host_is_device and HostCluster().devices[0].memory_bytes > 2**20
     with pytest.raises(ConfigurationError, match="at least one"):
         CudaCluster([])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_copies_are_copies_where_nothing_is_differentiated(mode: Any) -> None:
+    """In inference mode `to` comes whole, where elsewhere it is taken apart before."""
+    cluster = EmulatedCluster(num_gpus=2, memory="64KiB")
+    with cluster.activate(), mode():
+        host = torch.zeros(1000)
+        there = host.to("cpu:0")
+        other, back = there.add_(1).to("cpu:1"), there.cpu()
+        back += 1
+        assert [t.sum().item() for t in (host, there, other, back)] == [0, 1000, 1000, 2000]
+        assert there.to("cpu:0") is there and there.to("cpu:0", torch.float64).dtype is torch.float64
+    first, second = (device.traffic for device in cluster.devices)
+    assert (first.host_to_device_bytes, first.device_to_host_bytes, second.peer_bytes) == (4000, 4000 + 4, 4000)
