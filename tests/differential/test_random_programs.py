@@ -14,6 +14,7 @@ import pytest
 import torch
 from chain import trainer
 from oracle import make_strategy
+from test_derivatives import Scaling
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -53,18 +54,6 @@ class Counting(nn.Module):
     def forward(self, x):
         self.calls += self.training
         return x * self.scale * torch.ones(WIDTH, device=x.device).div(3)
-
-
-class Power(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, weight):
-        ctx.save_for_backward(x, weight)
-        return x * weight
-
-    @staticmethod
-    def backward(ctx, gradient):
-        x, weight = ctx.saved_tensors
-        return gradient * weight, (gradient * x).sum(0)
 
 
 def call(layer, x, y, *, gives, uses):
@@ -115,7 +104,7 @@ KINDS = [
     lambda r: (linear(), without_gradient),
     lambda r: (linear().requires_grad_(False), lambda m, x, y: torch.tanh(m(x.detach())) + y / 2),
     lambda r: (nn.Sequential(linear(), nn.Tanh()), lambda m, x, y: checkpoint(m, x, use_reentrant=False) + y / 2),
-    lambda r: (nn.ParameterList([torch.ones(WIDTH)]), lambda m, x, y: Power.apply(x, m[0]) / 2 + y / 2),
+    lambda r: (nn.ParameterList([torch.ones(WIDTH)]), lambda m, x, y: Scaling.apply(x, m[0]) / 2 + y / 2),
     lambda r: (nn.GRU(WIDTH, WIDTH), lambda m, x, y: m(torch.stack([x, y]))[0][1]),
     lambda r: (nn.Identity(), lambda m, x, y: torch.cat([a.flip(1) for a in (x + y).chunk(2, 1)], 1) / 2),
 ]

@@ -1,5 +1,6 @@
 """The probe: which optimizers may update pack by pack."""
 
+import functools
 import inspect
 import pickle
 import random
@@ -376,3 +377,11 @@ def test_optimizers_from_elsewhere(package):
             optimizer.train()
         reason = probe(optimizer)
         assert (reason is None) == is_separable, (name, reason)
+
+
+def test_clipping_by_value_of_a_pack_without_gradients():
+    """torch's own function wants one at least."""
+    net = nn.Linear(2, 2)
+    clip = functools.partial(nn.utils.clip_grad_value_, clip_value=1e-3)
+    JustInTimeUpdate(torch.optim.SGD(net.parameters()), dict(net.named_parameters()), prepare=clip)(["weight", "bias"])
+    assert net.weight.grad is None
