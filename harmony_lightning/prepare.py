@@ -100,7 +100,7 @@ def tell(plan: Plan) -> None:
     log.info(
         "harmony plan: %s, %d layers in %d packs (largest %s), %d device(s) of %s, stash on the %s, "
         "%d packs updated on devices",
-        "mixed" if plan.dealt else plan.mode,
+        "mixed" if plan.dealt or plan.pipelines > 1 else plan.mode,
         sum(len(pack.layers) for pack in plan.packs),
         len(plan.packs),
         format_nbytes(max(pack.nbytes for pack in plan.packs)),

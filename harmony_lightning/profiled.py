@@ -56,7 +56,7 @@ class Question:
     memory_bytes: int
     """Of each GPU."""
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """`mixed` is pp with a last pack that is dealt; auto does not try it, as gradients are added in another order then."""
+    """`mixed` is pp with several pipelines, or a last pack that is dealt, which auto does not try."""
     microbatch_size: int | None = None
     """None: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
@@ -249,7 +249,7 @@ def find_plan(
 
     def abilities(schedule: Schedule) -> Schedule:
         last = len(schedule.packs_backward) - 1
-        is_dealt = question.mode == "mixed" and schedule.num_devices > 1
+        is_dealt = question.mode == "mixed" and schedule.num_devices > 1 and schedule.num_copies == 1
         schedule = replace(
             schedule,
             microbatches_per_forward=question.microbatches_per_forward,
@@ -281,7 +281,7 @@ def find_plan(
 
     asked: dict[str, Any] = {
         "minibatch": question.minibatch,
-        "mode": "pp" if question.mode == "mixed" else question.mode,
+        "mode": question.mode,
         "memory_bytes": MEMORY_SHARE * question.memory_bytes,
         "stashes": question.stashes,
         "microbatch_size": question.microbatch_size,

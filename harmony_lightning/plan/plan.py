@@ -1,9 +1,7 @@
 """The plan: every decision about a run, readable and writable by hand.
 
-The runtime carries a plan out and decides nothing that stands here. Vocabulary and placement are those of Li et al.,
-"Harmony", VLDB 2022, section 4: packs of consecutive layers, dealt round-robin over the GPUs (*pp*, wrap-around), or
-microbatches dealt round-robin while every GPU runs every pack (*dp*). Ours is the *mixed* one: single packs of a plan in pp
-whose microbatches are dealt (`Plan.dealt`).
+The runtime carries a plan out and decides nothing that stands here. Vocabulary is that of Li et al., "Harmony", VLDB 2022,
+section 4: packs of consecutive layers, and where they meet microbatches (`plan.placement`).
 """
 
 from collections.abc import Sequence
@@ -12,6 +10,7 @@ from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
+from harmony_lightning.plan.placement import Placement
 from harmony_lightning.plan.slots import SwapIns, swap_ins
 from harmony_lightning.record import Record
 
@@ -81,7 +80,7 @@ class Pack(Record):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Plan(Record):
+class Plan(Placement, Record):
     """What runs where, in which portions, and what waits where meanwhile."""
 
     mode: Literal["pp", "dp"]
@@ -120,6 +119,9 @@ class Plan(Record):
     """What narrow weights are cast to: the type of autocast."""
     gradient_wire: Literal["exact", "half"] = "exact"
     """How gradients of narrow weights travel: `HarmonyConfig.gradient_wire`."""
+    pipelines: int = 1
+    """Of a plan in pp: so many side by side, each over as many devices, over which microbatches are dealt (pp x dp). A pack's
+    weights go to one device of each, and its gradients are added up on that of the first, in the order of pipelines."""
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
     takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
@@ -128,13 +130,12 @@ class Plan(Record):
     them, beginning with the one whose turn it is."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("pp", "dp"):
-            raise ConfigurationError(f"mode must be 'pp' or 'dp', got {self.mode!r}")
+        self.check_placement()
         if self.stash not in ("device", "host"):
             raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
         if self.prefetch not in (0, 1):
             raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
-        for name in ("num_devices", "memory_bytes", "microbatch_size", "num_microbatches", "microbatches_per_forward"):
+        for name in ("memory_bytes", "microbatch_size", "num_microbatches", "microbatches_per_forward"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if not self.packs:
@@ -152,35 +153,10 @@ class Plan(Record):
         for name in self.keep:
             if name not in layers:
                 raise ConfigurationError(f"keep names layer {name!r}, which is in no pack")
-        if self.dealt and self.mode == "dp":
-            raise ConfigurationError(
-                f"dealt names pack {self.dealt[0]}, but in mode 'dp' all packs are; leave it empty"
-            )
-        for device in self.dealt_order:
-            if not 0 <= device < self.num_devices:
-                raise ConfigurationError(
-                    f"dealt_order names device {device}, but devices are 0 to {self.num_devices - 1}"
-                )
         for field in ("resident", "stash_stays", "dealt"):
             for index in getattr(self, field):
                 if not 0 <= index < len(self.packs):
                     raise ConfigurationError(f"{field} names pack {index}, but packs are 0 to {len(self.packs) - 1}")
-
-    def device(self, pack: int, microbatch: int) -> int:
-        """The placement: index of the device on which this microbatch goes through this pack, forward and backward."""
-        if self.mode == "dp":
-            return microbatch % self.num_devices
-        if pack not in self.dealt:
-            return pack % self.num_devices
-        return (
-            self.dealt_order[microbatch % len(self.dealt_order)]
-            if self.dealt_order
-            else (pack + microbatch) % self.num_devices
-        )
-
-    def is_dealt(self, pack: int) -> bool:
-        """Whether the microbatches of a pack go to different devices."""
-        return self.mode == "dp" or pack in self.dealt
 
     def follows(self, order: Sequence[str], loops: Sequence[frozenset[str]]) -> bool:
         """Whether packs are in the order of these calls, and layers that take turns share one."""
@@ -281,12 +257,6 @@ class Plan(Record):
         """Which of the updates that could go on comes first: the lowest. Those that are next go in the order in which their
         gradients arrive, as others wait to take the place of these."""
         return {"first": pack - len(self.packs), "next": 0, "last": 1 + pack}[self.urgency(pack)]
-
-    def devices_of(self, pack: int) -> tuple[int, ...]:
-        """Devices that a pack may visit, ascending, however many microbatches there are."""
-        if pack in self.dealt and self.dealt_order:
-            return tuple(sorted(set(self.dealt_order)))
-        return tuple(range(self.num_devices)) if self.is_dealt(pack) else (pack % self.num_devices,)
 
     def packs_on(self, device: int) -> tuple[int, ...]:
         """Packs that may visit a device, ascending, however many microbatches there are."""

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from harmony_lightning.errors import ConfigurationError
+from harmony_lightning.plan.placement import Placement
 from harmony_lightning.record import Record
 
 Span = tuple[int, int]
@@ -18,7 +19,7 @@ Span = tuple[int, int]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Schedule(Record):
+class Schedule(Placement, Record):
     """What is computed where, in which portions and in which order."""
 
     mode: Literal["pp", "dp"]
@@ -43,6 +44,8 @@ class Schedule(Record):
     """Backward packs whose stash waits on the device."""
     keep: tuple[int, ...] = ()
     """Layers that keep their activations from forward to backward; the last one does in any case."""
+    pipelines: int = 1
+    """Of a schedule in pp, side by side, as in `Plan`."""
     dealt: tuple[int, ...] = ()
     """Backward packs of a schedule in pp whose microbatches go round the devices, as in `Plan.dealt`."""
     dealt_order: tuple[int, ...] = ()
@@ -55,15 +58,8 @@ class Schedule(Record):
     """As in `Plan`."""
 
     def __post_init__(self) -> None:
-        if self.mode not in ("pp", "dp"):
-            raise ConfigurationError(f"mode must be 'pp' or 'dp', got {self.mode!r}")
-        for name in (
-            "num_devices",
-            "minibatch",
-            "microbatch_forward",
-            "microbatch_backward",
-            "microbatches_per_forward",
-        ):
+        self.check_placement()
+        for name in ("minibatch", "microbatch_forward", "microbatch_backward", "microbatches_per_forward"):
             if getattr(self, name) < 1:
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.boundary not in ("device", "host"):

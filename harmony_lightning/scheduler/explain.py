@@ -98,10 +98,9 @@ def bound_seconds(costs: Costs, minibatch: int, *, recompute: bool) -> float:
 def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str, float]:
     """How many samples a step needs for its computation to take as long as what each step needs once, however many samples
     it has: bringing weights in, gradients out, and updating."""
-    machine, devices = costs.machine, schedule.num_devices
-    share, is_dp = machine.host_share(devices), schedule.mode == "dp"
+    machine, devices, depth = costs.machine, schedule.num_devices, schedule.depth
     spans = schedule.packs_backward
-    moving = [p for p in range(len(spans)) if is_dp or p not in schedule.updates_stay]
+    moving = [p for p in range(len(spans)) if schedule.num_copies > 1 or p not in schedule.updates_stay]
 
     def entering(p: int) -> float:
         """Once for forward and once for backward; of what stays only what trains, for forward."""
@@ -113,9 +112,9 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
     # Updates on devices send as much: new weights instead.
     gradients = sum(costs.gradient_bytes(spans[p]) for p in moving)
     seconds = {
-        "weights": sum(map(entering, range(len(spans)))) / share / (1 if is_dp else devices),
-        # In dp they are added up on one device, which sends them alone.
-        "gradients": gradients / machine.host_share(1) if is_dp else gradients / share / devices,
+        "weights": sum(map(entering, range(len(spans)))) / machine.host_share(devices) / depth,
+        # They are added up on the devices of one pipeline, which alone send them.
+        "gradients": gradients / machine.host_share(depth) / depth,
         # The runtime has one worker, the rules of schedules one for each device.
         "updates": sum(costs.update_seconds(span) for p, span in enumerate(spans) if p not in schedule.updated_there)
         / (1 if rules is Rules.RUNTIME else devices),
@@ -207,8 +206,9 @@ _REMEDIES = {
 
 def describe(schedule: Schedule) -> str:
     """`pp, forward 8 packs of 2 samples, backward 9 packs of 2`: a schedule in a few words."""
+    several = f", {schedule.pipelines} pipelines of {schedule.depth} GPUs" if schedule.pipelines > 1 else ""
     return (
-        f"{schedule.mode}, forward {len(schedule.packs_forward)} packs x {schedule.microbatch_forward} samples, "
+        f"{schedule.mode}{several}, forward {len(schedule.packs_forward)} packs x {schedule.microbatch_forward} samples, "
         f"backward {len(schedule.packs_backward)} packs x {schedule.microbatch_backward}"
         f"{', the last one dealt' if schedule.dealt else ''}{_updates(schedule)}"
     )

@@ -243,11 +243,11 @@ def with_first_on_devices(
     their own, as many as slots have room for in a share of the memory. A search asks for many, of which nobody `is_told`.
     """
     level = logging.INFO if is_told else logging.DEBUG
-    for index in range(min(plan.num_devices, len(plan.packs)) if plan.mode == "pp" else 1):
+    for index in range(min(plan.depth, len(plan.packs))):
         names = plan.packs[index].layers
         layers = tuple(layer for layer in decomposition.layers if layer.name in names)
         pack = pack_of_layers(decomposition, layers, is_updated_there=True)
-        if pack.update == "host" or (index > 0 and len(plan.devices_of(index)) > 1):
+        if pack.update == "host" or (index > 0 and index in plan.dealt):
             log.log(
                 level,
                 "harmony: pack %d has no weights of its own to be updated there, and is updated on the host",

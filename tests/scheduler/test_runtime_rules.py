@@ -31,7 +31,7 @@ GROWING = functools.partial(Wide, hidden=(1, 2, 1, 3))
 costs_of = functools.cache(wide.costs_of)
 
 
-def schedule_of(costs, packs, *, size=1, minibatch=8, mode="pp", prefetch=1, stash="host"):
+def schedule_of(costs, packs, *, size=1, minibatch=8, mode="pp", pipelines=1, prefetch=1, stash="host"):
     """`packs` tells how many layers each one has."""
     spans, first = [], 0
     for count in packs:
@@ -40,6 +40,7 @@ def schedule_of(costs, packs, *, size=1, minibatch=8, mode="pp", prefetch=1, sta
     return Schedule(
         mode=mode,
         num_devices=costs.machine.gpus,
+        pipelines=pipelines,
         minibatch=minibatch,
         microbatch_forward=size,
         packs_forward=tuple(spans[:-1]),
@@ -59,6 +60,9 @@ def schedule_of(costs, packs, *, size=1, minibatch=8, mode="pp", prefetch=1, sta
         (2, "3090", "server", (4, 3), {"mode": "dp", "size": 2}),
         (4, "1080ti", "server", (2, 1, 1, 2, 1), {"prefetch": 0}),
         (4, "h100", "server", (2, 3, 2), {"mode": "dp", "minibatch": 16}),
+        (4, "3090", "server", (2, 1, 1, 2, 1), {"pipelines": 2, "minibatch": 16}),
+        (6, "1080ti", "desktop", (2, 1, 1, 2, 1), {"pipelines": 3, "stash": "device", "minibatch": 20}),
+        (6, "4090", "server", (1, 2, 2, 2), {"pipelines": 2, "prefetch": 0, "minibatch": 9}),
     ],
 )
 def test_it_takes_what_the_runtime_takes(num_gpus, gpu, host, packs, options):
@@ -121,11 +125,13 @@ def plans(draw):
     some = st.sets(st.integers(0, len(packs) - 1), max_size=3)
     updated_there = draw(some)
     abilities = {
-        "dealt": tuple(sorted(draw(some))) if options["mode"] == "pp" else (),
+        "pipelines": draw(st.sampled_from((1, 2))) if options["mode"] == "pp" and num_gpus == 4 else 1,
         "updated_there": tuple(sorted(updated_there)),
         "updates_stay": tuple(sorted(updated_there & draw(some))),
         "microbatches_per_forward": draw(st.integers(1, 2)),
     }
+    if options["mode"] == "pp" and abilities["pipelines"] == 1:
+        abilities["dealt"] = tuple(sorted(draw(some)))
     return num_gpus, gpu, host, tuple(packs), options, abilities
 
 

@@ -19,6 +19,7 @@ from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.search import runtime
 from harmony_lightning.scheduler.search.runtime import QUIET_SHARE, search_runtime
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
+from harmony_lightning.scheduler.search.runtime_family import placements
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Variants
 
 ANOMALY = 1.01
@@ -53,9 +54,11 @@ def any_schedule(draw, costs, minibatch):
     edges = [0, *sorted(cuts), costs.num_layers]
     packs = tuple((first, after - 1) for first, after in pairwise(edges))
     size = draw(st.sampled_from((1, 2)))
+    mode, pipelines = draw(st.sampled_from([*placements("auto", costs.machine.gpus), ("dp", 1)]))
     return Schedule(
-        mode=draw(st.sampled_from(("pp", "dp"))),
+        mode=mode,
         num_devices=costs.machine.gpus,
+        pipelines=pipelines,
         minibatch=minibatch,
         microbatch_forward=size,
         packs_forward=packs[:-1],
@@ -70,7 +73,7 @@ def with_abilities(draw, schedule):
     """Those that a schedule can have."""
     packs = range(len(schedule.packs_backward))
     there = tuple(sorted(draw(st.sets(st.sampled_from(packs)))))
-    is_dealt = schedule.mode == "pp" and schedule.num_devices > 1 and draw(st.booleans())
+    is_dealt = schedule.num_copies == 1 and schedule.num_devices > 1 and draw(st.booleans())
     joint = draw(st.integers(1, 2))
     return replace(
         schedule,
@@ -100,7 +103,7 @@ def test_what_stays_at_any_memory_is_what_the_runtime_would_let_stay(costs, mini
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_what_stays_by_caution_where_the_last_pack_is_dealt_fits(costs, minibatch, memory_bytes, data):
     schedule = any_schedule(data.draw, costs, minibatch)
-    if schedule.mode == "dp" or schedule.num_devices == 1:
+    if schedule.num_copies > 1 or schedule.num_devices == 1:
         return
     schedule = replace(schedule, dealt=(len(schedule.packs_backward) - 1,))
     plan = named_plan(schedule, costs, int(memory_bytes))
@@ -150,7 +153,7 @@ def test_nothing_that_a_schedule_may_look_like_is_below_its_floor_nor_at_lower_r
 @settings(max_examples=16, deadline=None, derandomize=True)
 def test_more_memory_is_never_slower(costs, minibatch, stays, deals, moves, data):
     def deal(schedule):
-        is_dealt = deals and schedule.mode == "pp" and schedule.num_devices > 1
+        is_dealt = deals and schedule.num_copies == 1 and schedule.num_devices > 1
         return replace(schedule, dealt=(len(schedule.packs_backward) - 1,)) if is_dealt else schedule
 
     in_use = data.draw(st.sampled_from((None, any_schedule(data.draw, costs, minibatch))))

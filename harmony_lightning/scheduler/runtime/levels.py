@@ -53,14 +53,13 @@ class Levels:
         if schedule.dealt and not self._dealt:
             return  # such packs are on several devices, and what does not fit on one does not stay on the others either
         num_packs = len(schedule.packs_backward)
-        groups: list[Sequence[int]] = [range(num_packs)]
-        if schedule.mode == "pp":
-            groups = [range(d, num_packs, schedule.num_devices) for d in range(min(num_packs, schedule.num_devices))]
+        depth = schedule.depth
+        groups: list[Sequence[int]] = [range(d, num_packs, depth) for d in range(min(num_packs, depth))]
         if self._dealt:
-            groups = [[*range(d, last, schedule.num_devices), last] for d in range(schedule.num_devices)]
+            groups = [[*range(d, last, depth), last] for d in range(depth)]
         most: list[dict[int, float]] = [{} for _ in groups]
         for visit in visit_bytes(schedule, costs) if visits is None else visits:
-            of_device = most[visit.device if schedule.mode == "pp" else 0]
+            of_device = most[visit.device % depth]
             of_device[visit.pack] = max(visit.nbytes, of_device.get(visit.pack, 0.0))
         for packs, in_use in zip(groups, most, strict=True):
             candidates = list(_Chain(schedule, costs, packs, [in_use.get(p, 0.0) for p in packs], moves_stash).take())
@@ -90,7 +89,7 @@ class Levels:
 
 @dataclass(slots=True)
 class _Chain:
-    """One device, or all of them in dp, as they do the same."""
+    """One device, or those of all pipelines that do the same."""
 
     schedule: Schedule
     costs: Costs
@@ -103,8 +102,7 @@ class _Chain:
         """What may stay in the order of `residency`, and the peak with it and all before."""
         schedule, costs = self.schedule, self.costs
         sizes = split(schedule.minibatch, schedule.microbatch_backward)
-        if schedule.mode == "dp":
-            sizes = sizes[:: schedule.num_devices]
+        sizes = sizes[:: schedule.num_copies]
         spans, last = schedule.packs_backward, len(schedule.packs_backward) - 1
         slots = _SharedSlots([round(costs.weight_bytes(spans[p])) for p in self.packs], schedule.prefetch)
 

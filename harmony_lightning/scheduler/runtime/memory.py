@@ -24,7 +24,7 @@ from harmony_lightning.plan.usage import travelling_nbytes
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.packing import STEP_TEMPORARIES
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
-from harmony_lightning.scheduler.runtime.visitors import place, visitors_of
+from harmony_lightning.scheduler.runtime.visitors import visitors_of
 
 _TURNS_HELD = 2
 """Microbatches for which what is copied to other devices is held in any case."""
@@ -61,14 +61,14 @@ def device_peak_bytes(schedule: Schedule, costs: Costs, visits: Iterable[VisitBy
 
 
 def visit_bytes(schedule: Schedule, costs: Costs) -> Iterator[VisitBytes]:
-    """In the order of the step, by device. In dp devices that do what another one does are left out."""
+    """In the order of the step, by device. Those that do what one of another pipeline does are left out."""
     sizes = split(schedule.minibatch, schedule.microbatch_backward)
-    num_devices = min(schedule.num_devices, len(sizes) if schedule.mode == "dp" else schedule.num_devices)
     updates = _update_slots(schedule, costs)
-    seen: set[tuple[tuple[int, ...], float]] = set()
-    for index in range(num_devices):
-        kind = sizes[index::num_devices], updates[index]
-        if schedule.mode == "pp" or kind not in seen:
+    seen: set[tuple[int, tuple[int, ...], float]] = set()
+    for index in range(schedule.num_devices):
+        pipeline, stage = divmod(index, schedule.depth)
+        kind = stage, sizes[pipeline :: schedule.num_copies], updates[index]
+        if pipeline < len(sizes) and kind not in seen:
             seen.add(kind)
             yield from _Device(schedule, costs, index, sizes, updates[index]).visits()
 
@@ -81,7 +81,7 @@ class _Device:
     ) -> None:
         self._costs, self._index = costs, index
         self._packs, self._last = schedule.packs_backward, len(schedule.packs_backward) - 1
-        self._has_peers = schedule.mode == "pp" and schedule.num_devices > 1
+        self._has_peers = schedule.depth > 1
         self._size, self._count = sizes[0], len(sizes)
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
         visitors = {p: visitors_of(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
@@ -96,9 +96,9 @@ class _Device:
         gradients = _in_turn(schedule, [costs.gradient_bytes(self._packs[p]) for p in _packs_on(schedule, index)])
         self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
-        self._updated = {p for p in schedule.updated_there if place(schedule, p, 0) == index}
+        self._updated = {p for p in schedule.updated_there if schedule.device(p, 0) == index}
         self._summed = set(schedule.dealt) & self._updated
-        if schedule.mode == "dp" and schedule.num_devices > 1:
+        if schedule.num_copies > 1:
             self._summed = set(self._here)
         """Packs of which sums of other devices come here, weight by weight."""
         self._reruns = schedule.microbatches_per_forward > 1
@@ -291,11 +291,9 @@ class _Device:
 
 def _packs_on(schedule: Schedule, device: int) -> list[int]:
     """Packs that have slots on a device."""
-    packs = range(len(schedule.packs_backward))
-    if schedule.mode == "dp":
-        return list(packs)
     takes_turns = device in schedule.dealt_order or not schedule.dealt_order
-    return [p for p in packs if (takes_turns if p in schedule.dealt else p % schedule.num_devices == device)]
+    packs, stage = range(len(schedule.packs_backward)), device % schedule.depth
+    return [p for p in packs if (takes_turns if p in schedule.dealt else p % schedule.depth == stage)]
 
 
 def _update_slots(schedule: Schedule, costs: Costs) -> list[int]:

@@ -38,6 +38,7 @@ def sized_plan(schedule: Schedule, costs: Costs) -> Plan:
         prefetch=schedule.prefetch,
         resident=schedule.resident,
         stash_stays=schedule.stash_stays,
+        pipelines=schedule.pipelines,
         dealt=schedule.dealt,
         dealt_order=schedule.dealt_order,
         updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),

@@ -39,8 +39,8 @@ def predicted_usage(schedule: Schedule, plan: Plan, costs: Costs) -> Usage:
     found = list(visit_bytes(schedule, costs))
     found.sort(key=lambda visit: (visit.is_backward, -visit.pack if visit.is_backward else visit.pack))
     for visit in found:
-        is_alone = schedule.mode == "pp"
-        by_device = tuple(round(visit.nbytes) if d == visit.device or not is_alone else 0 for d in range(count))
+        same = range(visit.device % schedule.depth, count, schedule.depth)
+        by_device = tuple(round(visit.nbytes) if d in same else 0 for d in range(count))
         visits.append(VisitPeak(pack=visit.pack, nbytes=by_device))
     held = []
     for index, (span, pack) in enumerate(zip(packs, plan.packs, strict=True)):

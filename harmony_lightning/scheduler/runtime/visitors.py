@@ -55,13 +55,12 @@ def visitors_of(schedule: Schedule, device: int, pack: int, sizes: tuple[int, ..
     last = len(schedule.packs_backward) - 1
     group = schedule.microbatches_per_forward if pack < last else 1
     if schedule.dealt:
-        present = [m for m in range(len(sizes)) if place(schedule, pack, m) == device]
-        arriving = [m for m in present if pack and place(schedule, pack - 1, m) != device]
-        leaving = [m for m in present if pack < last and place(schedule, pack + 1, m) != device]
+        present = [m for m in range(len(sizes)) if schedule.device(pack, m) == device]
+        arriving = [m for m in present if pack and schedule.device(pack - 1, m) != device]
+        leaving = [m for m in present if pack < last and schedule.device(pack + 1, m) != device]
         return Visitors(sizes, present, arriving, leaving, group)
-    step = schedule.num_devices if schedule.mode == "dp" else 1
-    travels = schedule.mode == "pp" and schedule.num_devices > 1
-    return _evenly(sizes, device % step, step, travels and pack > 0, travels and pack < last, group)
+    pipeline, travels = device // schedule.depth, schedule.depth > 1
+    return _evenly(sizes, pipeline, schedule.num_copies, travels and pack > 0, travels and pack < last, group)
 
 
 @lru_cache(maxsize=256)
@@ -69,13 +68,3 @@ def _evenly(sizes: tuple[int, ...], start: int, step: int, arrives: bool, leaves
     """Every so many of them, all from other devices or none, and all to others or none: most packs are alike in that."""
     present = range(start, len(sizes), step)
     return Visitors(sizes, present, present if arrives else (), present if leaves else (), group)
-
-
-def place(schedule: Schedule, pack: int, m: int) -> int:
-    """The device of a microbatch, as `Plan.device`."""
-    if schedule.mode == "dp":
-        return m % schedule.num_devices
-    if pack not in schedule.dealt:
-        return pack % schedule.num_devices
-    order = schedule.dealt_order
-    return order[m % len(order)] if order else (pack + m) % schedule.num_devices

@@ -33,11 +33,11 @@ class Found(Record):
 
 
 def best_of_kinds(found: Sequence[Candidate]) -> Iterator[Candidate]:
-    """One for each combination of mode, size and number of packs, best first."""
-    kinds: dict[tuple[str, int, int], Candidate] = {}
+    """One for each combination of placement, size and number of packs, best first."""
+    kinds: dict[tuple[int, int, int], Candidate] = {}
     for candidate in found:
         schedule = candidate.schedule
-        kinds.setdefault((schedule.mode, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
+        kinds.setdefault((schedule.num_copies, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
     yield from kinds.values()
 
 

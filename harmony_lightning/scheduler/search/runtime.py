@@ -28,7 +28,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from itertools import accumulate, repeat
-from typing import Literal
 
 from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule
@@ -71,7 +70,7 @@ def search_runtime(
     costs: Costs,
     *,
     minibatch: int,
-    mode: Literal["pp", "dp", "auto"],
+    mode: Mode,
     memory_bytes: float,
     stashes: tuple[Stash, ...] = ("device", "host"),
     microbatch_size: int | None = None,
@@ -101,10 +100,7 @@ def search_runtime(
     if minibatch < 1:
         raise ConfigurationError(f"the minibatch must have at least one sample, got {minibatch}")
     started = time.perf_counter()
-    modes: tuple[Mode, ...] = ("pp", "dp") if mode == "auto" and costs.machine.gpus > 1 else ("pp",)
-    if mode != "auto":
-        modes = (mode,)
-    family = tuple(map(abilities, runtime_family(costs, minibatch, modes, microbatch_size, together)))
+    family = tuple(map(abilities, runtime_family(costs, minibatch, mode, microbatch_size, together)))
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
     search = _Search(costs, family, memory_bytes, Variants(costs, stashes, stay, moves_stash, movable), in_use)
     found = _preferred(search.run(), costs)
@@ -135,7 +131,7 @@ def _preferred(found: list[Candidate], costs: Costs) -> list[Candidate]:
 
 def _is_quiet(schedule: Schedule, costs: Costs) -> bool:
     """Neither weights, gradients and states nor stashes cross host links."""
-    if schedule.dealt or (schedule.mode == "dp" and schedule.num_devices > 1):
+    if schedule.dealt or schedule.num_copies > 1:
         return False
     last = len(schedule.packs_backward) - 1
     return all(
@@ -157,7 +153,7 @@ def _with_least(chosen: list[Variant], variants: list[Variant]) -> list[Variant]
 
 
 def _packing(variant: Variant) -> object:
-    return variant.schedule.mode, variant.schedule.microbatch_backward, variant.schedule.packs_backward
+    return variant.schedule.num_copies, variant.schedule.microbatch_backward, variant.schedule.packs_backward
 
 
 class _Search:

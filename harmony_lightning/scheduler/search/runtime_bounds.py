@@ -33,9 +33,11 @@ class _Bound:
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
         self._schedule, self._costs, self._machine = schedule, costs, costs.machine
         self._packs = schedule.packs_backward
-        self._last, self._gpus, self._is_dp = len(self._packs) - 1, schedule.num_devices, schedule.mode == "dp"
+        self._last, self._gpus, self._depth = len(self._packs) - 1, schedule.num_devices, schedule.depth
         self._sizes = split(schedule.minibatch, schedule.microbatch_backward)
-        self._visitors = min(self._gpus, len(self._sizes)) if self._is_dp else 1
+        self._pipeline_sizes = self._sizes[:: schedule.num_copies]
+        """Of the first pipeline, which has most."""
+        self._visitors = min(schedule.num_copies, len(self._sizes))
         self._weights = [costs.weight_bytes(span) for span in self._packs]
         self._trained = [costs.trained_bytes(span) for span in self._packs]
         self._gradients = [costs.gradient_bytes(span) for span in self._packs]
@@ -49,15 +51,14 @@ class _Bound:
     # Computations -----------------------------------------------------------------------------------------------------
 
     def compute(self) -> float:
-        packs = range(len(self._packs))
-        if self._is_dp:
-            return self._of_packs(packs, self._sizes[:: self._gpus]) + self._sums(packs) + self._update(0)
+        packs, sizes = range(len(self._packs)), self._pipeline_sizes
         if self._schedule.dealt:
             mine = ([p for p in packs[d :: self._gpus] if p not in self._schedule.dealt] for d in range(self._gpus))
             # Who has more of its own may get less of what is dealt.
             even = self._of_packs(packs, self._sizes) / self._gpus
             return max(even, *(self._of_packs(here, self._sizes) for here in mine))
-        own = [self._of_packs(packs[d :: self._gpus], self._sizes) for d in range(min(self._gpus, len(packs)))]
+        groups = [packs[d :: self._depth] for d in range(min(self._depth, len(packs)))]
+        own = [self._of_packs(here, sizes) + self._sums(here) for here in groups]
         trained = [p for p, nbytes in enumerate(self._gradients) if nbytes]
         on_host = [p for p in trained if p not in self._there]
         # A pack's next forward waits for its backward; if its gradients leave, the next step as a whole does.
@@ -70,14 +71,14 @@ class _Bound:
     def _turn(self, own: list[float], begin: int, first: int) -> float:
         """From the forward of a pack to its next one, or to that of `first` behind it: by the device that has most to do,
         or to wait for."""
-        head, tail, most = 0.0, self._update(begin), 0.0
+        head, tail, most = 0.0, self._sums((first,)) + self._update(begin), 0.0
         for d in range(begin, len(own)):
             if d > begin:
                 head += self._costs.input_bytes(self._sizes[0], self._packs[d][0]) / self._peer_rate
             if d >= first:
-                most = max(most, head + own[d] + tail)
-                tail += self._backward(d, self._sizes[-1:])
-                tail += self._costs.input_bytes(self._sizes[-1], self._packs[d][1] + 1) / self._peer_rate
+                most = max(most, head + own[d] - self._sums((d,)) + tail)  # none waits for another pack's sums
+                tail += self._backward(d, self._pipeline_sizes[-1:])
+                tail += self._costs.input_bytes(self._pipeline_sizes[-1], self._packs[d][1] + 1) / self._peer_rate
             head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
         return most
 
@@ -117,7 +118,7 @@ class _Bound:
         return sum(sizes.count(size) * seconds(size, span) for size in dict.fromkeys(sizes))
 
     def _sums(self, packs: Sequence[int]) -> float:
-        """In dp one device adds up what all have."""
+        """One device adds up what those of all pipelines have."""
         total = sum(self._gradients[p] for p in packs)
         each = total / self._peer_rate + self._costs.device_seconds(_ADDITION_ACCESSES * total)
         return (self._visitors - 1) * each
@@ -132,8 +133,7 @@ class _Bound:
 
     def cycles(self) -> float:
         """From a pack's first forward all that its device computes up to its last backward, and its update."""
-        most, sizes = 0.0, self._sizes[:: self._gpus] if self._is_dp else self._sizes
-        step = 1 if self._is_dp else self._gpus
+        most, sizes, step = 0.0, self._pipeline_sizes, self._depth
         behind = [0.0] * step
         for p in range(len(self._packs) - 1, -1, -1):
             if p in self._schedule.dealt:
@@ -147,16 +147,15 @@ class _Bound:
 
     def links(self) -> float:
         packs, schedule = range(len(self._packs)), self._schedule
-        if self._is_dp or schedule.dealt:
-            active = self._visitors if self._is_dp else self._gpus
-            groups = [list(packs)]
+        if schedule.dealt:
+            active, groups = self._gpus, [list(packs)]
         else:
-            active = min(self._gpus, len(packs))
-            groups = [list(packs[d :: self._gpus]) for d in range(active)]
+            groups = [list(packs[d :: self._depth]) for d in range(min(self._depth, len(packs)))]
+            active = len(groups) * self._visitors
         entering = [self._entering(group) * self._visitors for group in groups]
         leaving = [sum(map(self._leaving, group)) for group in groups]
         together = active * self._machine.host_share(active)
-        alone = self._machine.host_share(1) * (1 if len(groups) > 1 else active)
+        alone = self._machine.host_share(1) * active / len(groups)
         return max(sum(entering) / together, sum(leaving) / together, max(entering) / alone, max(leaving) / alone)
 
     def _entering(self, group: list[int]) -> float:

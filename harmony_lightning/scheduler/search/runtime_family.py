@@ -21,23 +21,26 @@ FINE = 12
 FEW_LAYERS = 5
 """Of so many every packing is tried."""
 
-Mode = Literal["pp", "dp"]
+Mode = Literal["auto", "pp", "dp", "mixed"]
+"""What is asked for. Auto: pp, dp, and every number of pipelines. Mixed: these pipelines, and pp, where the last pack is to be
+dealt."""
 Stash = Literal["device", "host"]
 
 
 def runtime_family(
-    costs: Costs, minibatch: int, modes: tuple[Mode, ...], size: int | None, together: tuple[frozenset[int], ...]
+    costs: Costs, minibatch: int, mode: Mode, size: int | None, together: tuple[frozenset[int], ...]
 ) -> Iterator[Schedule]:
     gpus = costs.machine.gpus
     packings = _packings(costs, together)
-    for mode in modes:
-        samples = -(-minibatch // gpus) if mode == "dp" else minibatch
+    for kind, pipelines in placements(mode, gpus):
+        samples = -(-minibatch // (gpus if kind == "dp" else pipelines))
         sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
         for one in sizes:
             for packs in packings:
                 yield Schedule(
-                    mode=mode,
+                    mode=kind,
                     num_devices=gpus,
+                    pipelines=pipelines,
                     minibatch=minibatch,
                     microbatch_forward=one,
                     packs_forward=packs[:-1],
@@ -45,6 +48,16 @@ def runtime_family(
                     packs_backward=packs,
                     prefetch=1,
                 )
+
+
+def placements(mode: Mode, gpus: int) -> Iterator[tuple[Literal["pp", "dp"], int]]:
+    """Modes of schedules, and how many pipelines these have."""
+    if mode != "dp":
+        yield "pp", 1
+    if mode == "dp" or (mode == "auto" and gpus > 1):
+        yield "dp", 1
+    if mode in ("auto", "mixed"):
+        yield from (("pp", count) for count in range(2, gpus) if gpus % count == 0)
 
 
 def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:

@@ -144,9 +144,8 @@ class Variants:
         costs, packs = self._costs, schedule.packs_backward
         if schedule.dealt:
             return max(costs.weight_bytes(span) + costs.gradient_bytes(span) for span in packs)
-        sizes, step = split(schedule.minibatch, schedule.microbatch_backward), schedule.num_devices
-        if schedule.mode == "dp":
-            sizes, step = sizes[::step], 1
+        sizes = split(schedule.minibatch, schedule.microbatch_backward)[:: schedule.num_copies]
+        step = schedule.depth
         most = 0.0
         for d in range(min(step, len(packs))):
             here = packs[d::step]

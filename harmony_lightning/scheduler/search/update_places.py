@@ -35,7 +35,7 @@ class UpdatePlaces:
     def __init__(self, schedule: Schedule, costs: Costs, movable: Sequence[int], peaks: Mapping[int, float]) -> None:
         self._schedule, self._peaks = schedule, peaks
         self._all = frozenset(movable)
-        count = schedule.num_devices if schedule.mode == "pp" else 1  # in dp one device adds up what all have
+        count = schedule.depth  # of several pipelines the first one adds up what all have
         self._here = {d: [p for p in movable if p % count == d] for d in range(count)}
         spans = schedule.packs_backward
         self._nbytes = {
