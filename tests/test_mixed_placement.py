@@ -218,3 +218,17 @@ def step_seconds(mode):
 
 def test_no_gpu_waits_for_a_large_head():
     assert step_seconds("mixed") < 0.95 * step_seconds("pp")
+
+
+def test_a_dealt_pack_is_updated_when_all_parts_of_its_gradient_have_come():
+    """By the emulated clock, too. The second microbatch is the smaller one, so that its part comes first."""
+    strategy = HarmonyStrategy(mode="mixed", microbatch_size=32, one_layer_per_pack=True, cluster=cluster_of(2))
+    data = DataLoader(TensorDataset(*batch_of(33)), batch_size=33)
+    trainer(strategy).fit(on_meta(lambda: Wide(3)).to_empty(device="cpu"), data)
+    (last,), spans = strategy.plan.dealt, strategy.timeline().spans
+    first_part, second_part = (
+        next(span.end for span in spans if (span.device, span.name) == (d, f"gradients of pack {last}"))
+        for d in strategy.plan.visitors(last)
+    )
+    update = max((span for span in spans if span.name == "update"), key=lambda span: span.nbytes)  # the largest pack's
+    assert second_part < first_part <= update.start

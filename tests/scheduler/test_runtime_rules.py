@@ -162,6 +162,16 @@ def test_dealt_packs_go_to_the_devices_that_the_plan_names(dealt, stash, order):
     assert plan.dealt_order == order and plan_to_schedule(plan, layers, 6) == schedule
 
 
+@pytest.mark.parametrize("prefetch", [0, 1])
+def test_parts_of_gradients_are_added_up_in_turn_and_the_last_one_with_the_update(prefetch):
+    """The host binds here, and other updates would be done in between."""
+    costs, layers = costs_of(GROWING, 4, host="desktop")
+    schedule = schedule_of(costs, (2, 3, 2), size=2, minibatch=7, prefetch=prefetch)
+    schedule = replace(schedule, dealt=(2,))
+    seconds, _ = train(GROWING, schedule, layers, host="desktop")
+    assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.01)
+
+
 def test_a_bound_of_dealt_packs_counts_devices_that_get_few_microbatches():
     """One has so much to do of its own that the dealt pack is best left to others."""
     costs = Costs(profile(kind(seconds=50.0), kind(), kind(seconds=20.0)), machine(gpus=4))

@@ -66,8 +66,8 @@ class GradientSwapOut:
         """Complete, but hooks of the user's come before `Parameter.grad`. The worker adds, `_deliver` takes."""
         self.tickets: dict[str, Ticket] = {}
         """By weight: the job that has made its gradient complete, and updates it if updates are just in time."""
-        self.in_parts: set[str] = set()
-        """Weights of which some part has been sent in this backward."""
+        self.in_parts: dict[str, Ticket] = {}
+        """By weight of which some part has been sent in this backward: the job that deals with the last one."""
 
     def begin(self) -> None:
         """A backward begins."""
@@ -115,10 +115,8 @@ class GradientSwapOut:
                 arrived[name].copy_(gradient)
             return arrived
 
-        self.in_parts.update(arrived.keys() - complete)
-        self.in_parts -= complete
         priority = 0 if in_turn else self._plan.update_priority(slot.pack)
-        ticket = self._submit(take, complete, on_complete, slot.left, priority)
+        ticket = self._submit(take, arrived.keys(), complete, on_complete, slot.left, priority)
         self._buffers.follow(buffer, ticket, urgency)
         if narrow_buffer is not None:
             self._narrow_buffers.follow(narrow_buffer, ticket, urgency)
@@ -130,13 +128,12 @@ class GradientSwapOut:
 
     def send_arrived(self, arrived: Arrived, complete: frozenset[str], on_complete: OnComplete) -> None:
         """Gradients that are on the host already; those in `complete` get no more parts."""
-        self.in_parts.update(arrived.keys() - complete)
-        self._submit(lambda: arrived, complete, on_complete)
+        self._submit(lambda: arrived, arrived.keys(), complete, on_complete)
 
     def finish(self, on_complete: OnComplete) -> None:
         """End of a backward: whatever has not become complete by now never gets more."""
-        complete, self.in_parts = frozenset(self.in_parts), set()
-        self._submit(self._take_parts, complete, on_complete, priority=LAST)
+        complete = frozenset(self.in_parts)
+        self._submit(self._take_parts, complete, complete, on_complete, priority=LAST)
         if any(has_hooks(parameter) for parameter in self._parameters.values()):
             self._worker.drain()
             self._deliver(on_complete)
@@ -148,20 +145,27 @@ class GradientSwapOut:
     def _submit(
         self,
         take: Callable[[], Arrived],
+        names: Collection[str],
         complete: frozenset[str],
         on_complete: OnComplete,
         arrival: Event | None = None,
         priority: int = 0,
     ) -> Ticket:
-        """Have the worker deal with gradients that reach the host at `arrival`; those in `complete` get no more parts."""
+        """Have the worker deal with gradients of these names, which reach the host at `arrival`; those in `complete` get no
+        more parts."""
         events = [*self._before(complete, on_complete), *([arrival] if arrival is not None else [])]
+        incomplete = [name for name in names if name not in complete]
+        earlier = dict.fromkeys(self.in_parts.pop(name) for name in names if name in self.in_parts)
 
         def receive() -> None:
+            for ticket in earlier:  # parts that came from other devices, perhaps later than this one
+                ticket.wait()
             for event in events:
                 event.synchronize()
             self._receive(take(), complete, on_complete)
 
         ticket = self._worker.submit(receive, priority)
+        self.in_parts.update(dict.fromkeys(incomplete, ticket))
         self.tickets.update(dict.fromkeys(complete, ticket))
         self._behind(complete, on_complete, ticket, priority)
         return ticket

@@ -215,7 +215,7 @@ class GradientStore:
         """Let weights be updated where their gradients are complete; the gradients are used up."""
         if self.updates is None or slot.device != self._plan.update_device(slot.pack):
             return  # states that stay would be elsewhere; the host asks for them
-        elsewhere = {name for name, _ in self._loose} | self._out.in_parts
+        elsewhere = {name for name, _ in self._loose} | self._out.in_parts.keys()
         complete = {
             name: gradient
             for name, gradient in slot.written.items()

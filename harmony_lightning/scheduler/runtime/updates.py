@@ -1,6 +1,7 @@
 """What becomes of a pack's gradients in a simulation of the runtime: they leave and the host steps the weights, or a device
 does."""
 
+import sys
 from collections import deque
 from collections.abc import Sequence
 
@@ -14,6 +15,8 @@ from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, Weig
 
 _IN_TURN: Urgency = "next"
 """Of gradients that come in parts."""
+_AT_ONCE = -sys.maxsize
+"""Priority of what goes on with a job."""
 
 
 class RuntimeUpdates:
@@ -82,14 +85,15 @@ class RuntimeUpdates:
         self._on_host[urgency].append((size, self.updated[pack]))
 
     def _send_in_parts(self, pack: int, nbytes: float) -> None:
-        """The host adds them up, so that no device waits for another."""
+        """The host adds them up, in this order, so that no device waits for another. With the last one it updates."""
         lanes, visitors = self._lanes, self._visitors[pack]
+        freed: Event = None
         for d in visitors:
             size, left = self._swap_out(d, pack, nbytes, _IN_TURN)
-            freed = lanes.add_on_host(0.0 if d == visitors[0] else nbytes, left)
+            freed = lanes.add_on_host(0.0 if d == visitors[0] else nbytes, left, freed)
             self.jobs.append((freed, 0))
             if d == visitors[-1]:
-                self._update_on_host(pack, nbytes, freed, 0)
+                self._update_on_host(pack, nbytes, freed, _AT_ONCE)
                 freed = self.updated[pack]
             self._on_host[_IN_TURN].append((size, freed))
 
