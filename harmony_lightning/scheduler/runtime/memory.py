@@ -101,7 +101,6 @@ class _Device:
         if schedule.num_copies > 1:
             self._summed = set(self._here)
         """Packs of which sums of other devices come here, weight by weight."""
-        self._reruns = schedule.microbatches_per_forward > 1
         # These are asked for many times.
         self._in_layers = cache(self._most_in_layers)
         entering = costs.inputs(self._size)
@@ -187,7 +186,7 @@ class _Device:
                 working += costs.input_bytes(size, layer)
             if backward and layer < last:
                 working += self._boundary(pack + 1)  # the gradient that the segment's backward was given
-            if backward and self._reruns and pack != self._last:
+            if backward and self._here[pack].group > 1:
                 working += costs.input_bytes(size, layer + 1)  # the second run goes to its end
             if layer > first and not comes_alone:
                 working += costs.stash_bytes(size, (first, layer - 1))

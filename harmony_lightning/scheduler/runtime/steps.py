@@ -10,7 +10,6 @@ between devices and host.
 """
 
 import functools
-import itertools
 from collections.abc import Iterator, Sequence
 from functools import cache
 
@@ -23,6 +22,7 @@ from harmony_lightning.scheduler.runtime.lanes import RuntimeLanes
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, WeightSlots
 from harmony_lightning.scheduler.runtime.updates import RuntimeUpdates
+from harmony_lightning.scheduler.runtime.visitors import Group, following, groups_of, members
 
 _INPUT_ACCESSES = 3
 """Of host memory, when a part of the minibatch is put where devices copy from."""
@@ -49,8 +49,19 @@ class RuntimeSteps:
         """Whether gradients go through a pack."""
         for p, pack in enumerate(plan.packs):
             self.goes_back[p] |= pack.trainable_nbytes > 0 or (p > 0 and self.goes_back[p - 1])
-        self._following = _following(self.visitors)
-        self._followed = _following(self.visitors[::-1])
+        together = [schedule.microbatches_per_forward] * (len(self.packs) - 1) + [1]
+        self._groups = list(map(groups_of, self.places, together))
+        self._entering = [
+            [sum(costs.input_bytes(self.sizes[m], self.packs[p][0]) for m in members(group)) for group in groups]
+            for p, groups in enumerate(self._groups)
+        ]
+        """By pack and group, bytes."""
+        self._joint = {
+            (p, m) for p, of in enumerate(self._groups) for group in of for t in group.values() if len(t) > 1 for m in t
+        }
+        """Packs and microbatches that go through them in a joint call."""
+        self._following = following(self.visitors)
+        self._followed = following(self.visitors[::-1])
         active = {d for visitors in self.visitors for d in visitors}
         self.lanes = RuntimeLanes(schedule, costs, listener, len(active))
         self.weights = [
@@ -77,6 +88,8 @@ class RuntimeSteps:
             first = next((p for p, visitors in enumerate(self.visitors) if d in visitors), None)
             if first is not None:
                 weights.prefetch(first)
+        self._arrived: dict[int, Event] = {}
+        """By microbatch, what it needs in the pack that it comes to next; gone when it is there."""
         self.outputs: list[Point] = [()] * count
         """By microbatch: its output is computed."""
         self.gradients: list[Event] = [None] * count
@@ -86,6 +99,7 @@ class RuntimeSteps:
         """By pack and microbatch: the stash of the last layer is back, and those of the others."""
         for pack in range(last + 1):
             self._forward(pack)
+        self.lanes.wait(*self.updates.updated)  # new weights that leave devices may still be on their way
         self.updates.send(last, self.costs.gradient_bytes(self.packs[last]))
         for d in self.visitors[last]:
             self.weights[d].release(last)
@@ -103,26 +117,35 @@ class RuntimeSteps:
         is_fused = pack == len(self.packs) - 1
         self.lanes.turn += 1
         upcoming = dict(self._following[pack])
-        leaves = self.goes_back[pack] and self.schedule.stash == "host" and pack not in self.schedule.stash_stays
-        for group, arrived in self._sending_ahead(pack):
-            d = self.places[pack][group[0]]
-            for m in group:
-                self.lanes.begin_turn(d)
-                if pack == 0:
-                    self._bring_input(d, m)
-            weights = self._acquire(d, pack, upcoming)
-            seconds = self._forward_seconds(group, self.packs[pack])
-            done = self.lanes.compute(d, seconds, Kind.FORWARD, group[0], *arrived, weights)
-            if pack == group[0] == 0:
-                self.starts.append(done)
-            for m in group:
-                self.outputs[m] = self.lanes.now(d)
-                if is_fused:
+        stays = is_fused or self.schedule.stash == "device" or pack in self.schedule.stash_stays
+        leaves = self.goes_back[pack] and not stays
+        first, last = self.packs[pack]
+        layers = [(layer, layer) for layer in range(first, last + 1)]
+        for group in self._sending_ahead(pack):
+            for d, together in group.items():
+                for m in together:
                     self.lanes.begin_turn(d)
-                    self._compute_backward(pack, m)
-                elif leaves:
-                    nbytes = self.costs.stash_bytes(self.sizes[m], self.packs[pack])
-                    self.stashed[pack, m] = self.lanes.send_stash(d, m, nbytes, done)
+                    if pack == 0:
+                        self._bring_input(d, m)
+                waits = self._acquire(d, pack, upcoming), *(self._arrived.pop(m, None) for m in together)
+                # Those that go together are given their turns anew for every layer.
+                for span in layers if leaves and len(together) > 1 else [(first, last)]:
+                    if span[0] > first:
+                        self.lanes.begin_turn(d)
+                    seconds = self._forward_seconds(together, span)
+                    done = self.lanes.compute(d, seconds, Kind.FORWARD, together[0], *waits)
+                    for m in together if leaves else ():
+                        if m != together[0]:
+                            self.lanes.begin_turn(d)
+                        nbytes = self.costs.stash_bytes(self.sizes[m], span)
+                        self.stashed[pack, m] = self.lanes.send_stash(d, m, nbytes, done)
+                if pack == together[0] == 0:
+                    self.starts.append(done)
+                for m in together:
+                    self.outputs[m] = self.lanes.now(d)
+                    if is_fused:
+                        self.lanes.begin_turn(d)
+                        self._compute_backward(pack, m)
         self._leave(pack, self._following[pack])
 
     def _bring_input(self, d: int, m: int) -> None:
@@ -143,31 +166,19 @@ class RuntimeSteps:
         copied += sum(2 * self.costs.input_bytes(samples, q + 1) for q in range(span[0], span[1] + 1))
         return sum(self.costs.forward_seconds(size, span) for size in sizes) + self.costs.device_seconds(copied)
 
-    def _groups(self, pack: int) -> list[Sequence[int]]:
-        """Microbatches that go through a pack together, as `runtime.step` forms them."""
-        size = self.schedule.microbatches_per_forward if pack + 1 < len(self.packs) else 1
-        if size == 1:
-            return [(m,) for m in range(len(self.sizes))]
-        places = self.places[pack]
-        here = [[m for m, place in enumerate(places) if place == d] for d in self.visitors[pack]]
-        columns = [[of[i : i + size] for i in range(0, len(of), size)] for of in here]
-        return [group for row in itertools.zip_longest(*columns, fillvalue=()) for group in row if group]
-
-    def _sending_ahead(self, pack: int) -> Iterator[tuple[Sequence[int], list[Event]]]:
-        """Groups, and when what they need is there: as `runtime.microbatch.sending_ahead`."""
-        groups, layer = self._groups(pack), self.packs[pack][0]
-        entering = [sum(self.costs.input_bytes(self.sizes[m], layer) for m in group) for group in groups]
-        arrived: list[list[Event]] = []
-        travelling = 0.0
+    def _sending_ahead(self, pack: int) -> Iterator[Group]:
+        """Groups, with what they need on its way: as `runtime.microbatch.sending_ahead`."""
+        groups, entering, num_sent, travelling = self._groups[pack], self._entering[pack], 0, 0.0
         for index, group in enumerate(groups):
-            while pack and len(arrived) < len(groups):
-                n = len(arrived)
-                if n > index + self.schedule.prefetch and travelling + entering[n] > self.lanes.travelling_nbytes:
+            while pack and num_sent < len(groups):
+                nbytes = entering[num_sent]
+                if num_sent > index + self.schedule.prefetch and travelling + nbytes > self.lanes.travelling_nbytes:
                     break
-                arrived.append([self._send_output(pack, m) for m in groups[n]])
-                travelling += entering[n]
+                for m in members(groups[num_sent]):
+                    self._arrived[m] = self._send_output(pack, m)
+                num_sent, travelling = num_sent + 1, travelling + nbytes
             travelling -= entering[index]
-            yield group, arrived[index] if pack else []
+            yield group
 
     def _send_output(self, pack: int, m: int) -> Event:
         """Of the pack before, for this one; None if it is where it is needed."""
@@ -200,14 +211,15 @@ class RuntimeSteps:
     def _compute_backward(self, pack: int, m: int, *after: Event) -> None:
         """And the gradient of its input goes to where that was computed."""
         d, (first, last), size = self.places[pack][m], self.packs[pack], self.sizes[m]
-        seconds = self._backward_seconds(size, (first, last))
+        is_joint = (pack, m) in self._joint
+        seconds = self._backward_seconds(size, (first, last), is_joint)
         left: Point = ()
         if self.places[pack].index(d) == m:  # the first one here: its gradients are put where those of others are added
             left = self.gradient_slots[d].enter(pack)
             seconds = max(0.0, seconds - self.costs.device_seconds(self.costs.gradient_bytes((first, last))))
         if left or (first < last and (pack, m) in self.stashed):
             # The last layer waits for its own stash alone, and has made its gradients before they need others' place.
-            begin = min(seconds, self._backward_seconds(size, (last, last)))
+            begin = min(seconds, self._backward_seconds(size, (last, last), is_joint))
             self.lanes.compute(d, begin, Kind.BACKWARD, m, *after, self._brought.pop((pack, m, True), None))
             self._bring_stash(pack, m, is_first=False)
             seconds, after = seconds - begin, left
@@ -222,11 +234,10 @@ class RuntimeSteps:
             nbytes, ready = self.costs.input_bytes(size, first), self.lanes.now(d)
             self.gradients[m] = self.lanes.send(source, target, Kind.GRADIENT_PEER, m, nbytes, ready)
 
-    def _sum_backward_seconds(self, size: int, span: tuple[int, int]) -> float:
+    def _sum_backward_seconds(self, size: int, span: tuple[int, int], is_joint: bool) -> float:
         """Recompute included, but for layers that keep their activations."""
         seconds = self.costs.backward_seconds(size, span) + self.costs.forward_seconds(size, span)
-        if self.schedule.microbatches_per_forward > 1 and span[1] < self.packs[-1][0]:
-            # A joint call leaves no graph, so that layers are run again as a whole.
+        if is_joint:  # such a call leaves no graph, so that layers are run again as a whole
             seconds += self.costs.forward_seconds(size, span) - self.costs.recompute_seconds(size, span)
         kept = (layer for layer in range(span[0], span[1] + 1) if layer in self._kept)
         return max(0.0, seconds - sum(self.costs.recompute_seconds(size, (layer, layer)) for layer in kept))
@@ -293,16 +304,6 @@ class RuntimeSteps:
         nbytes = self.costs.stash_bytes(self.sizes[m], span)
         waits = (stashed, *self.lanes.now(d), self.lanes.controller)
         self._brought[pack, m, is_first] = self.lanes.copy(d, Lane.STASH_IN, Kind.STASH_IN, m, nbytes, *waits)
-
-
-def _following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
-    """By position and device that is visited there, the position at which it is visited next."""
-    following: list[dict[int, int]] = []
-    upcoming: dict[int, int] = {}
-    for position in range(len(visitors) - 1, -1, -1):
-        following.append({d: upcoming[d] for d in visitors[position] if d in upcoming})
-        upcoming.update(dict.fromkeys(visitors[position], position))
-    return following[::-1]
 
 
 def runtime_seconds(schedule: Schedule, costs: Costs, num_steps: int = _NUM_STEPS) -> float:

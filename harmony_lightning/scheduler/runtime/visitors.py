@@ -1,10 +1,14 @@
-"""Which microbatches come to a device for a pack, where they come from and where they go."""
+"""Which microbatches come to a device for a pack, where they come from and where they go, and which go together."""
 
+import itertools
 from bisect import bisect_left
 from collections.abc import Sequence
 from functools import lru_cache
 
 from harmony_lightning.plan.schedule import Schedule
+
+Group = dict[int, list[int]]
+"""By device, microbatches that go through a pack's layers in one call."""
 
 
 class Visitors:
@@ -68,3 +72,28 @@ def _evenly(sizes: tuple[int, ...], start: int, step: int, arrives: bool, leaves
     """Every so many of them, all from other devices or none, and all to others or none: most packs are alike in that."""
     present = range(start, len(sizes), step)
     return Visitors(sizes, present, present if arrives else (), present if leaves else (), group)
+
+
+def groups_of(places: Sequence[int], size: int) -> list[Group]:
+    """All microbatches, by their devices in a pack, as `runtime.step` forms groups: no more than so many on any device."""
+    groups: list[Group] = [{}]
+    for m, d in enumerate(places):
+        if len(groups[-1].get(d, ())) == size or (size == 1 and m):
+            groups.append({})
+        groups[-1].setdefault(d, []).append(m)
+    return groups
+
+
+def members(group: Group) -> list[int]:
+    """In their order over all devices."""
+    return next(iter(group.values())) if len(group) == 1 else sorted(itertools.chain(*group.values()))
+
+
+def following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
+    """By position and device that is visited there, the position at which it is visited next."""
+    following: list[dict[int, int]] = []
+    upcoming: dict[int, int] = {}
+    for position in range(len(visitors) - 1, -1, -1):
+        following.append({d: upcoming[d] for d in visitors[position] if d in upcoming})
+        upcoming.update(dict.fromkeys(visitors[position], position))
+    return following[::-1]

@@ -12,6 +12,7 @@ computed again, of resident packs only what trains comes in.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import pairwise
 
 from harmony_lightning.plan.schedule import Schedule, Span, split
@@ -102,16 +103,22 @@ class _Bound:
 
     def _backward(self, pack: int, sizes: tuple[int, ...]) -> float:
         """Recompute included, as in `RuntimeSteps`."""
-        span, costs = self._packs[pack], self._costs
+        span, costs, joint = self._packs[pack], self._costs, 0
+        if pack != self._last and pack not in self._schedule.dealt:  # of those, any may go alone
+            group = self._schedule.microbatches_per_forward
+            joint = len(sizes) - (len(sizes) % group == 1) if group > 1 else 0
 
-        def seconds(size: int, span: Span) -> float:
+        def seconds(size: int, span: Span, is_joint: bool = False) -> float:
             taken = costs.backward_seconds(size, span) + costs.forward_seconds(size, span)
-            if self._schedule.microbatches_per_forward > 1 and pack != self._last:
+            if is_joint:
                 taken += costs.forward_seconds(size, span) - costs.recompute_seconds(size, span)
             return max(0.0, taken - sum(costs.recompute_seconds(size, (layer, layer)) for layer in self._kept[pack]))
 
+        total = self._sum(partial(seconds, is_joint=True), span, sizes[:joint]) + self._sum(
+            seconds, span, sizes[joint:]
+        )
         # The first one's gradients are not added to others.
-        return max(0.0, self._sum(seconds, span, sizes) - costs.device_seconds(self._gradients[pack]))
+        return max(0.0, total - costs.device_seconds(self._gradients[pack]))
 
     @staticmethod
     def _sum(seconds: Callable[[int, Span], float], span: Span, sizes: tuple[int, ...]) -> float:
