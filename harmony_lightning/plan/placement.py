@@ -40,7 +40,9 @@ class Placement:
     def device(self, pack: int, microbatch: int) -> int:
         """Index of the device on which this microbatch goes through this pack, forward and backward."""
         if pack not in self.dealt:
-            return microbatch % self.num_copies * self.depth + pack % self.depth
+            copies = self.num_copies
+            depth = self.num_devices // copies
+            return microbatch % copies * depth + pack % depth
         order = self.dealt_order
         return order[microbatch % len(order)] if order else (pack + microbatch) % self.num_devices
 

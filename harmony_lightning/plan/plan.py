@@ -121,18 +121,24 @@ class Plan(Placement, Record):
     """How gradients of narrow weights travel: `HarmonyConfig.gradient_wire`."""
     pipelines: int = 1
     """Of a plan in pp: so many side by side, each over as many devices, over which microbatches are dealt (pp x dp). A pack's
-    weights go to one device of each, and its gradients are added up on that of the first, in the order of pipelines."""
+    weights go to one device of each, and its gradients are added up over these, in the order of pipelines."""
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
-    takes longer than its neighbours, which would wait for it. Its weights go to each device, its gradients leave each."""
+    takes longer than its neighbours, which would wait for it. Its weights go to each device."""
     dealt_order: tuple[int, ...] = ()
     """Devices to which microbatches of dealt packs go, one after the other, and again from the first on. Empty: all of
     them, beginning with the one whose turn it is."""
+    sums: Literal["host", "device"] = "host"
+    """Where gradients that several devices have of a pack are added up, unless a device updates it: on the host, to which
+    they leave each device while it goes on; or on the device of the first microbatch, to which others send theirs while
+    both wait, for fewer bytes on links to the host and in its memory."""
 
     def __post_init__(self) -> None:
         self.check_placement()
         if self.stash not in ("device", "host"):
             raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
+        if self.sums not in ("host", "device"):
+            raise ConfigurationError(f"sums must be 'host' or 'device', got {self.sums!r}")
         if self.prefetch not in (0, 1):
             raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
         for name in ("memory_bytes", "microbatch_size", "num_microbatches", "microbatches_per_forward"):
@@ -207,7 +213,7 @@ class Plan(Placement, Record):
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
-        each once, and once from each device if they are dealt, none of frozen weights. Gradients of narrow weights leave as
+        each once, and once from each device if the host adds them up, none of frozen weights. Gradients of narrow weights leave as
         they are made where there is only one microbatch to make them: a sum of several needs float32."""
         total = 0
         for index, pack in enumerate(self.packs):
@@ -215,7 +221,7 @@ class Plan(Placement, Record):
                 total += 0 if self.weights_stay(index) else pack.trainable_nbytes
                 total += 0 if index in self.updates_stay else pack.state_nbytes
                 continue
-            leaves_each = index in self.dealt
+            leaves_each = self.is_dealt(index) and self.sums == "host"
             for device in self.visitors(index) if leaves_each else (None,):
                 made = [m for m in range(self.num_microbatches) if device is None or self.device(index, m) == device]
                 is_half = self.gradient_wire == "half" or len(made) == 1

@@ -15,7 +15,7 @@ from harmony_lightning.record import Record
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
 from harmony_lightning.scheduler.runtime.steps import settled_steps
-from harmony_lightning.scheduler.search.found import Found, num_computations
+from harmony_lightning.scheduler.search.found import Found, num_runtime_computations
 from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS, search_runtime
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
@@ -56,7 +56,7 @@ def break_down(schedule: Schedule, costs: Costs, rules: Rules) -> Breakdown:
     last, begin = None, 0.0
     if rules is Rules.RUNTIME:
         graph, steps = settled_steps(schedule, costs)
-        is_fair = num_computations(schedule) <= MAX_FAIR_COMPUTATIONS  # as the search told its seconds
+        is_fair = num_runtime_computations(schedule) <= MAX_FAIR_COMPUTATIONS  # as the search told its seconds
         timeline = fair_times(graph, costs.machine, dict(steps.updates.jobs)) if is_fair else simulate(graph)
         last, begin = steps.starts[-1], timeline.ends[steps.starts[-2]]
     else:
@@ -113,8 +113,8 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
     gradients = sum(costs.gradient_bytes(spans[p]) for p in moving)
     seconds = {
         "weights": sum(map(entering, range(len(spans)))) / machine.host_share(devices) / depth,
-        # They are added up on the devices of one pipeline, which alone send them.
-        "gradients": gradients / machine.host_share(depth) / depth,
+        # Where devices add them up, those of one pipeline alone send them.
+        "gradients": gradients / machine.host_share(devices if schedule.sums == "host" else depth) / depth,
         # The runtime has one worker, the rules of schedules one for each device.
         "updates": sum(costs.update_seconds(span) for p, span in enumerate(spans) if p not in schedule.updated_there)
         / (1 if rules is Rules.RUNTIME else devices),

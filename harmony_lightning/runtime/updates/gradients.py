@@ -180,8 +180,8 @@ class GradientStore:
             self._send_loose(held, complete, on_complete)
         if pack is None or not (holders := self._slots.holders(pack)):
             return
-        if pack in self._plan.dealt and self._plan.packs[pack].update == "host":
-            # Devices have other packs to go on with: the host adds, in the same order, and none of them waits.
+        if self._plan.sums == "host" and self._plan.packs[pack].update == "host":
+            # In the same order, and no device waits.
             while len(holders) > 1:
                 self._swap_out_part(holders.pop(0))
         else:

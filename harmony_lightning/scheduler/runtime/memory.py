@@ -97,9 +97,8 @@ class _Device:
         self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
         self._updated = {p for p in schedule.updated_there if schedule.device(p, 0) == index}
-        self._summed = set(schedule.dealt) & self._updated
-        if schedule.num_copies > 1:
-            self._summed = set(self._here)
+        sums_there = {p for p in self._here if schedule.sums == "device" and schedule.device(p, 0) == index}
+        self._summed = {p for p in self._updated | sums_there if schedule.is_dealt(p)}
         """Packs of which sums of other devices come here, weight by weight."""
         # These are asked for many times.
         self._in_layers = cache(self._most_in_layers)

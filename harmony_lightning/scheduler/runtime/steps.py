@@ -22,7 +22,7 @@ from harmony_lightning.scheduler.runtime.lanes import RuntimeLanes
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
 from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, WeightSlots
 from harmony_lightning.scheduler.runtime.updates import RuntimeUpdates
-from harmony_lightning.scheduler.runtime.visitors import Group, following, groups_of, members
+from harmony_lightning.scheduler.runtime.visitors import Group, following_visits, groups_of, members
 
 _INPUT_ACCESSES = 3
 """Of host memory, when a part of the minibatch is put where devices copy from."""
@@ -60,8 +60,8 @@ class RuntimeSteps:
             (p, m) for p, of in enumerate(self._groups) for group in of for t in group.values() if len(t) > 1 for m in t
         }
         """Packs and microbatches that go through them in a joint call."""
-        self._following = following(self.visitors)
-        self._followed = following(self.visitors[::-1])
+        self._following = following_visits(self.visitors)
+        self._followed = following_visits(self.visitors[::-1])
         active = {d for visitors in self.visitors for d in visitors}
         self.lanes = RuntimeLanes(schedule, costs, listener, len(active))
         self.weights = [

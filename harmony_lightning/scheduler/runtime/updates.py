@@ -70,7 +70,7 @@ class RuntimeUpdates:
         if not nbytes:
             return
         lanes, visitors = self._lanes, self._visitors[pack]
-        if len(visitors) > 1 and pack in self._plan.dealt and self._plan.packs[pack].update == "host":
+        if len(visitors) > 1 and self._plan.sums == "host" and self._plan.packs[pack].update == "host":
             self._send_in_parts(pack, nbytes)
             return
         home, *others = visitors

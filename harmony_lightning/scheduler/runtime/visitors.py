@@ -89,7 +89,7 @@ def members(group: Group) -> list[int]:
     return next(iter(group.values())) if len(group) == 1 else sorted(itertools.chain(*group.values()))
 
 
-def following(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
+def following_visits(visitors: Sequence[Sequence[int]]) -> list[dict[int, int]]:
     """By position and device that is visited there, the position at which it is visited next."""
     following: list[dict[int, int]] = []
     upcoming: dict[int, int] = {}

@@ -41,7 +41,13 @@ def best_of_kinds(found: Sequence[Candidate]) -> Iterator[Candidate]:
     yield from kinds.values()
 
 
+def num_runtime_computations(schedule: Schedule) -> int:
+    """Microbatches times packs, there and back: what a simulation under the runtime's rules takes time for."""
+    num_packs = len(schedule.packs_forward) + len(schedule.packs_backward)
+    return num_packs * -(-schedule.minibatch // schedule.microbatch_backward)
+
+
 def num_computations(schedule: Schedule) -> int:
-    """Microbatches times packs: what a simulation takes time for."""
+    """The same under other rules, by which one device stands for all in dp."""
     forward = len(schedule.packs_forward) * len(schedule.sizes_forward)
     return forward + len(schedule.packs_backward) * len(schedule.sizes_backward)

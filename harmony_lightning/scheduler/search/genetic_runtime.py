@@ -2,8 +2,8 @@
 
 Like `genetic`, after SwapAdvisor (Huang et al., ASPLOS 2020). What a plan leaves open are the genes:
 
-    order       the mode: packs, or microbatches, go round the devices; the microbatch size; in a mixed plan the devices
-                to which microbatches of the last pack go, one after the other
+    order       the placement: packs, or microbatches, go round the devices, or both in several pipelines; the microbatch
+                size; where the last pack is dealt, the devices to which its microbatches go, one after the other
     swapping    the borders of packs, the same both ways; whether a pack comes in ahead of the running one
     placement   where stashes wait, on the device or on the host; how many of the packs that may be are updated on devices
                 and stay there, the first ones
@@ -32,7 +32,8 @@ from harmony_lightning.scheduler.search.breeding import (
     packs_between,
     stages,
 )
-from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_computations
+from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_runtime_computations
+from harmony_lightning.scheduler.search.runtime_family import Mode, placements
 from harmony_lightning.scheduler.search.runtime_variants import Movable
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
@@ -52,7 +53,8 @@ MAX_FAIR_COMPUTATIONS = 2_000
 MARGIN = 0.03
 """By so much of its seconds another plan must be faster than the one in use: predictions are about as much off."""
 
-Mode = Literal["pp", "dp"]
+Placed = tuple[Literal["pp", "dp"], int]
+"""A mode, and how many pipelines there are."""
 Place = Literal["device", "host"]
 Change = Callable[[Schedule], Schedule]
 Choice = TypeVar("Choice")
@@ -62,7 +64,7 @@ Choice = TypeVar("Choice")
 class Genome:
     """A plan as it is bred."""
 
-    mode: Mode
+    placed: Placed
     size: int
     borders: Borders
     prefetch: int
@@ -77,7 +79,7 @@ def breed_runtime(
     costs: Costs,
     *,
     minibatch: int,
-    mode: Literal["pp", "dp", "auto"],
+    mode: Mode,
     memory_bytes: float,
     stashes: tuple[Place, ...] = ("device", "host"),
     microbatch_size: int | None = None,
@@ -106,21 +108,21 @@ def breed_runtime(
     if minibatch < 1:
         raise ConfigurationError(f"the minibatch must have at least one sample, got {minibatch}")
     started = time.perf_counter()
-    modes: tuple[Mode, ...] = ("pp", "dp") if costs.machine.gpus > 1 else ("pp",)
-    if mode != "auto":
-        modes = (mode,)
+    gpus = costs.machine.gpus
+    shares = {placed: gpus if placed[0] == "dp" else placed[1] for placed in placements(mode, gpus)}
+    """By placement, over how many pipelines the minibatch goes."""
     sizes = {
-        one: [microbatch_size]
+        placed: [microbatch_size]
         if microbatch_size is not None
-        else choose_sizes(costs, "backward", -(-minibatch // costs.machine.gpus) if one == "dp" else minibatch)
-        for one in modes
+        else choose_sizes(costs, "backward", -(-minibatch // share))
+        for placed, share in shares.items()
     }
     dice = random.Random(seed)
     bred: list[_Plans] = []
     best: list[Genome] = []
     numbers = stages(minibatch)
     for samples in numbers:
-        fitting = {one: _at_most(sizes[one], samples // (costs.machine.gpus if one == "dp" else 1)) for one in modes}
+        fitting = {placed: _at_most(sizes[placed], samples // share) for placed, share in shares.items()}
         bordering = Bordering(costs.num_layers, dice, together)
         plans = _Plans(costs, samples, fitting, stashes, bordering, memory_bytes, dice, 1 / len(numbers))
         plans.abilities, plans.movable, plans.stay = abilities, movable, stay
@@ -162,7 +164,7 @@ def _closer(found: Sequence[Candidate], costs: Costs) -> list[Candidate]:
     best, budget = list(found[:NUM_FINALISTS]), MAX_FAIR_COMPUTATIONS
     refined: list[Candidate] = []
     for candidate in best:
-        budget -= num_computations(candidate.schedule)
+        budget -= num_runtime_computations(candidate.schedule)
         if budget < 0:
             break
         refined.append(replace(candidate, seconds=fair_seconds(candidate.schedule, costs)))
@@ -180,7 +182,7 @@ class _Plans:
         self,
         costs: Costs,
         minibatch: int,
-        sizes: dict[Mode, list[int]],
+        sizes: dict[Placed, list[int]],
         stashes: tuple[Place, ...],
         bordering: Bordering,
         memory_bytes: float,
@@ -213,21 +215,22 @@ class _Plans:
         peak = runtime_peak_bytes(schedule, self.costs)
         if peak > self.memory_bytes:
             return Fitness(peak - self.memory_bytes, 0.0)
-        if self.candidates and num_computations(schedule) > MAX_SHARE * self._share * MAX_COMPUTATIONS:
+        if self.candidates and num_runtime_computations(schedule) > MAX_SHARE * self._share * MAX_COMPUTATIONS:
             return Fitness(0.0, inf)
         if self.stay is not None:
             schedule = self.stay(schedule)
         seconds = runtime_seconds(schedule, self.costs, 2)
         self.candidates.append(Candidate(schedule=schedule, seconds=seconds, peak_bytes=peak))
-        self._num_computations += num_computations(schedule)
+        self._num_computations += num_runtime_computations(schedule)
         return Fitness(0.0, seconds)
 
     def _schedule(self, genome: Genome) -> Schedule:
         packs = packs_between(genome.borders, self.costs.num_layers)
         schedule = self.abilities(
             Schedule(
-                mode=genome.mode,
+                mode=genome.placed[0],
                 num_devices=self.costs.machine.gpus,
+                pipelines=genome.placed[1],
                 minibatch=self.minibatch,
                 microbatch_forward=genome.size,
                 packs_forward=packs[:-1],
@@ -250,23 +253,24 @@ class _Plans:
     def smallest(self) -> list[Genome]:
         """One of them fits if anything does."""
         return [
-            Genome(mode, sizes[0], self.bordering.finest(), prefetch=0, stash=self.stashes[-1])
-            for mode, sizes in self.sizes.items()
+            Genome(placed, sizes[0], self.bordering.finest(), prefetch=0, stash=self.stashes[-1])
+            for placed, sizes in self.sizes.items()
         ]
 
     def like(self, schedule: Schedule) -> list[Genome]:
         """That of a schedule, if it can be bred."""
-        if schedule.mode not in self.sizes or schedule.microbatch_backward not in self.sizes[schedule.mode]:
+        placed = schedule.mode, schedule.pipelines
+        if schedule.microbatch_backward not in self.sizes.get(placed, ()):
             return []
         borders = self.bordering.viable({first for first, _ in schedule.packs_backward})
         order = schedule.dealt_order or None
-        return [Genome(schedule.mode, schedule.microbatch_backward, borders, schedule.prefetch, schedule.stash, order)]
+        return [Genome(placed, schedule.microbatch_backward, borders, schedule.prefetch, schedule.stash, order)]
 
     def founder(self) -> Genome:
         """Packs of about as many layers each; mostly with what makes a step faster where it fits."""
-        mode = self._one_of(tuple(self.sizes))
-        size, borders = self._one_of(self.sizes[mode]), self.bordering.even()
-        genome = Genome(mode, size, borders, self._one_of((1, 1, 1, 0)), self._one_of(self.stashes))
+        placed = self._one_of(tuple(self.sizes))
+        size, borders = self._one_of(self.sizes[placed]), self.bordering.even()
+        genome = Genome(placed, size, borders, self._one_of((1, 1, 1, 0)), self._one_of(self.stashes))
         num_movable = len(self.movable(self._schedule(genome)))
         return replace(genome, num_moved=self._one_of((0, num_movable))) if num_movable else genome
 
@@ -288,8 +292,8 @@ class _Plans:
             elif what < 0.7:
                 genome = replace(genome, borders=self.bordering.even())
             elif what < 0.8:
-                mode = self._one_of(tuple(self.sizes))
-                genome = replace(genome, mode=mode, size=self._one_of(self.sizes[mode]), dealt_order=None)
+                placed = self._one_of(tuple(self.sizes))
+                genome = replace(genome, placed=placed, size=self._one_of(self.sizes[placed]), dealt_order=None)
             elif what < 0.87:
                 genome = replace(genome, prefetch=1 - genome.prefetch)
             elif what < 0.94:

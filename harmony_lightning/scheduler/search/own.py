@@ -31,7 +31,7 @@ from harmony_lightning.scheduler.runtime.levels import Levels
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes, visit_bytes
 from harmony_lightning.scheduler.runtime.steps import runtime_seconds
 from harmony_lightning.scheduler.runtime.unmeasured import completed
-from harmony_lightning.scheduler.search.found import Candidate, Found, num_computations
+from harmony_lightning.scheduler.search.found import Candidate, Found, num_runtime_computations
 from harmony_lightning.scheduler.search.packings import MAX_UNITS, Packing, packs_of, table
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
 from harmony_lightning.scheduler.search.schedules import search
@@ -134,7 +134,7 @@ class _Beside:
                     packs_backward=packs,
                     prefetch=1,
                 )
-                if num_computations(schedule) > MAX_COMPUTATIONS:
+                if num_runtime_computations(schedule) > MAX_COMPUTATIONS:
                     continue
                 dealt = replace(schedule, dealt=(len(packs) - 1,))
                 is_small = _is_small(schedule)
@@ -210,4 +210,4 @@ class _Beside:
 
 
 def _is_small(schedule: Schedule) -> bool:
-    return schedule.num_layers <= FEW_LAYERS and num_computations(schedule) <= SMALL
+    return schedule.num_layers <= FEW_LAYERS and num_runtime_computations(schedule) <= SMALL

@@ -33,7 +33,7 @@ from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
-from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_computations
+from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_runtime_computations
 from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Movable, Variant, Variants
 from harmony_lightning.scheduler.simulate import Rules
@@ -50,8 +50,8 @@ USUAL_VARIANTS = 2
 """Of a member at a rung; one that has more counts as more members."""
 FINALISTS = 6
 """Of these, those of which it is found out what they take."""
-MAX_TOTAL = 60_000
-"""Computations of all that is simulated, about a second and a half: rungs below those that were looked at by then are left
+MAX_TOTAL = 45_000
+"""Computations of all that is simulated, about a second: rungs below those that were looked at by then are left
 out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
 THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations, if the model is not small."""
@@ -148,12 +148,13 @@ def _with_least(chosen: list[Variant], variants: list[Variant]) -> list[Variant]
         if (packing := _packing(variant)) not in least or variant.peak_bytes < least[packing].peak_bytes:
             least[packing] = variant
     smallest = (least[packing] for packing in dict.fromkeys(map(_packing, chosen)))
-    others = (one for one in smallest if num_computations(one.schedule) <= MAX_COMPUTATIONS)
+    others = (one for one in smallest if num_runtime_computations(one.schedule) <= MAX_COMPUTATIONS)
     return list(dict.fromkeys((*chosen, *others)))
 
 
 def _packing(variant: Variant) -> object:
-    return variant.schedule.num_copies, variant.schedule.microbatch_backward, variant.schedule.packs_backward
+    one = variant.schedule
+    return one.num_copies, one.sums, one.microbatch_backward, one.packs_backward
 
 
 class _Search:
@@ -183,7 +184,7 @@ class _Search:
         self._unseen: dict[int, float] = {}
         """And of members of the family that lower rungs were still to be looked at for when the search ended."""
         self._best = math.inf
-        self._is_small = all(num_computations(schedule) <= SMALL for schedule in family)
+        self._is_small = all(num_runtime_computations(schedule) <= SMALL for schedule in family)
         self._num_computed = 0
         self.num_simulated = 0
 
@@ -253,7 +254,7 @@ class _Search:
         computations = 0.0
         for m in order if is_lowest else order[:MEMBERS]:
             variants[m] += self._variants.on_devices(self._family[m], rung)
-            computations += num_computations(self._family[m]) * max(1, len(variants[m]) / USUAL_VARIANTS)
+            computations += num_runtime_computations(self._family[m]) * max(1, len(variants[m]) / USUAL_VARIANTS)
             if computations > share * MAX_COMPUTATIONS and len(members) >= finalists:
                 break
             members.append(m)
@@ -267,7 +268,7 @@ class _Search:
         hopeful = [variant for variant in variants if not self._is_hopeless(variant.bound)]
         if len(hopeful) > finalists:
             hopeful.sort(key=lambda variant: variant.bound)
-            computations = accumulate(num_computations(variant.schedule) for variant in hopeful)
+            computations = accumulate(num_runtime_computations(variant.schedule) for variant in hopeful)
             few = sum(number <= MAX_AT_RUNG for number in computations)
             hopeful = hopeful[: max(few, finalists)]
         if len(hopeful) > finalists:
@@ -278,7 +279,7 @@ class _Search:
                 return
             if variant.peak_bytes > self._memory_bytes or schedule in self._found or self._is_hopeless(variant.bound):
                 continue
-            is_small = num_computations(schedule) <= MAX_FAIR_COMPUTATIONS
+            is_small = num_runtime_computations(schedule) <= MAX_FAIR_COMPUTATIONS
             seconds = fair_seconds(schedule, self._costs) if is_small else self._limits(schedule)[1]
             seconds = max(seconds, variant.bound)
             self._found[schedule] = Candidate(schedule=schedule, seconds=seconds, peak_bytes=variant.peak_bytes)
@@ -287,9 +288,9 @@ class _Search:
 
     def _simulate(self, schedule: Schedule) -> tuple[float, float]:
         """Seconds with links of its own for each GPU, and with a fixed share of those that they share."""
-        self._num_computed += num_computations(schedule)
+        self._num_computed += num_runtime_computations(schedule)
         fixed = runtime_seconds(schedule, self._costs, 2)
-        if self._costs.machine.host_link_shared_by == 1 or num_computations(schedule) > MAX_FAIR_COMPUTATIONS:
+        if self._costs.machine.host_link_shared_by == 1 or num_runtime_computations(schedule) > MAX_FAIR_COMPUTATIONS:
             return fixed, fixed
         return runtime_seconds(schedule, self._alone, 2), fixed
 

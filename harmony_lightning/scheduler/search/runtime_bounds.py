@@ -8,11 +8,12 @@ Of each device the longest chain of what it must do, and what must come before a
             head                                  tail
 
 Beside that what links carry and what the host updates. What stays counts: layers that keep their activations are not
-computed again, of resident packs only what trains comes in.
+computed again, of resident packs only what trains comes in. Where sums are made does not: a bound holds for both places.
 """
 
+from collections import Counter
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import pairwise
 
 from harmony_lightning.plan.schedule import Schedule, Span, split
@@ -48,18 +49,20 @@ class _Bound:
         """Whether gradients go through a pack."""
         keep = sorted({*schedule.keep, schedule.num_layers - 1})
         self._kept = [[layer for layer in keep if first <= layer <= last] for first, last in self._packs]
+        self._seconds = [self._of_pack(p) for p in range(len(self._packs))]
+        """Of each pack's computations in the first pipeline."""
 
     # Computations -----------------------------------------------------------------------------------------------------
 
     def compute(self) -> float:
-        packs, sizes = range(len(self._packs)), self._pipeline_sizes
+        packs = range(len(self._packs))
         if self._schedule.dealt:
             mine = ([p for p in packs[d :: self._gpus] if p not in self._schedule.dealt] for d in range(self._gpus))
             # Who has more of its own may get less of what is dealt.
-            even = self._of_packs(packs, self._sizes) / self._gpus
-            return max(even, *(self._of_packs(here, self._sizes) for here in mine))
+            even = sum(self._seconds) / self._gpus
+            return max(even, *(sum(self._seconds[p] for p in here) for here in mine))
         groups = [packs[d :: self._depth] for d in range(min(self._depth, len(packs)))]
-        own = [self._of_packs(here, sizes) + self._sums(here) for here in groups]
+        own = [sum(self._seconds[p] for p in here) + self._sums(here) for here in groups]
         trained = [p for p, nbytes in enumerate(self._gradients) if nbytes]
         on_host = [p for p in trained if p not in self._there]
         # A pack's next forward waits for its backward; if its gradients leave, the next step as a whole does.
@@ -88,9 +91,9 @@ class _Bound:
         machine = self._machine
         return max(machine.peer_bytes_per_second, machine.host_share(1) if machine.peers_by_host else 0.0)
 
-    def _of_packs(self, packs: Sequence[int], sizes: tuple[int, ...]) -> float:
-        backward = sum(self._backward(p, sizes) for p in packs if self._goes_back[p])
-        return backward + sum(self._forward(p, sizes) for p in packs)
+    def _of_pack(self, pack: int) -> float:
+        backward = self._backward(pack, self._pipeline_sizes) if self._goes_back[pack] else 0.0
+        return backward + self._forward(pack, self._pipeline_sizes)
 
     def _forward(self, pack: int, sizes: tuple[int, ...]) -> float:
         span, group = self._packs[pack], self._schedule.microbatches_per_forward
@@ -122,11 +125,11 @@ class _Bound:
 
     @staticmethod
     def _sum(seconds: Callable[[int, Span], float], span: Span, sizes: tuple[int, ...]) -> float:
-        return sum(sizes.count(size) * seconds(size, span) for size in dict.fromkeys(sizes))
+        return sum(count * seconds(size, span) for size, count in _counted(sizes))
 
     def _sums(self, packs: Sequence[int]) -> float:
-        """One device adds up what those of all pipelines have."""
-        total = sum(self._gradients[p] for p in packs)
+        """One device adds up what those of all pipelines have, if it updates the pack; else the host may do so."""
+        total = sum(self._gradients[p] for p in packs if p in self._there)
         each = total / self._peer_rate + self._costs.device_seconds(_ADDITION_ACCESSES * total)
         return (self._visitors - 1) * each
 
@@ -140,12 +143,12 @@ class _Bound:
 
     def cycles(self) -> float:
         """From a pack's first forward all that its device computes up to its last backward, and its update."""
-        most, sizes, step = 0.0, self._pipeline_sizes, self._depth
+        most, step = 0.0, self._depth
         behind = [0.0] * step
         for p in range(len(self._packs) - 1, -1, -1):
             if p in self._schedule.dealt:
                 continue
-            behind[p % step] += self._of_packs((p,), sizes) + self._sums((p,))
+            behind[p % step] += self._seconds[p] + self._sums((p,))
             if update := self._update(p):
                 most = max(most, behind[p % step] + update)
         return most
@@ -214,3 +217,8 @@ class _Bound:
     def updates(self) -> float:
         updated = (p for p, nbytes in enumerate(self._gradients) if nbytes and p not in self._there)
         return sum(self._costs.update_seconds(self._packs[p]) for p in updated)
+
+
+@lru_cache(maxsize=1024)
+def _counted(sizes: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(Counter(sizes).items())

@@ -83,7 +83,7 @@ class Variants:
         if not usable:
             return [], math.inf
         best = [use for use in usable if not any(self._is_better(other, use) for other in usable)]
-        found = [self.settled(use, rung) for use in best]
+        found = [self.settled(one, rung) for use in best for one in _with_sums(use)]
         # All that is good about any of them: the one that takes least leaves most room.
         places, stays = self._places(usable[-1]), self.settled(usable[-1], rung).schedule
         ideal = replace(
@@ -100,9 +100,10 @@ class Variants:
         for use in self._usable(schedule, rung):
             best.setdefault(use.stash, use)
         return [
-            self.settled(other, rung)
+            self.settled(one, rung)
             for use in best.values()
             for other in self._places(use).within(RUNG**rung, *self._beside(use, rung))
+            for one in _with_sums(other)
         ]
 
     def settled(self, schedule: Schedule, rung: int) -> Variant:
@@ -156,3 +157,10 @@ class Variants:
                 slots += sum(costs.stash_bytes(size, span) for span in here[:-1] for size in sizes)
             most = max(most, slots)
         return most
+
+
+def _with_sums(schedule: Schedule) -> list[Schedule]:
+    """And with sums on devices, where several have packs that the host updates."""
+    if schedule.num_copies == 1 or len(schedule.updated_there) == len(schedule.packs_backward):
+        return [schedule]
+    return [schedule, replace(schedule, sums="device")]
