@@ -109,6 +109,7 @@ class _Shares:
 
     def __init__(self, machine: Machine) -> None:
         self._machine = machine
+        self._launch_seconds = machine.launch_seconds
         self._memory = 2 * machine.host_message_bytes_per_second
         """Reads and writes of host memory together."""
         link = machine.link_bytes_per_second or machine.host_link_bytes_per_second
@@ -122,10 +123,13 @@ class _Shares:
         return task.nbytes if self.resources(task) else 0.0
 
     def fixed_seconds(self, task: Task) -> float:
-        """What comes before the bytes flow: all of a computation; of an update what memory alone would not take."""
+        """What comes before the bytes flow: all of a computation; of an update what memory alone would not take; what it takes
+        to set a copy going."""
         if task.kind == Kind.UPDATE:
             return max(0.0, task.seconds - task.nbytes / self._memory)
-        return 0.0 if self.resources(task) else task.seconds
+        if not self.resources(task):
+            return task.seconds
+        return 0.0 if task.kind == Kind.WAIT else self._launch_seconds
 
     def resources(self, task: Task) -> tuple[_Resource, ...]:
         if not task.nbytes:  # what stays on a device takes its own time

@@ -15,6 +15,7 @@ from wide import Wide, train
 
 from harmony_lightning import CapacityError, ConfigurationError, Plan
 from harmony_lightning.plan import Schedule
+from harmony_lightning.plan.graph import Kind, Lane
 from harmony_lightning.scheduler.clock import Recorder
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
@@ -184,6 +185,8 @@ JOINT = {"microbatches_per_forward": 2}
             {"size": 2, "minibatch": 17},
             {"dealt": (0, 1), "dealt_order": (0, 0, 1), **JOINT},
         ),
+        # A stash that nobody has sent ahead sets out when the gradient has come.
+        (Norms, 4, "server", (4, 1, 1, 1), {"size": 4, "minibatch": 7, "prefetch": 0}, {}),
         # In a joint forward each layer waits for stashes of the one before.
         (Norms, 1, "desktop", (1, 1, 3, 1, 1), {"size": 2, "minibatch": 11, "prefetch": 0}, JOINT),
     ],
@@ -226,6 +229,14 @@ def test_two_that_copy_at_once_share_an_uplink():
     fast = Costs(profile(), replace(slow.machine, host_link_bytes_per_second=40.0))
     schedule = schedule_of(slow, (1, 1, 1, 1), minibatch=4)
     assert fair_seconds(schedule, fast) < fair_seconds(schedule, slow) <= runtime_seconds(schedule, slow) + 1e-9
+
+
+@pytest.mark.parametrize(("gpu", "seconds"), [("", 1.0), ("h100", 1.0 + 2e-6)])
+def test_a_copy_takes_a_moment_beside_its_bytes(gpu, seconds):
+    server = machine(gpus=1, gpu=gpu)
+    recorder = Recorder(1)
+    recorder.run(Lane.SWAP_IN, 1.0, Kind.WEIGHTS_IN, 0, 0, server.host_link_bytes_per_second)
+    assert fair_times(recorder.graph, server).seconds == pytest.approx(seconds, rel=1e-9)
 
 
 def test_an_eighth_of_the_memory_is_enough_for_what_travels():

@@ -201,7 +201,7 @@ class RuntimeSteps:
             if ahead is not None:
                 self._bring_back(ahead)
             elif not self.schedule.prefetch:
-                self._bring_stash(pack, m, is_first=True)
+                self._bring_stash(pack, m, self.gradients[m], is_first=True)
             self.lanes.begin_turn(d)
             weights = self._acquire(d, pack, upcoming)
             self._compute_backward(pack, m, self.gradients[m], weights)
@@ -293,7 +293,7 @@ class RuntimeSteps:
         self._bring_stash(*visit, is_first=True)
         self._bring_stash(*visit, is_first=False)
 
-    def _bring_stash(self, pack: int, m: int, *, is_first: bool) -> None:
+    def _bring_stash(self, pack: int, m: int, *after: Event, is_first: bool) -> None:
         """That of the last layer, which comes first, or those of the others."""
         stashed = self.stashed.get((pack, m))
         first, last = self.packs[pack]
@@ -302,7 +302,7 @@ class RuntimeSteps:
             return
         d = self.places[pack][m]
         nbytes = self.costs.stash_bytes(self.sizes[m], span)
-        waits = (stashed, *self.lanes.now(d), self.lanes.controller)
+        waits = (stashed, *after, *self.lanes.now(d), self.lanes.controller)
         self._brought[pack, m, is_first] = self.lanes.copy(d, Lane.STASH_IN, Kind.STASH_IN, m, nbytes, *waits)
 
 
