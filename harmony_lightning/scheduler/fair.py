@@ -123,8 +123,8 @@ class _Shares:
         return task.nbytes if self.resources(task) else 0.0
 
     def fixed_seconds(self, task: Task) -> float:
-        """What comes before the bytes flow: all of a computation; of an update what memory alone would not take; what it takes
-        to set a copy going."""
+        """What comes before the bytes flow: all of a computation; of an update what memory alone would not take; of a copy
+        what it takes to set it going."""
         if task.kind == Kind.UPDATE:
             return max(0.0, task.seconds - task.nbytes / self._memory)
         if not self.resources(task):
