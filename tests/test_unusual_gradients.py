@@ -57,8 +57,8 @@ class Detaching(nn.Module):
 
 
 class Passed(Chain):
-    """A shift that never gets a gradient, which is not a gradient of zero: weights decay with that. It is used once in front
-    of the mixing layer's pack, and once in the same segment."""
+    """A shift that never gets a gradient, which is not a gradient of zero: weights decay with that. It is used once in
+    front of the mixing layer's pack, and once in the same segment."""
 
     def __init__(self, **options):
         super().__init__(**options)

@@ -238,8 +238,8 @@ def held_by_a_thread(lock):
 
 
 def test_a_process_that_is_forked_waits_for_no_thread():
-    """Threads stay behind, and what one of them holds at that moment, in the child it holds for good: here the worker, which
-    has done its jobs and is about to wait for others."""
+    """Threads stay behind, and what one of them holds at that moment, in the child it holds for good: here the worker,
+    which has done its jobs and is about to wait for others."""
 
     def child_sees(trainer, module):
         if not isinstance(trainer.strategy, HarmonyStrategy):
