@@ -102,12 +102,12 @@ def search_runtime(
     started = time.perf_counter()
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
     variants = Variants(costs, stashes, stay, moves_stash, movable)
-    searches: list[_Search] = []
+    families = runtime_families(costs, minibatch, mode, microbatch_size, together)
+    searches = [_Search(costs, tuple(map(abilities, family)), memory_bytes, variants) for family in families]
+    searches.sort(key=lambda search: search.floor)  # what one finds is what others need not go below
     found: list[Candidate] = []
-    for family in runtime_families(costs, minibatch, mode, microbatch_size, together):
-        schedules = tuple(map(abilities, family))
-        searches.append(_Search(costs, schedules, memory_bytes, variants, None if searches else in_use, found))
-        found = searches[-1].run()
+    for search in searches:
+        found = search.run(found, None if found else in_use)
     if not found:
         raise CapacityError(too_large([s for search in searches for s in search.family], costs, memory_bytes, stashes))
     found = _preferred(found, costs)
@@ -171,22 +171,20 @@ class _Search:
         family: tuple[Schedule, ...],
         memory_bytes: float,
         variants: Variants,
-        in_use: Schedule | None,
-        known: list[Candidate],
     ) -> None:
-        """`known` are candidates of other families, best first."""
-        self._costs, self.family, self._memory_bytes = costs, family, memory_bytes
-        self._variants, self._in_use = variants, in_use
+        self._costs, self.family, self._memory_bytes, self._variants = costs, family, memory_bytes, variants
+        self._floors = {index: variants.floor(schedule) for index, schedule in enumerate(family)}
+        self.floor = min(self._floors.values())
         self._alone = costs.on(replace(costs.machine, host_link_shared_by=1))
         self._limits = cache(self._simulate)
-        self._found = {candidate.schedule: candidate for candidate in known}
+        self._found: dict[Schedule, Candidate] = {}
         self._left_out: dict[Schedule, float] = {}
         """Bounds of what was not simulated."""
         self._least_floor = math.inf
         """Of members of the family that were left out at some rung."""
         self._unseen: dict[int, float] = {}
         """And of members of the family that lower rungs were still to be looked at for when the search ended."""
-        self._best = known[0].seconds if known else math.inf
+        self._best = math.inf
         self._is_small = all(num_runtime_computations(schedule) <= SMALL for schedule in family)
         self._num_computed = 0
         self.num_simulated = 0
@@ -196,18 +194,19 @@ class _Search:
         left_out = (bound for schedule, bound in self._left_out.items() if schedule not in self._found)
         return all(bound >= seconds for bound in (self._least_floor, *left_out, *self._unseen.values()))
 
-    def run(self) -> list[Candidate]:
-        """Candidates, best first; of those that take as long, the one in use."""
-        floors = {index: self._variants.floor(schedule) for index, schedule in enumerate(self.family)}
-        hopeful = {index: floor for index, floor in floors.items() if floor < self._best}
+    def run(self, known: list[Candidate], in_use: Schedule | None) -> list[Candidate]:
+        """Candidates, best first, with those that are known of other families; of those that take as long, the one in use."""
+        self._found = {candidate.schedule: candidate for candidate in known}
+        self._best = known[0].seconds if known else math.inf
+        hopeful = {index: floor for index, floor in self._floors.items() if floor < self._best}
         """Floors at higher rungs."""
-        if not hopeful and self._in_use is None:
+        if not hopeful and in_use is None:
             return self._candidates
         rung = math.floor(math.log(self._memory_bytes, RUNG))
         rung -= rung % self._variants.step
         while True:
-            if self._in_use is not None:
-                self._look_at([self._variants.settled(self._in_use, rung)])
+            if in_use is not None:
+                self._look_at([self._variants.settled(in_use, rung)])
             is_lowest = not any(map(self._variants.fits_somehow, reversed(self.family), repeat(RUNG**rung)))
             variants, floors = self._first_of(hopeful, rung, len(hopeful) if is_lowest else MEMBERS)
             members, finalists = self._members(variants, floors, rung, is_lowest)
@@ -219,7 +218,7 @@ class _Search:
             self._least_floor = min([self._least_floor, *open_floors])
             hopeful = {index: floor for index, floor in (hopeful | floors).items() if floor < self._best}
             self._unseen = hopeful
-            is_done = not hopeful and (self._in_use is None or self._stays_nothing(self._in_use, rung))
+            is_done = not hopeful and (in_use is None or self._stays_nothing(in_use, rung))
             if is_done or RUNG**rung < 1 or self._has_done_enough:
                 return self._candidates
             rung -= self._variants.step
