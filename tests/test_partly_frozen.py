@@ -13,6 +13,7 @@ from chain import WIDTH, Chain, harmony, loader, same_weights, trainer
 from test_frozen import LowRank
 from test_precision import with_precision
 from test_residency import AMPLE, NUM_STEPS, Looking
+from weight_writes import WAYS, writer_of
 
 from harmony_lightning.runtime.weights.casts import Casts
 
@@ -134,33 +135,18 @@ class Writing(L.Callback):
     """Writes a frozen weight once, in a hook between two steps or around the optimizer's."""
 
     def __init__(self, hook, way):
-        self.way, self.is_done, self.view = way, False, None
+        self.way, self.is_done = way, False
         setattr(self, hook, self.write)
 
     def on_train_start(self, trainer, module):
-        if self.way == "a view from before":
-            self.view = frozen_weight(module).view(-1)
-        elif self.way == "numpy":
-            self.view = frozen_weight(module).detach().numpy()
+        self.write_weight = writer_of(frozen_weight(module), module, self.way)
 
-    @torch.no_grad()
-    def write(self, trainer, module, *args):
-        if trainer.global_step < 3 or self.is_done:
-            return
-        weight, self.is_done = frozen_weight(module), True
-        if self.way == "in place":
-            weight.mul_(1.5)
-        elif self.way == "data":
-            weight.data.view(-1)[5:].mul_(1.5)
-        elif self.way == "exchange":
-            weight.data = weight.data * 1.5
-        elif self.way == "state dict":
-            module.load_state_dict({name: value * 1.5 for name, value in module.state_dict().items()})
-        else:
-            self.view *= 1.5
+    def write(self, trainer, *args):
+        if trainer.global_step >= 3 and not self.is_done:
+            self.is_done = True
+            self.write_weight()
 
 
-WAYS = ["in place", "data", "exchange", "state dict", "a view from before", "numpy"]
 AROUND_STEP = itertools.product(["on_after_backward", "on_before_optimizer_step"], ["data", "numpy"])
 
 

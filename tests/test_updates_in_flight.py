@@ -1,8 +1,11 @@
 """Updates go on while the next step begins; whoever looks at weights or at states of the optimizer sees finished ones."""
 
+import contextlib
 import copy
 import functools
 import os
+import signal
+import threading
 import time
 
 import lightning as L
@@ -191,19 +194,62 @@ def test_views_of_weights_are_watched_too(place):
     assert ours.norms[::4] == plain.norms[::4]
 
 
-def test_a_process_that_is_forked_finds_finished_weights(place):
-    """As workers of a data loader are, between epochs."""
-
-    def child_sees(trainer, module):
-        reader, writer = os.pipe()
-        if (child := os.fork()) == 0:
+def sum_in_child(module):
+    """Of all weights, as a forked process sees them."""
+    reader, writer = os.pipe()
+    if (child := os.fork()) == 0:
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(30)  # a child that waits for ever ends without a word
+        try:
             total = sum(float(p.detach().double().numpy().sum()) for p in module.parameters())
             os.write(writer, repr(total).encode())
+        finally:
             os._exit(0)
-        os.waitpid(child, 0)
-        return torch.tensor(float(os.read(reader, 100)), dtype=torch.float64)
+    os.close(writer)
+    os.waitpid(child, 0)
+    with open(reader, "rb") as told:
+        return torch.tensor(float(told.read()), dtype=torch.float64)
 
-    plain, ours = (Looking(lambda trainer, module: [child_sees(trainer, module)]) for _ in range(2))
+
+def test_a_process_that_is_forked_finds_finished_weights(place):
+    """As workers of a data loader are, between epochs."""
+    plain, ours = (Looking(lambda trainer, module: [sum_in_child(module)]) for _ in range(2))
+    fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours])
+    assert plain.seen == ours.seen and ours.num_in_flight
+
+
+@contextlib.contextmanager
+def held_by_a_thread(lock):
+    is_held, may_go = threading.Event(), threading.Event()
+
+    def hold():
+        with lock:
+            is_held.set()
+            may_go.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    is_held.wait()
+    try:
+        yield
+    finally:
+        may_go.set()
+        thread.join()
+
+
+def test_a_process_that_is_forked_waits_for_no_thread():
+    """Threads stay behind, and what one of them holds at that moment, in the child it holds for good: here the worker,
+    which has done its jobs and is about to wait for others."""
+
+    def child_sees(trainer, module):
+        if not isinstance(trainer.strategy, HarmonyStrategy):
+            return [sum_in_child(module)]
+        engine = trainer.strategy._engine
+        engine.state.wait()
+        with held_by_a_thread(engine.worker._changed):
+            return [sum_in_child(module)]
+
+    plain, ours = Looking(child_sees), Looking(child_sees)
     fit(callbacks=[plain]), fit(harmony(2), callbacks=[ours])
     assert plain.seen == ours.seen and ours.num_in_flight
 

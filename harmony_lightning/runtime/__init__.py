@@ -5,7 +5,7 @@ step        the order of a training step: forward and backward, pack by pack; vi
 together    evaluation steps that share a pass
 user_code   what user code meets while it runs: glue, checkpointing, host_arithmetic, derivatives; between: between steps
 microbatch  the user's training_step on a slice of the minibatch, as a greenlet
-segment     what a microbatch does in one visit to a pack; how tensors get in
+segment     what a microbatch does in one visit to a pack; how tensors get in; moved: copies from elsewhere
 layer/      one layer's forward and backward as one autograd node; site: the seam in the user's modules
 state       what is where while a step runs; device_memory: what gives way where memory is short
 swapped_weights  the weights of all devices, with weights/: of one, and the masters; updates/: gradients, and what they do

@@ -23,7 +23,7 @@ from harmony_lightning.runtime.derived import find_derived
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.measuring import Measuring
 from harmony_lightning.runtime.microbatch import Microbatch
-from harmony_lightning.runtime.randomness import ProcessStreams, Stream, draw_step_seed, microbatch_seed
+from harmony_lightning.runtime.randomness import StepStreams
 from harmony_lightning.runtime.rest import Rest
 from harmony_lightning.runtime.site import Interposition
 from harmony_lightning.runtime.state import RuntimeState
@@ -54,14 +54,13 @@ class Engine:
         self.rest = Rest(cluster)
         self._interposition = Interposition(root)
         self._host_arithmetic = HostArithmetic()
+        self._streams = StepStreams(cluster.devices)
         self._code: UserCode | None = None
         self._microbatches: Sequence[Microbatch] = ()
         self._step: TrainingStep | None = None
         self._shared_pass: SharedPass | None = None
-        self._interrupted_seed: int | None = None
-        """Of a step that was given up and will be run again."""
 
-    # Between steps ------------------------------------------------------------------------------------------------
+    # Between steps ----------------------------------------------------------------------------------------------------
 
     def load(self, plan: Plan, decomposition: Decomposition) -> None:
         """Bring the root module under this plan: arenas, slots and interposed calls."""
@@ -145,11 +144,7 @@ class Engine:
 
     def is_out_of_date(self) -> bool:
         """Whether parameters came, went or changed their kind since `load`."""
-        now, then = dict(self.root.named_parameters()), self.state.parameters
-        return list(now) != list(then) or any(
-            parameter is not then[name] or (parameter.requires_grad, parameter.dtype, parameter.shape) != kind
-            for (name, parameter), kind in zip(now.items(), self.state.kinds, strict=True)
-        )
+        return self.state.is_out_of_date(self.root)
 
     def refusing(self) -> AbstractContextManager[None]:
         """Within, nobody may call the module's layers."""
@@ -231,45 +226,29 @@ class Engine:
         self.state.weights.forget_casts(None if self.rest.has_settled else self.rest.updated)
         self.state.is_learning = not self.trace.is_complete
         self.state.outside = outside
-        streams: list[Stream | None] = [None]
-        step_seed, self._interrupted_seed = self._interrupted_seed, None
-        if len(functions) > 1:
-            if step_seed is None:
-                step_seed = draw_step_seed()
-            streams = [Stream(microbatch_seed(step_seed, m)) for m in range(len(functions))]
-        own = ProcessStreams(self.cluster.devices)
-        microbatches = self._microbatches = [
-            Microbatch(self.state, m, function, stream, is_cut=is_cut, may_join=is_cut)
-            for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
-        ]
+        streams = self._streams.begin(len(functions))
+        step = self._step = TrainingStep(self._user_code, functions, streams, shares, settle, factor, is_cut=is_cut)
+        self._microbatches = step.microbatches
         if is_cut:
             self._begin_measuring(trains=True)
         self._user_code.calls.clear()
-        step = self._step = TrainingStep(self._user_code, microbatches, shares, settle, factor, is_cut=is_cut)
         try:
             with self._user_code.active(continues=True), self._guarded():
-                step.forward()
+                results = step.forward()
                 self.rest.finish_updates()  # of packs that nobody has called
                 self.state.buffers.flush()
             self.rest.derive()
         except (Uncuttable, *OUT_OF_MEMORY):
-            self._interrupted_seed = step_seed
+            self._streams.undo()
             if not self.trace.is_complete:
                 self.trace = Trace()
-            own.resume()
             raise
         finally:
-            if len(functions) > 1:
-                own.resume()
-        for microbatch in microbatches:
-            microbatch.replaced.clear()  # no user code will ask any more
+            self._streams.end()
         self.counters.steps += 1
         self.counters.num_microbatches += len(functions)
         self.trace.end_step()
         self.state.is_learning = False
-        results = [microbatch.result for microbatch in microbatches]
-        for microbatch in microbatches:
-            microbatch.result = None
         return results
 
     def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None = None) -> None:
@@ -294,42 +273,41 @@ class Engine:
     def run(self, function: Callable[[], Any], *, trains: bool = False) -> Any:
         """Run user code in one piece, with packs brought in as they are called: evaluation, or training whose code
         differentiates and updates by itself (`trains`)."""
-        self.settle()
-        self.state.weights.begin()
-        self.state.weights.forget_casts()
-        code = self._user_code
-        microbatch = Microbatch(self.state, 0, function, None, is_cut=False)
-        self._microbatches = [microbatch]
-        self._begin_measuring(trains=False)
-        with code.active(self._host_arithmetic if trains else None), self._guarded():
+        code, microbatch = self._user_code, Microbatch(self.state, 0, function, None, is_cut=False)
+        with self._from_rest([microbatch], self._host_arithmetic if trains else None):
             microbatch.open(0)
             with code.running(microbatch):
                 result = function()
-            self.state.buffers.flush()
-            self._end()
-            self.measuring.end()
-        self.rest.derive()
         return result
 
     def run_together(self, functions: Sequence[Callable[[], Any]]) -> Together:
         """Run user code that trains nothing: all functions go through each pack before the next one is brought in, and
         come out as if each had been run after the one before (`together`)."""
+        shared = self._shared_pass = SharedPass(self._user_code, functions)
+        trace, self.trace = self.trace, Trace()  # of training: other calls in another order
+        try:
+            with self._from_rest(shared.microbatches):
+                together = shared.run()
+        finally:
+            self._shared_pass, self.trace = None, trace
+        return together
+
+    @contextmanager
+    def _from_rest(
+        self, microbatches: Sequence[Microbatch], host_arithmetic: HostArithmetic | None = None
+    ) -> Iterator[None]:
+        """The code within runs these. They find everything at rest, and leave nothing for a backward."""
         self.settle()
         self.state.weights.begin()
         self.state.weights.forget_casts()
-        shared = self._shared_pass = SharedPass(self._user_code, functions)
-        self._microbatches = shared.microbatches
+        self._microbatches = microbatches
         self._begin_measuring(trains=False)
-        trace, self.trace = self.trace, Trace()  # of training: other calls in another order
-        try:
-            with self._user_code.active(), self._guarded():
-                together = shared.run()
-                self._end()
-                self.measuring.end()
-        finally:
-            self._shared_pass, self.trace = None, trace
+        with self._user_code.active(host_arithmetic), self._guarded():
+            yield
+            self.state.buffers.flush()
+            self._end()
+            self.measuring.end()
         self.rest.derive()
-        return together
 
     def _end(self) -> None:
         microbatches, self._microbatches = self._microbatches, ()
@@ -354,43 +332,14 @@ class Engine:
 
     # Beside the steps -------------------------------------------------------------------------------------------------
 
-    @contextmanager
-    def beside(self, closure: Callable[[], Any]) -> Iterator[Callable[[], Any]]:
+    def beside(self, closure: Callable[[], Any]) -> AbstractContextManager[Callable[[], Any]]:
         """For an optimizer's step: the code within works on the host, on masters, though it may be called from user code.
         The closure, in the form that is given back, is user code again."""
-        code = self._user_code
-        current = code.microbatch
+        return self._user_code.beside(closure, self.rest, self.end_step)
 
-        def put_current() -> None:
-            code.microbatch = current
-            if current is not None:
-                self.state.masters_written(trained_only=True)
-            else:
-                self.state.weights.expect_writes(trained_only=True)
-
-        def user_code() -> Any:
-            put_current()
-            try:
-                return closure()
-            finally:
-                code.microbatch = None
-                if current is None:
-                    self.end_step()
-                self.rest.wait()
-
-        code.microbatch = None
-        if current is not None:
-            self.rest.wait()  # a graph that user code has left standing may still be on its way to the host
-        try:
-            yield user_code
-        finally:
-            put_current()
-
-    @contextmanager
-    def aside(self) -> Iterator[None]:
+    def aside(self) -> AbstractContextManager[None]:
         """The code within is not between layers, though it may be called from there: it computes where its tensors are."""
-        with self._user_code.aside():
-            yield
+        return self._user_code.aside()
 
     @contextmanager
     def aside_in_turn(self) -> Iterator[None]:

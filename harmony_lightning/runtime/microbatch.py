@@ -16,10 +16,12 @@ from harmony_lightning.hardware.device import Device, Lane
 from harmony_lightning.runtime.differentiate import accumulate
 from harmony_lightning.runtime.layer.joint import Joint, Waiting
 from harmony_lightning.runtime.makers import refuse_others
+from harmony_lightning.runtime.moved import Copies
 from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.running import differentiating
-from harmony_lightning.runtime.segment import Moved, Replaced, Segment
+from harmony_lightning.runtime.segment import Replaced, Segment
 from harmony_lightning.runtime.state import RuntimeState
+from harmony_lightning.runtime.structure import version_of
 from harmony_lightning.runtime.thread_state import Parked, ThreadState
 from harmony_lightning.runtime.transfer import Arrival
 
@@ -261,7 +263,7 @@ class Luggage:
                 if tensor.device == self._home.torch_device and segment.state.weight_name(tensor) is None
             ]
         self._ready = self._home.record(Lane.COMPUTE) if self._needed else None
-        self.sent: Moved = {}
+        self.sent: Copies = {}
         self.nbytes = sum(tensor.nbytes for tensor in self._needed)
 
     def send(self, target: Device) -> None:
@@ -270,9 +272,8 @@ class Luggage:
             return
         with torch._C.DisableTorchFunction(), torch.no_grad():
             for tensor in needed:
-                version = -1 if tensor.is_inference() else tensor._version
                 arrival = self._state.send(tensor.detach(), self._home, target, self._ready)
-                self.sent[id(tensor)] = (tensor, version, arrival)
+                self.sent[id(tensor)] = (tensor, version_of(tensor), arrival)
 
 
 def _total(parts: Sequence[Arrival]) -> torch.Tensor:

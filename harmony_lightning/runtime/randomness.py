@@ -177,18 +177,44 @@ class Stream:
         self._device = device.random_state()
 
 
-class ProcessStreams:
-    """The process's own streams, on the host and on devices, as they were when this was made: microbatches with streams of
-    their own run in between."""
+class StepStreams:
+    """The streams of one training step after the other, each begun, perhaps undone, and ended."""
 
     def __init__(self, devices: Sequence[Device]) -> None:
-        self._stream = Stream(None)
-        self._stream.suspend()
-        self._on_devices = [(device, device.random_state()) for device in devices]
+        self._devices = devices
+        self._num_microbatches = 0
+        self._seed: int | None = None
+        self._undone_seed: int | None = None
+        """Of a step that was given up and will be run again."""
+        self._own = Stream(None)
+        """The process's, as it was when the step began."""
+        self._own_on_devices: list[torch.Tensor | None] = []
 
-    def resume(self) -> None:
-        self._stream.resume()
-        for device, state in self._on_devices:
+    def begin(self, num_microbatches: int) -> list[Stream | None]:
+        """Those of the microbatches; None stands for the process's own."""
+        self._num_microbatches = num_microbatches
+        self._seed, self._undone_seed = self._undone_seed, None
+        if num_microbatches > 1 and self._seed is None:
+            self._seed = draw_step_seed()
+        self._own.suspend()
+        self._own_on_devices = [device.random_state() for device in self._devices]
+        if num_microbatches == 1 or self._seed is None:
+            return [None] * num_microbatches
+        return [Stream(microbatch_seed(self._seed, m)) for m in range(num_microbatches)]
+
+    def undo(self) -> None:
+        """The step is given up, and the next one will draw the same numbers."""
+        self._undone_seed = self._seed
+        self._resume_own()
+
+    def end(self) -> None:
+        """Microbatches with streams of their own have left the process's as it was."""
+        if self._num_microbatches > 1:
+            self._resume_own()
+
+    def _resume_own(self) -> None:
+        self._own.resume()
+        for device, state in zip(self._devices, self._own_on_devices, strict=True):
             if state is not None:
                 device.set_random_state(state)
 

@@ -93,5 +93,11 @@ def _before_fork() -> None:
         rest.bring_home()
 
 
-# Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work.
-os.register_at_fork(before=_before_fork)
+def _in_child() -> None:
+    for rest in list(_all):
+        rest.has_settled = True
+
+
+# Workers of data loaders are forked between epochs: they must find finished weights, and no thread amid its work. Nor must
+# they wait for one: threads stay behind, and a lock that one of them held at the fork is held for good.
+os.register_at_fork(before=_before_fork, after_in_child=_in_child)

@@ -29,19 +29,13 @@ from torch.autograd.graph import GradientEdge
 
 from harmony_lightning.runtime.differentiate import kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
+from harmony_lightning.runtime.moved import Copies, Moved
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides, nbytes_of, tensors_in
-from harmony_lightning.runtime.transfer import Arrival, bring_in
-
-_NUM_MOVED = 16
-"""Copies that a segment keeps of tensors from elsewhere; of several, no more bytes than a pack's weights have. Few are used
-again: masks, encoder states. Code that looks at every weight once must not gather them all on the device."""
+from harmony_lightning.runtime.transfer import Arrival
 
 Sink = Callable[[torch.Tensor], None]
 Deposit = Callable[[GradientEdge, Arrival], None]
-Moved = dict[int, tuple[torch.Tensor, int, Arrival]]
-"""Copies on a segment's device, by identity of the source, with the source's version; it is held so that its identity
-stays taken."""
 Replaced = dict[int, tuple[torch.Tensor, torch.Tensor]]
 
 
@@ -118,7 +112,7 @@ class Segment:
         self.stash: list[weakref.ref[Any]] = []
         self.on_leave: list[Callable[[], object]] = []
         self._deposit = deposit
-        self._moved: Moved = {}
+        self._moved = Moved(state, self.device)
 
     @property
     def has_saved_much(self) -> bool:
@@ -202,9 +196,9 @@ class Segment:
             callback()
         self.close()
 
-    def expect(self, arrivals: Moved) -> None:
+    def expect(self, copies: Copies) -> None:
         """Copies that were sent here before the microbatch came."""
-        self._moved.update(arrivals)
+        self._moved.expect(copies)
 
     def close(self) -> None:
         """The microbatch's code has left; its backward may still come."""
@@ -227,7 +221,7 @@ class Segment:
         if device is self.device:
             return self
         other = copy.copy(self)
-        other.device, other._moved = device, {}
+        other.device, other._moved = device, Moved(self.state, device)
         return other
 
     def take(self, tensor: torch.Tensor, is_written: bool = False) -> tuple[torch.Tensor, Sink | None]:
@@ -242,16 +236,14 @@ class Segment:
             if is_local or (is_scalar and self._is_host(tensor)):
                 return tensor, None
             if tensor.requires_grad and torch.is_grad_enabled():
-                self.has_graph = True
-                return tensor.to(
-                    self.device.torch_device
-                ), None  # a leaf of the user's own: its gradient goes to its .grad
-            return self._move(tensor), None
+                self.has_graph = True  # a leaf of the user's own: its gradient goes to its .grad
+                return tensor.to(self.device.torch_device), None
+            return self._moved.take(tensor), None
         if not torch.is_grad_enabled():
-            return tensor if is_local else self._move(tensor), None
+            return tensor if is_local else self._moved.take(tensor), None
         if self.is_own(tensor):
             return tensor if is_local else self._count_peer(tensor.to(self.device.torch_device), tensor), None
-        return tensor.detach() if is_local else self._move(tensor), self.sink(tensor)
+        return tensor.detach() if is_local else self._moved.take(tensor), self.sink(tensor)
 
     def present(self, tensor: torch.Tensor) -> torch.Tensor:
         """What has taken the tensor's place since it was written."""
@@ -296,43 +288,6 @@ class Segment:
         if source is None or target is None or source is target:
             return Arrival(gradient.to(home), target or self.device)
         return self.state.send(gradient, source, target)
-
-    def _move(self, tensor: torch.Tensor) -> torch.Tensor:
-        """A copy of the value on this device, made once as long as the value is the same."""
-        version = -1 if tensor.is_inference() else tensor._version
-        entry = self._moved.pop(id(tensor), None)
-        if entry is None or entry[1] != version:
-            entry = (tensor, version, self._bring_over(tensor.detach()))
-        self._moved[id(tensor)] = entry  # used last, so it goes last
-        while len(self._moved) > 1 and (
-            len(self._moved) > _NUM_MOVED
-            or sum(nbytes_of(copy.value) for _, _, copy in self._moved.values()) > self.state.slot_nbytes
-        ):
-            del self._moved[next(iter(self._moved))]
-        if not self.state.is_device(tensor.device):
-            self._make_room_for_moved()
-        return entry[2].take()
-
-    @torch.inference_mode(False)  # such tensors do not count their versions, and a layer may write its input
-    @torch.no_grad()
-    def _bring_over(self, tensor: torch.Tensor) -> Arrival:
-        return self.state.memory.with_room(self.device, lambda: self._copy_over(tensor))
-
-    def _copy_over(self, tensor: torch.Tensor) -> Arrival:
-        home = self.state.find_device(tensor.device)
-        if home is not None:
-            return self.state.send(tensor, home, self.device)
-        self.state.counters.input_bytes += nbytes_of(tensor)
-        return Arrival(bring_in(tensor, self.device), self.device)
-
-    def _make_room_for_moved(self) -> None:
-        """Of tensors on the host, such as former weights, the user may have as many as of weights."""
-        held = [key for key, (source, _, _) in self._moved.items() if not self.state.is_device(source.device)]
-        total = sum(nbytes_of(self._moved[key][2].value) for key in held)
-        for key in held[:-1]:
-            if total <= self.state.spare_nbytes:
-                return
-            total -= nbytes_of(self._moved.pop(key)[2].value)
 
     def _is_host(self, tensor: torch.Tensor) -> bool:
         """Functions of any device read scalars of the host; those of another GPU they do not."""

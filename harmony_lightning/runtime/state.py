@@ -77,7 +77,7 @@ class RuntimeState:
         self.counters = counters
         self.parameters = dict(root.named_parameters())
         self.names = weight_names(root)
-        self.kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
+        self._kinds = tuple((p.requires_grad, p.dtype, p.shape) for p in self.parameters.values())
         self.slot_nbytes = max(pack.slot_nbytes for pack in plan.packs)
         self.buffers = BufferStore(counters, limit_nbytes=self.slot_nbytes)
         memory_bytes = min(device.memory_bytes for device in cluster.devices)
@@ -201,6 +201,14 @@ class RuntimeState:
         if not is_on_host or tensor.layout != torch.strided:
             return False
         return self.weights.is_master_memory(tensor)
+
+    def is_out_of_date(self, root: nn.Module) -> bool:
+        """Whether parameters came, went or changed their kind since this was made."""
+        now, then = dict(root.named_parameters()), self.parameters
+        return list(now) != list(then) or any(
+            parameter is not then[name] or (parameter.requires_grad, parameter.dtype, parameter.shape) != kind
+            for (name, parameter), kind in zip(now.items(), self._kinds, strict=True)
+        )
 
     # What is running --------------------------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from torch.autograd.graph import get_gradient_edge
 from harmony_lightning.runtime.layer.joint import Joint, Waiting
 from harmony_lightning.runtime.lookahead import Lookahead
 from harmony_lightning.runtime.microbatch import Microbatch, sending_ahead
+from harmony_lightning.runtime.randomness import Stream
 from harmony_lightning.runtime.running import unwatched
 from harmony_lightning.runtime.transfer import Arrival
 from harmony_lightning.runtime.updates.gradient_swap_out import OnComplete
@@ -37,6 +38,7 @@ class TrainingStep:
     """One step, from the first microbatch's first layer to the last gradient.
 
     Attributes:
+        microbatches: in their order.
         has_loss: whether some microbatch returned a loss that can be differentiated.
         is_cut: whether the microbatches are cut at pack borders.
     """
@@ -44,19 +46,23 @@ class TrainingStep:
     def __init__(
         self,
         code: UserCode,
-        microbatches: Sequence[Microbatch],
+        functions: Sequence[Callable[[], Any]],
+        streams: Sequence[Stream | None],
         shares: Sequence[float],
         settle: Settle,
         factor: float,
         *,
         is_cut: bool,
     ) -> None:
-        """Arguments are those of `Engine.forward`."""
+        """Arguments are those of `Engine.forward`, and each microbatch's random stream."""
+        self.microbatches = [
+            Microbatch(code.state, m, function, stream, is_cut=is_cut, may_join=is_cut)
+            for m, (function, stream) in enumerate(zip(functions, streams, strict=True))
+        ]
         self.has_loss = False
         self.is_cut = is_cut
         self._code = code
         self._state = code.state
-        self._microbatches = microbatches
         self._shares = shares
         self._settle = settle
         self._factor = factor
@@ -69,9 +75,9 @@ class TrainingStep:
         self._differentiated: set[int] = set()
         """Packs that have segments with a graph."""
 
-    def forward(self) -> None:
-        """To the end of all microbatches, with the backward of the last segment of each."""
-        state, microbatches = self._state, self._microbatches
+    def forward(self) -> list[Any]:
+        """To the end of all microbatches, with the backward of the last segment of each; returns what came of them."""
+        state, microbatches = self._state, self.microbatches
         state.weights.prefetch_first()
         if not self.is_cut:
             for microbatch in microbatches:
@@ -91,10 +97,15 @@ class TrainingStep:
                     groups = sending_ahead(groups, state.plan.prefetch, state.travelling_nbytes)
                 for group in groups:
                     self._run_group(group)
+        results = [microbatch.result for microbatch in microbatches]
+        for microbatch in microbatches:
+            microbatch.result = None
+            microbatch.replaced.clear()  # no user code will ask any more
+        return results
 
     def backward(self, factor: float, on_complete: OnComplete, on_device: JustInTimeUpdate | None) -> None:
         """What is left of it; arguments are those of `Engine.backward`."""
-        state, microbatches = self._state, self._microbatches
+        state, microbatches = self._state, self.microbatches
         if factor != self._factor:
             self._rescale(factor / self._factor)
         state.measuring.holding = None  # from here on, what waits goes
@@ -198,7 +209,7 @@ class TrainingStep:
 
     def _rescale(self, ratio: float) -> None:
         self._state.gradients.scale(ratio)
-        for microbatch in self._microbatches:
+        for microbatch in self.microbatches:
             for _, parts in microbatch.pending.values():
                 parts[:] = [Arrival(part.take() * ratio, part.device) for part in parts]
 

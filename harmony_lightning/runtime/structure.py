@@ -135,6 +135,11 @@ def nbytes_of(tensor: torch.Tensor) -> int:
     return tensor.nbytes
 
 
+def version_of(tensor: torch.Tensor) -> int:
+    """How often it has been written; tensors of inference mode do not count that."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 def without_repetition(tensor: torch.Tensor) -> torch.Tensor:
     """The tensor with one element along each dimension of stride 0, as `expand` makes them."""
     for dim, stride in enumerate(tensor.stride()):

@@ -101,7 +101,6 @@ class SharedPass:
             with visit(state, pack, visitors, next_in_forward(plan, pack, turns.left)):
                 for microbatch in visitors:
                     self._let_go_on(microbatch)
-        state.buffers.flush()
         return Together(outcomes=turns.outcomes(), obstacle=turns.obstacle)
 
     def _let_go_on(self, microbatch: Microbatch) -> None:

@@ -18,6 +18,7 @@ from harmony_lightning.runtime.glue import Glue
 from harmony_lightning.runtime.host_arithmetic import HostArithmetic
 from harmony_lightning.runtime.layer.entry import call_layer
 from harmony_lightning.runtime.microbatch import Microbatch
+from harmony_lightning.runtime.rest import Rest
 from harmony_lightning.runtime.segment import Segment, add_place
 from harmony_lightning.runtime.site import Site
 from harmony_lightning.runtime.stash import Stash
@@ -101,6 +102,40 @@ class UserCode:
             yield
         finally:
             self.microbatch = microbatch
+
+    @contextmanager
+    def beside(
+        self, closure: Callable[[], Any], rest: Rest, end_step: Callable[[], None]
+    ) -> Iterator[Callable[[], Any]]:
+        """For an optimizer's step: the code within works on the host, on masters, though it may be called from user code.
+        The closure, in the form that is given back, is user code again; a step that it has begun outside of such is ended.
+        """
+        current = self.microbatch
+
+        def put_current() -> None:
+            self.microbatch = current
+            if current is not None:
+                self.state.masters_written(trained_only=True)
+            else:
+                self.state.weights.expect_writes(trained_only=True)
+
+        def user_code() -> Any:
+            put_current()
+            try:
+                return closure()
+            finally:
+                self.microbatch = None
+                if current is None:
+                    end_step()
+                rest.wait()
+
+        self.microbatch = None
+        if current is not None:
+            rest.wait()  # a graph that user code has left standing may still be on its way to the host
+        try:
+            yield user_code
+        finally:
+            put_current()
 
     def kill(self, microbatches: Sequence[Microbatch]) -> None:
         """End their code where it stands."""

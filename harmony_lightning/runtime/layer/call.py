@@ -15,7 +15,7 @@ from harmony_lightning.runtime.layer.watching import Begin, run_layer
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.segment import Segment, Sink
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.structure import Arguments
+from harmony_lightning.runtime.structure import Arguments, version_of
 from harmony_lightning.runtime.thread_state import Autocast
 from harmony_lightning.runtime.weights.weight_slot import Weights
 
@@ -120,10 +120,6 @@ class LayerCall:
                 f"step?), so its gradient cannot be computed; torch refuses that, too. Call backward before the step, or "
                 f"the layer again behind it"
             )
-
-
-def version_of(tensor: torch.Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
 
 
 class CallBuffers:

@@ -10,14 +10,14 @@ from torch.utils import _pytree as pytree
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.runtime.derivatives import refuse_transforms
 from harmony_lightning.runtime.functions import apply_own
-from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version_of
+from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer.joint import Join, Waiting
 from harmony_lightning.runtime.layer.node import LayerFunction
 from harmony_lightning.runtime.layer.written_weights import hand_on_written, versions_of_weights
 from harmony_lightning.runtime.running import InsideLayer
 from harmony_lightning.runtime.segment import Segment
 from harmony_lightning.runtime.site import Site
-from harmony_lightning.runtime.structure import Arguments, unflatten_result
+from harmony_lightning.runtime.structure import Arguments, unflatten_result, version_of
 
 
 def call_layer(

@@ -26,7 +26,7 @@ from harmony_lightning.runtime.derivatives import first_derivative_only
 from harmony_lightning.runtime.differentiate import edge_of, keeps_graph, kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
 from harmony_lightning.runtime.layer.backward import differentiate
-from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall, version_of
+from harmony_lightning.runtime.layer.call import CallBuffers, LayerCall
 from harmony_lightning.runtime.layer.graph import follow_kept_results, outlive_slots, refuse_strangers
 from harmony_lightning.runtime.layer.joint import Part
 from harmony_lightning.runtime.layer.objects import Surroundings
@@ -34,7 +34,7 @@ from harmony_lightning.runtime.layer.written_weights import hand_on_written, ver
 from harmony_lightning.runtime.randomness import Replay
 from harmony_lightning.runtime.running import Recomputing
 from harmony_lightning.runtime.segment import Import, Sink, add_place, reaches_weights
-from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result
+from harmony_lightning.runtime.structure import Arguments, clone_with_strides, flatten_result, version_of
 
 _REFUSES_TO_WRITE = "is being modified inplace"
 """What torch says of an input that the layer's graph begins with, and that is no copy."""

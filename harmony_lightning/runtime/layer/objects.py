@@ -18,7 +18,7 @@ from torch.autograd.graph import GradientEdge, get_gradient_edge
 
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.runtime.segment import Segment, Sink
-from harmony_lightning.runtime.structure import Arguments, Put, is_opaque, place_tensors
+from harmony_lightning.runtime.structure import Arguments, Put, is_opaque, place_tensors, version_of
 
 Begin = Callable[[torch.Tensor], torch.Tensor]
 """Makes the layer's own version of a tensor from its value on the layer's device."""
@@ -111,7 +111,7 @@ class ObjectTensors:
             self.used.append(index)
             self.values.append(value.detach())
             self.inner.append(inner := self._begin(value))
-            self.versions.append(0 if inner.is_inference() else inner._version)
+            self.versions.append(version_of(inner))
             if inner.requires_grad:
                 self.edges.append(get_gradient_edge(inner))
         return self.inner[self.used.index(index)]

@@ -34,7 +34,7 @@ from harmony_lightning.plan.schedule import Schedule
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.steps import fair_seconds, runtime_seconds
 from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_runtime_computations
-from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_family, too_large
+from harmony_lightning.scheduler.search.runtime_family import Mode, Stash, runtime_families, too_large
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Movable, Variant, Variants
 from harmony_lightning.scheduler.simulate import Rules
 
@@ -50,8 +50,8 @@ USUAL_VARIANTS = 2
 """Of a member at a rung; one that has more counts as more members."""
 FINALISTS = 6
 """Of these, those of which it is found out what they take."""
-MAX_TOTAL = 45_000
-"""Computations of all that is simulated, about a second: rungs below those that were looked at by then are left
+MAX_TOTAL = 30_000
+"""Computations of all that is simulated in a family, half a second: rungs below those that were looked at by then are left
 out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
 THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations, if the model is not small."""
@@ -100,19 +100,24 @@ def search_runtime(
     if minibatch < 1:
         raise ConfigurationError(f"the minibatch must have at least one sample, got {minibatch}")
     started = time.perf_counter()
-    family = tuple(map(abilities, runtime_family(costs, minibatch, mode, microbatch_size, together)))
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
-    search = _Search(costs, family, memory_bytes, Variants(costs, stashes, stay, moves_stash, movable), in_use)
-    found = _preferred(search.run(), costs)
+    variants = Variants(costs, stashes, stay, moves_stash, movable)
+    families = runtime_families(costs, minibatch, mode, microbatch_size, together)
+    searches = [_Search(costs, tuple(map(abilities, family)), memory_bytes, variants) for family in families]
+    searches.sort(key=lambda search: search.floor)  # what one finds is what others need not go below
+    found: list[Candidate] = []
+    for search in searches:
+        found = search.run(found, None if found else in_use)
     if not found:
-        raise CapacityError(too_large(family, costs, memory_bytes, stashes))
+        raise CapacityError(too_large([s for search in searches for s in search.family], costs, memory_bytes, stashes))
+    found = _preferred(found, costs)
     return Found(
         rules=str(Rules.RUNTIME),
         best=found[0],
         others=tuple(best_of_kinds(found))[1:],
-        num_schedules=len(family),
-        num_simulated=search.num_simulated,
-        is_proved=search.is_complete
+        num_schedules=sum(len(search.family) for search in searches),
+        num_simulated=sum(search.num_simulated for search in searches),
+        is_proved=all(search.proves(found[0].seconds) for search in searches)
         and in_use is None
         and costs.machine.host_link_shared_by == 1
         and found[0].schedule.microbatches_per_forward == 1,
@@ -158,11 +163,7 @@ def _packing(variant: Variant) -> object:
 
 
 class _Search:
-    """One search.
-
-    Attributes:
-        is_complete: nothing in the family can be faster than what was found.
-    """
+    """A search in one family."""
 
     def __init__(
         self,
@@ -170,10 +171,10 @@ class _Search:
         family: tuple[Schedule, ...],
         memory_bytes: float,
         variants: Variants,
-        in_use: Schedule | None,
     ) -> None:
-        self._costs, self._family, self._memory_bytes = costs, family, memory_bytes
-        self._variants, self._in_use = variants, in_use
+        self._costs, self.family, self._memory_bytes, self._variants = costs, family, memory_bytes, variants
+        self._floors = {index: variants.floor(schedule) for index, schedule in enumerate(family)}
+        self.floor = min(self._floors.values())
         self._alone = costs.on(replace(costs.machine, host_link_shared_by=1))
         self._limits = cache(self._simulate)
         self._found: dict[Schedule, Candidate] = {}
@@ -188,21 +189,25 @@ class _Search:
         self._num_computed = 0
         self.num_simulated = 0
 
-    @property
-    def is_complete(self) -> bool:
+    def proves(self, seconds: float) -> bool:
+        """Whether nothing in the family can take less."""
         left_out = (bound for schedule, bound in self._left_out.items() if schedule not in self._found)
-        return all(bound >= self._best for bound in (self._least_floor, *left_out, *self._unseen.values()))
+        return all(bound >= seconds for bound in (self._least_floor, *left_out, *self._unseen.values()))
 
-    def run(self) -> list[Candidate]:
-        """Candidates, best first; of those that take as long, the one in use."""
-        hopeful = {index: self._variants.floor(schedule) for index, schedule in enumerate(self._family)}
+    def run(self, known: list[Candidate], in_use: Schedule | None) -> list[Candidate]:
+        """Candidates, best first, with those that are known of other families; of those that take as long, the one in use."""
+        self._found = {candidate.schedule: candidate for candidate in known}
+        self._best = known[0].seconds if known else math.inf
+        hopeful = {index: floor for index, floor in self._floors.items() if floor < self._best}
         """Floors at higher rungs."""
+        if not hopeful and in_use is None:
+            return self._candidates
         rung = math.floor(math.log(self._memory_bytes, RUNG))
         rung -= rung % self._variants.step
         while True:
-            if self._in_use is not None:
-                self._look_at([self._variants.settled(self._in_use, rung)])
-            is_lowest = not any(map(self._variants.fits_somehow, reversed(self._family), repeat(RUNG**rung)))
+            if in_use is not None:
+                self._look_at([self._variants.settled(in_use, rung)])
+            is_lowest = not any(map(self._variants.fits_somehow, reversed(self.family), repeat(RUNG**rung)))
             variants, floors = self._first_of(hopeful, rung, len(hopeful) if is_lowest else MEMBERS)
             members, finalists = self._members(variants, floors, rung, is_lowest)
             self._look_at([v for m in members for v in variants[m]], finalists)
@@ -213,10 +218,14 @@ class _Search:
             self._least_floor = min([self._least_floor, *open_floors])
             hopeful = {index: floor for index, floor in (hopeful | floors).items() if floor < self._best}
             self._unseen = hopeful
-            is_done = not hopeful and (self._in_use is None or self._stays_nothing(self._in_use, rung))
+            is_done = not hopeful and (in_use is None or self._stays_nothing(in_use, rung))
             if is_done or RUNG**rung < 1 or self._has_done_enough:
-                return sorted(self._found.values(), key=lambda candidate: candidate.seconds)
+                return self._candidates
             rung -= self._variants.step
+
+    @property
+    def _candidates(self) -> list[Candidate]:
+        return sorted(self._found.values(), key=lambda candidate: candidate.seconds)
 
     def _stays_nothing(self, schedule: Schedule, rung: int) -> bool:
         """Or what stays does not help, here or at lower rungs."""
@@ -236,7 +245,7 @@ class _Search:
         for index in sorted(hopeful, key=lambda index: (hopeful[index], index)):
             if bisect_left(lowest, hopeful[index]) >= count:
                 break
-            found[index], floors[index] = self._variants.on_host(self._family[index], rung)
+            found[index], floors[index] = self._variants.on_host(self.family[index], rung)
             if found[index]:
                 insort(lowest, floors[index])
         return found, floors
@@ -253,8 +262,8 @@ class _Search:
         members: list[int] = []
         computations = 0.0
         for m in order if is_lowest else order[:MEMBERS]:
-            variants[m] += self._variants.on_devices(self._family[m], rung)
-            computations += num_runtime_computations(self._family[m]) * max(1, len(variants[m]) / USUAL_VARIANTS)
+            variants[m] += self._variants.on_devices(self.family[m], rung)
+            computations += num_runtime_computations(self.family[m]) * max(1, len(variants[m]) / USUAL_VARIANTS)
             if computations > share * MAX_COMPUTATIONS and len(members) >= finalists:
                 break
             members.append(m)

@@ -8,7 +8,7 @@ Of each device the longest chain of what it must do, and what must come before a
             head                                  tail
 
 Beside that what links carry and what the host updates. What stays counts: layers that keep their activations are not
-computed again, of resident packs only what trains comes in. Where sums are made does not: a bound holds for both places.
+computed again, of resident packs only what trains comes in.
 """
 
 from collections import Counter
@@ -128,8 +128,8 @@ class _Bound:
         return sum(count * seconds(size, span) for size, count in _counted(sizes))
 
     def _sums(self, packs: Sequence[int]) -> float:
-        """One device adds up what those of all pipelines have, if it updates the pack; else the host may do so."""
-        total = sum(self._gradients[p] for p in packs if p in self._there)
+        """Where one device adds up what those of all pipelines have."""
+        total = sum(self._gradients[p] for p in packs if not self._is_summed_on_host(p))
         each = total / self._peer_rate + self._costs.device_seconds(_ADDITION_ACCESSES * total)
         return (self._visitors - 1) * each
 
@@ -166,7 +166,15 @@ class _Bound:
         leaving = [sum(map(self._leaving, group)) for group in groups]
         together = active * self._machine.host_share(active)
         alone = self._machine.host_share(1) * active / len(groups)
-        return max(sum(entering) / together, sum(leaving) / together, max(entering) / alone, max(leaving) / alone)
+        links = max(sum(entering) / together, sum(leaving) / together, max(entering) / alone, max(leaving) / alone)
+        return max(links, self._memory(sum(entering) + sum(leaving)))
+
+    def _memory(self, copied: float) -> float:
+        """That of the host, which is copied from and to, where it adds up gradients and steps weights."""
+        on_host = sum(nbytes for p, nbytes in enumerate(self._gradients) if p not in self._there)
+        added = (self._visitors - 1) * on_host if self._schedule.sums == "host" else 0.0
+        touched = self._costs.update_accesses * on_host + _ADDITION_ACCESSES * added
+        return (copied + touched) / (2 * self._machine.host_message_bytes_per_second)
 
     def _entering(self, group: list[int]) -> float:
         """Of each pack that was updated on the host, what trains comes in for forward; of those that share slots the frozen
@@ -193,8 +201,13 @@ class _Bound:
         return forward + backward + stashes + states
 
     def _leaving(self, pack: int) -> float:
-        is_kept = pack in self._there and pack in self._schedule.updates_stay
-        return self._stash(pack) + (0.0 if is_kept else self._gradients[pack] + self._states(pack))
+        if pack in self._there and pack in self._schedule.updates_stay:
+            return self._stash(pack)
+        times = self._visitors if self._is_summed_on_host(pack) else 1
+        return self._stash(pack) + times * self._gradients[pack] + self._states(pack)
+
+    def _is_summed_on_host(self, pack: int) -> bool:
+        return self._schedule.sums == "host" and pack not in self._there
 
     def _states(self, pack: int) -> float:
         """Of an update on a device, what comes for it, and leaves with new weights."""

@@ -1,8 +1,8 @@
-"""Schedules that the runtime can carry out: each packing (`packings`), microbatch size and mode. They do not depend on how
-much memory there is, nor tell what it is used for.
+"""Schedules that the runtime can carry out, in families: each packing (`packings`) and microbatch size with one placement.
+They do not depend on how much memory there is, nor tell what it is used for.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
 from typing import Literal
@@ -27,27 +27,29 @@ dealt."""
 Stash = Literal["device", "host"]
 
 
-def runtime_family(
+def runtime_families(
     costs: Costs, minibatch: int, mode: Mode, size: int | None, together: tuple[frozenset[int], ...]
-) -> Iterator[Schedule]:
+) -> Iterator[tuple[Schedule, ...]]:
     gpus = costs.machine.gpus
     packings = _packings(costs, together)
     for kind, pipelines in placements(mode, gpus):
         samples = -(-minibatch // (gpus if kind == "dp" else pipelines))
         sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
-        for one in sizes:
-            for packs in packings:
-                yield Schedule(
-                    mode=kind,
-                    num_devices=gpus,
-                    pipelines=pipelines,
-                    minibatch=minibatch,
-                    microbatch_forward=one,
-                    packs_forward=packs[:-1],
-                    microbatch_backward=one,
-                    packs_backward=packs,
-                    prefetch=1,
-                )
+        yield tuple(
+            Schedule(
+                mode=kind,
+                num_devices=gpus,
+                pipelines=pipelines,
+                minibatch=minibatch,
+                microbatch_forward=one,
+                packs_forward=packs[:-1],
+                microbatch_backward=one,
+                packs_backward=packs,
+                prefetch=1,
+            )
+            for one in sizes
+            for packs in packings
+        )
 
 
 def placements(mode: Mode, gpus: int) -> Iterator[tuple[Literal["pp", "dp"], int]]:
@@ -83,7 +85,7 @@ def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple
 
 
 def too_large(
-    family: tuple[Schedule, ...], costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
+    family: Sequence[Schedule], costs: Costs, memory_bytes: float, stashes: tuple[Literal["device", "host"], ...]
 ) -> str:
     """What to say where nothing fits."""
     smallest = [replace(schedule, prefetch=0, stash=stashes[-1]) for schedule in family]

@@ -65,6 +65,8 @@ class Variants:
             lambda one: UpdatePlaces(one, costs, movable(one), device_peak_bytes(one, costs, visits(one)))
         )
         self._bound = cache(lambda schedule: runtime_bound(schedule, costs))
+        self._either = cache(lambda schedule: min(map(self._bound, _with_sums(schedule))))
+        """With sums wherever they take less."""
         self._least = cache(self.least_bytes)
 
     def floor(self, schedule: Schedule) -> float:
@@ -74,7 +76,7 @@ class Variants:
             packs = tuple(range(len(schedule.packs_backward)))
             ideal = replace(ideal, resident=packs, stash_stays=packs, keep=(*schedule.keep, *self._keepable))
         there = tuple(self._movable(schedule))
-        return min(self._bound(ideal), self._bound(replace(ideal, updated_there=there, updates_stay=there)))
+        return min(self._either(ideal), self._either(replace(ideal, updated_there=there, updates_stay=there)))
 
     def on_host(self, schedule: Schedule, rung: int) -> tuple[list[Variant], float]:
         """Those with all updates on the host that fit below the next rung, with what stays at this one, and may be fastest.
@@ -83,7 +85,7 @@ class Variants:
         if not usable:
             return [], math.inf
         best = [use for use in usable if not any(self._is_better(other, use) for other in usable)]
-        found = [self.settled(one, rung) for use in best for one in _with_sums(use)]
+        found = [self.settled(use, rung) for use in best]
         # All that is good about any of them: the one that takes least leaves most room.
         places, stays = self._places(usable[-1]), self.settled(usable[-1], rung).schedule
         ideal = replace(
@@ -92,19 +94,19 @@ class Variants:
             stash=min((use.stash for use in usable), key=self._stashes.index),
         )
         cases = places.best_cases(RUNG**rung, ideal)
-        return found, min([variant.bound for variant in found] + list(map(self._bound, cases)))
+        return found, min(self._either(case) for case in (*(variant.schedule for variant in found), *cases))
 
     def on_devices(self, schedule: Schedule, rung: int) -> list[Variant]:
-        """The same with updates on devices: with the best use of memory for each place where stashes may wait."""
+        """The same with updates on devices, or sums: with the best use of memory for each place where stashes may wait."""
         best: dict[Stash, Schedule] = {}
         for use in self._usable(schedule, rung):
             best.setdefault(use.stash, use)
-        return [
-            self.settled(one, rung)
-            for use in best.values()
-            for other in self._places(use).within(RUNG**rung, *self._beside(use, rung))
-            for one in _with_sums(other)
-        ]
+        found = []
+        for use in best.values():
+            others = list(self._places(use).within(RUNG**rung, *self._beside(use, rung)))
+            others += [other for one in (use, *others) for other in _with_sums(one)[1:]]
+            found += [self.settled(other, rung) for other in others]
+        return found
 
     def settled(self, schedule: Schedule, rung: int) -> Variant:
         """With what stays at a rung."""
@@ -160,7 +162,7 @@ class Variants:
 
 
 def _with_sums(schedule: Schedule) -> list[Schedule]:
-    """And with sums on devices, where several have packs that the host updates."""
+    """The schedule with sums on the host, and on devices where several have packs that the host updates."""
     if schedule.num_copies == 1 or len(schedule.updated_there) == len(schedule.packs_backward):
         return [schedule]
     return [schedule, replace(schedule, sums="device")]
