@@ -53,7 +53,7 @@ def test_the_same_seed_breeds_the_same():
         replace(breed_runtime(costs, **question(), seed=seed), search_seconds=0.0) for seed in (3, 3, 4)
     )
     assert first == second
-    assert first.num_schedules != other.num_schedules
+    assert first != other
 
 
 @pytest.mark.parametrize("gpus", [1, 3])
