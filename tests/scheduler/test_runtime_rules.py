@@ -187,6 +187,8 @@ JOINT = {"microbatches_per_forward": 2}
         ),
         # A stash that nobody has sent ahead sets out when the gradient has come.
         (Norms, 4, "server", (4, 1, 1, 1), {"size": 4, "minibatch": 7, "prefetch": 0}, {}),
+        # Inputs of all that are of one group come before any of them goes on, whose weights are still updated.
+        (Norms, 8, "desktop", (4, 1, 2), {"size": 4, "minibatch": 16, "pipelines": 2}, JOINT),
         # In a joint forward each layer waits for stashes of the one before.
         (Norms, 1, "desktop", (1, 1, 3, 1, 1), {"size": 2, "minibatch": 11, "prefetch": 0}, JOINT),
     ],

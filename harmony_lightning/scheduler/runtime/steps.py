@@ -122,11 +122,11 @@ class RuntimeSteps:
         first, last = self.packs[pack]
         layers = [(layer, layer) for layer in range(first, last + 1)]
         for group in self._sending_ahead(pack):
+            for m in members(group):
+                self.lanes.begin_turn(self.places[pack][m])
+                if pack == 0:
+                    self._bring_input(self.places[pack][m], m)
             for d, together in group.items():
-                for m in together:
-                    self.lanes.begin_turn(d)
-                    if pack == 0:
-                        self._bring_input(d, m)
                 waits = self._acquire(d, pack, upcoming), *(self._arrived.pop(m, None) for m in together)
                 # Those that go together are given their turns anew for every layer.
                 for span in layers if leaves and len(together) > 1 else [(first, last)]:
