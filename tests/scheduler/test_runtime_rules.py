@@ -200,6 +200,17 @@ def test_what_the_runtime_does_beside_computing_pack_by_pack(make, num_gpus, hos
     assert runtime_bound(schedule, costs) <= fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.015)
 
 
+@pytest.mark.parametrize(
+    ("make", "packs", "minibatch", "abilities"),
+    [(GROWING, (4, 2, 1), 5, {}), (Norms, (1, 2, 3, 1), 13, {}), (Norms, (4, 3), 8, JOINT)],
+)
+def test_a_small_microbatch_that_is_the_last_leaves_less_and_so_does_a_joint_call(make, packs, minibatch, abilities):
+    costs, layers = costs_of(make, len(packs))
+    schedule = replace(schedule_of(costs, packs, size=4, minibatch=minibatch), **abilities)
+    _, peak = train(make, schedule, layers, num_steps=2)
+    assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.02)
+
+
 def test_a_bound_of_dealt_packs_counts_devices_that_get_few_microbatches():
     """One has so much to do of its own that the dealt pack is best left to others."""
     costs = Costs(profile(kind(seconds=50.0), kind(), kind(seconds=20.0)), machine(gpus=4))

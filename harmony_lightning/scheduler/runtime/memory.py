@@ -83,6 +83,7 @@ class _Device:
         self._packs, self._last = schedule.packs_backward, len(schedule.packs_backward) - 1
         self._has_peers = schedule.depth > 1
         self._size, self._count = sizes[0], len(sizes)
+        self._dealt = schedule.dealt
         self._leaves, self._is_ahead = schedule.stash == "host", schedule.prefetch > 0
         visitors = {p: visitors_of(schedule, index, p, sizes) for p in _packs_on(schedule, index)}
         self._here = {p: here for p, here in visitors.items() if here.count}
@@ -130,7 +131,7 @@ class _Device:
                 working, left = self._in_joint_layers(pack, m), self._costs.stash_bytes(self._size, (last, last))
             former = m * self._stashes[pack]
             if self._leaves:
-                former = left if m else self._stash_before(pack)
+                former = left if m else self._last_stash(self._before[pack])
             return working + self._inputs_waiting(pack, m) + m * leaving + former + self._travelling(pack, m)
 
         moments = {m - m % here.group for m in here.moments}
@@ -147,7 +148,7 @@ class _Device:
         here = self._here[pack]
         most = max(at(m, max(self._in_layers(pack, here.sizes[m], w) for w in (False, True))) for m in here.moments)
         most = max(most, at(here.count - 1, self._in_update(pack)))
-        former = self._stash_before(pack) if self._leaves else 0.0
+        former = self._last_stash(self._before[pack]) if self._leaves else 0.0
         return former + self._kept[pack] + self._landing(self._boundary(pack)) + most
 
     def _backward(self, pack: int) -> float:
@@ -159,7 +160,7 @@ class _Device:
             waiting += self._travelling(pack, m, backward=True)
             if not self._leaves:
                 return waiting + left * self._stashes[pack]
-            following = self._stashes[pack] if left else self._stash_before(pack)
+            following = min(1.0, left) * self._stashes[pack] if left else self._stash_before(pack)
             return waiting + self._is_ahead * following + self._left_last(pack, m)
 
         most = max(at(m, self._in_layers(pack, here.sizes[m], True)) for m in here.moments)
@@ -225,7 +226,16 @@ class _Device:
         """The last stash that has left in forward is held until something is sent from here in another turn."""
         if self._sent_behind[pack] or m > self._here[pack].stayed(m):
             return 0.0
-        return self._stashes[pack if self._last_to_leave is None else self._last_to_leave]
+        return self._last_stash(pack if self._last_to_leave is None else self._last_to_leave)
+
+    def _last_stash(self, pack: int | None) -> float:
+        """What the last microbatch leaves in a pack: of the last layer alone if it is in a joint call, which microbatches
+        that are dealt need not be."""
+        if pack is None:
+            return 0.0
+        here, (first, last) = self._here[pack], self._packs[pack]
+        is_joint = here.group > 1 and here.count % here.group != 1 and pack not in self._dealt
+        return self._costs.stash_bytes(here.sizes[-1], (last if is_joint else first, last))
 
     def _inputs_waiting(self, pack: int, m: int) -> float:
         """Of microbatches behind this one, and those that go with it: all if they are made here, else as many as are sent
