@@ -18,10 +18,14 @@ class HarmonyConfig:
     """What a user may choose; everything else is in the plan."""
 
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """pp deals packs over the GPUs, dp deals microbatches; auto is the faster of both where all is searched, or
-    else pp, which moves N times fewer bytes. mixed deals packs, but of the last pack, where forward and backward meet, it
-    deals microbatches: no GPU then waits for another one's large head. Gradients of that pack alone are added up as in dp:
-    over each GPU's microbatches, then over GPUs."""
+    """pp deals packs over the GPUs, dp deals microbatches, and several `pipelines` do both; auto is the fastest of these
+    where all is searched, or else pp, which moves N times fewer bytes. mixed deals packs, but of the last pack, where
+    forward and backward meet, it deals microbatches: no GPU then waits for another one's large head. Or it has several
+    pipelines, where these are searched and faster. Gradients of packs whose microbatches are dealt are added up over each
+    GPU's microbatches, then over GPUs."""
+    pipelines: int | Literal["auto"] = "auto"
+    """Of packs that are dealt over GPUs: so many pipelines side by side, each over as many GPUs, over which microbatches
+    are dealt. auto is what makes steps fastest where all is searched, or else one."""
     microbatch_size: int | Literal["auto"] = "auto"
     """Samples per microbatch; auto takes the fastest where all is searched, or else makes four microbatches per
     GPU, one where the host is the only device."""
@@ -90,6 +94,11 @@ class HarmonyConfig:
         size = self.microbatch_size
         if size != "auto" and (not isinstance(size, int) or isinstance(size, bool) or size < 1):
             raise ConfigurationError(f"microbatch_size must be 'auto' or a positive integer, got {size!r}")
+        count = self.pipelines
+        if count != "auto" and (not isinstance(count, int) or isinstance(count, bool) or count < 1):
+            raise ConfigurationError(f"pipelines must be 'auto' or a positive integer, got {count!r}")
+        if self.mode == "dp" and count not in ("auto", 1):
+            raise ConfigurationError(f"pipelines are of pp and mixed, got {count} in mode 'dp'; leave them out")
         for name in ("evaluation_batches", "microbatches_per_forward"):
             number = getattr(self, name)
             if not isinstance(number, int) or isinstance(number, bool) or number < 1:
@@ -120,8 +129,8 @@ class HarmonyConfig:
 class Environment:
     """Defaults from `HARMONY_*` variables; arguments in code count more.
 
-    HARMONY_MODE, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE, HARMONY_PLANNER set the knobs of
-    those names, and HARMONY_PLAN the argument `plan` of the strategy: "auto", "packs", "sizes" or a file;
+    HARMONY_MODE, HARMONY_PIPELINES, HARMONY_MICROBATCH_SIZE, HARMONY_MEMORY, HARMONY_STASH, HARMONY_UPDATE, HARMONY_PLANNER
+    set the knobs of those names, and HARMONY_PLAN the argument `plan` of the strategy: "auto", "packs", "sizes" or a file;
     HARMONY_ONE_LAYER_PER_PACK=1 (or 0), HARMONY_EVALUATION_BATCHES and HARMONY_GRADIENT_WIRE too, and HARMONY_CHECK=1 sets
     check_microbatches. HARMONY_EMULATED_GPUS=4 trains on that many emulated GPUs of HARMONY_MEMORY each, which
     are not strict; HARMONY_LOG_LEVEL=INFO (or DEBUG) tells each decision on stderr.
@@ -129,6 +138,7 @@ class Environment:
 
     plan: str | None
     mode: str | None
+    pipelines: str | None
     microbatch_size: str | None
     memory: str | None
     stash: str | None
@@ -153,6 +163,7 @@ class Environment:
         return cls(
             plan=variables.get("HARMONY_PLAN"),
             mode=variables.get("HARMONY_MODE"),
+            pipelines=variables.get("HARMONY_PIPELINES"),
             microbatch_size=variables.get("HARMONY_MICROBATCH_SIZE"),
             memory=variables.get("HARMONY_MEMORY"),
             stash=variables.get("HARMONY_STASH"),
@@ -168,10 +179,10 @@ class Environment:
 
     def knobs(self) -> dict[str, Any]:
         """Arguments for `HarmonyConfig`."""
-        names: tuple[str, ...] = ("mode", "microbatch_size", "memory", "stash", "update", "one_layer_per_pack")
-        names += ("check_microbatches", "evaluation_batches", "gradient_wire", "planner")
+        names: tuple[str, ...] = ("mode", "pipelines", "microbatch_size", "memory", "stash", "update")
+        names += ("one_layer_per_pack", "check_microbatches", "evaluation_batches", "gradient_wire", "planner")
         knobs: dict[str, Any] = {name: value for name in names if (value := getattr(self, name)) is not None}
-        for name in ("microbatch_size", "evaluation_batches"):
+        for name in ("pipelines", "microbatch_size", "evaluation_batches"):
             if name in knobs and knobs[name] != "auto":
                 if not knobs[name].isdecimal():
                     raise ConfigurationError(f"HARMONY_{name.upper()} must be a number, got {knobs[name]!r}")

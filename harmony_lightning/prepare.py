@@ -79,6 +79,7 @@ def prepare(
     plan = make_plan(
         decomposition,
         mode="pp" if config.mode == "auto" else config.mode,
+        pipelines=1 if cluster.host_is_device or config.pipelines == "auto" else config.pipelines,
         num_devices=len(cluster.devices),
         memory_bytes=int(share * memory_bytes),
         microbatch_size=workload.microbatch_size,

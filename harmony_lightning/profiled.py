@@ -57,8 +57,9 @@ class Question:
     """Of each GPU."""
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
     """`mixed` is pp with several pipelines, or a last pack that is dealt, which auto does not try."""
+    pipelines: int | None = None
     microbatch_size: int | None = None
-    """None: the search chooses."""
+    """None, of both: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
     moves_stash: bool = False
     """Stashes go to the host whatever is left."""
@@ -284,6 +285,7 @@ def find_plan(
         "mode": question.mode,
         "memory_bytes": MEMORY_SHARE * question.memory_bytes,
         "stashes": question.stashes,
+        "pipelines": question.pipelines,
         "microbatch_size": question.microbatch_size,
         "together": tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
         "abilities": abilities,

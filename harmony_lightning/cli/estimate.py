@@ -14,9 +14,10 @@ With --json one object is printed:
     mixed_step_seconds   with --mode auto: the same if microbatches of the last pack go round the GPUs, where that is faster
     host_bytes           weights, optimizer states, gradients and stashes on the host
     parameters           of the module
-    mode, num_packs, packs, microbatch_size, prefetch, stash, dealt
-                         the plan; packs as [first layer, last layer], both included, in the order of calls; `dealt` are
-                         those whose microbatches go round the GPUs, which makes pp mixed
+    mode, pipelines, num_packs, packs, microbatch_size, prefetch, stash, dealt, sums
+                         the plan; packs as [first layer, last layer], both included, in the order of calls; `pipelines`
+                         side by side, or `dealt` packs whose microbatches go round the GPUs, make pp mixed; `sums` tells
+                         who adds up gradients that several GPUs have of a pack, the "host" or a "device"
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
     planner, search_seconds
@@ -62,7 +63,10 @@ def add(commands: Commands) -> None:
         description = f"Tell {what}. With --gpus no GPU is needed."
         parser = add_command(commands, name, run, what=what, description=description, epilog=__doc__)
         add_model_arguments(parser)
-        parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
+        parser.add_argument(
+            "--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: the fastest"
+        )
+        parser.add_argument("--pipelines", type=int, metavar="N", help="side by side, in pp; default: the fastest")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
         parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
         parser.set_defaults(is_explained=name == "explain")
@@ -81,6 +85,7 @@ def run(arguments: argparse.Namespace) -> int:
         minibatch=minibatch,
         memory_bytes=machine.memory_bytes,
         mode=arguments.mode,
+        pipelines=_pipelines(arguments, machine.gpus),
         microbatch_size=None if microbatch_size is None else min(microbatch_size, minibatch),
         stays=True,
         update="auto",
@@ -115,7 +120,9 @@ def run(arguments: argparse.Namespace) -> int:
         "microbatch_size": schedule.microbatch_backward,
         "prefetch": schedule.prefetch,
         "stash": schedule.stash,
+        "pipelines": schedule.pipelines,
         "dealt": schedule.dealt,
+        "sums": schedule.sums,
         "updated_there": schedule.updated_there,
         "updates_stay": schedule.updates_stay,
         "resident": schedule.resident,
@@ -153,6 +160,18 @@ def run(arguments: argparse.Namespace) -> int:
     for sentence in reasons:
         output.print(f"- {sentence}", highlight=False)
     return 0
+
+
+def _pipelines(arguments: argparse.Namespace, gpus: int) -> int | None:
+    count: int | None = arguments.pipelines
+    if count is None or (count == 1 and arguments.mode == "dp"):
+        return None
+    if count < 1 or gpus % count or arguments.mode == "dp" or count == gpus > 1:
+        raise ConfigurationError(
+            f"--pipelines must be a number by which {gpus} GPUs can be divided, less than all, which is --mode dp, got "
+            f"{count} with --mode {arguments.mode}"
+        )
+    return count
 
 
 def _count(number: int) -> str:

@@ -19,6 +19,7 @@ Harmony's, or under those by which the runtime carries plans out now, where what
     resident             backward packs whose weights stay on their devices
     stash, stash_stays   where inputs of layers wait from forward to backward: "device" or "host", and in the latter case
                          backward packs whose inputs stay on the devices nevertheless
+    pipelines            side by side, over which microbatches are dealt in pp; 1 under Harmony's rules and our own
     dealt                backward packs whose microbatches are dealt over the GPUs in pp, as all are in dp ("mixed")
     search_seconds       what the search took
     is_proved            whether nothing in the searched family is better
@@ -140,6 +141,7 @@ def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:
         "resident": schedule.resident,
         "stash": schedule.stash,
         "stash_stays": schedule.stash_stays,
+        "pipelines": schedule.pipelines,
         "dealt": schedule.dealt,
         "num_schedules": found.num_schedules,
         "num_simulated": found.num_simulated,

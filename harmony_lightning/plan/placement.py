@@ -6,9 +6,9 @@
             over which microbatches are dealt,
             or one in which those of single packs are (*dealt*)
 
-Harmony (Li et al., VLDB 2022, section 4) has the first two. Several pipelines are shorter ones: less of a step goes by while
-they fill, and packs that are few, or no multiple of the devices, leave fewer of these idle. In return each pack's weights
-come to as many devices, and its gradients are added up over them.
+Harmony (Li et al., VLDB 2022, section 4) has the first two. Several pipelines are shorter ones: less of a step goes by
+while they fill, and packs that are few, or no multiple of the devices, leave fewer of these idle. In return each pack's
+weights come to as many devices, and its gradients are added up over them.
 """
 
 from typing import Literal
@@ -68,8 +68,8 @@ class Placement:
             )
         if self.pipelines > 1 and (self.mode == "dp" or self.pipelines == self.num_devices):
             raise ConfigurationError(
-                f"{self.pipelines} pipelines over {self.num_devices} devices in mode {self.mode!r}: in 'dp' each device is a "
-                f"pipeline by itself; write mode 'dp' and leave pipelines at 1"
+                f"{self.pipelines} pipelines over {self.num_devices} devices in mode {self.mode!r}: in 'dp' each device is "
+                f"a pipeline by itself; write mode 'dp' and leave pipelines at 1"
             )
         if self.dealt and self.num_copies > 1:
             raise ConfigurationError(

@@ -120,8 +120,8 @@ class Plan(Placement, Record):
     gradient_wire: Literal["exact", "half"] = "exact"
     """How gradients of narrow weights travel: `HarmonyConfig.gradient_wire`."""
     pipelines: int = 1
-    """Of a plan in pp: so many side by side, each over as many devices, over which microbatches are dealt (pp x dp). A pack's
-    weights go to one device of each, and its gradients are added up over these, in the order of pipelines."""
+    """Of a plan in pp: so many side by side, each over as many devices, over which microbatches are dealt (pp x dp). A
+    pack's weights go to one device of each, and its gradients are added up over these, in the order of pipelines."""
     dealt: tuple[int, ...] = ()
     """Packs of a plan in pp whose microbatches are dealt over the devices, as those of all packs are in dp: for one that
     takes longer than its neighbours, which would wait for it. Its weights go to each device."""
@@ -213,8 +213,8 @@ class Plan(Placement, Record):
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
-        each once, and once from each device if the host adds them up, none of frozen weights. Gradients of narrow weights leave as
-        they are made where there is only one microbatch to make them: a sum of several needs float32."""
+        each once, and once from each device if the host adds them up, none of frozen weights. Gradients of narrow weights
+        leave as they are made where there is only one microbatch to make them: a sum of several needs float32."""
         total = 0
         for index, pack in enumerate(self.packs):
             if pack.update == "device":

@@ -58,6 +58,7 @@ def make_plan(
     decomposition: Decomposition,
     *,
     mode: Literal["pp", "dp", "mixed"],
+    pipelines: int = 1,
     num_devices: int,
     memory_bytes: int,
     microbatch_size: int,
@@ -76,6 +77,7 @@ def make_plan(
     Args:
         decomposition: layers in call order.
         mode: pp deals packs, dp microbatches over the devices; mixed deals packs, but microbatches of the last one.
+        pipelines: where packs are dealt, so many side by side; if several, no more is dealt in mixed mode.
         num_devices: devices in the cluster.
         memory_bytes: what each offers.
         microbatch_size: samples.
@@ -99,7 +101,7 @@ def make_plan(
         limit = _limit(decomposition, groups, memory_bytes, "device" if update == "device" else "host")
     pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
     if mode != "dp" and num_devices > 1:
-        limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices)
+        limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices // pipelines)
     packs: list[Pack] = []
     members: Group = ()
     for group in groups:
@@ -110,6 +112,7 @@ def make_plan(
     packs.append(pack(members))
     plan = Plan(
         mode="dp" if mode == "dp" else "pp",
+        pipelines=pipelines,
         num_devices=num_devices,
         memory_bytes=memory_bytes,
         microbatch_size=microbatch_size,
@@ -122,7 +125,7 @@ def make_plan(
         narrow_dtype=narrow_dtype,
         gradient_wire=gradient_wire,
     )
-    if mode == "mixed" and num_devices > 1:
+    if mode == "mixed" and num_devices > 1 and pipelines == 1:
         plan = replace(plan, dealt=(len(packs) - 1,), dealt_order=dealt_order(packs, num_devices, num_microbatches))
     if update == "first":
         return with_first_on_devices(plan, decomposition)

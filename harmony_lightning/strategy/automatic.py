@@ -187,6 +187,7 @@ class AutomaticPlan:
             minibatch=samples,
             memory_bytes=in_use.memory_bytes,
             mode=config.mode if config.mode == "mixed" or not request.keeps_microbatches else in_use.mode,
+            pipelines=in_use.pipelines if request.keeps_microbatches or config.pipelines != "auto" else None,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",

@@ -43,6 +43,7 @@ class HarmonyMixin(Training, Evaluation):
         self,
         *,
         mode: Literal["auto", "pp", "dp", "mixed"] | None = None,
+        pipelines: int | Literal["auto"] | None = None,
         microbatch_size: int | Literal["auto"] | None = None,
         microbatches_per_forward: int | None = None,
         memory: str | int | None = None,
@@ -64,7 +65,8 @@ class HarmonyMixin(Training, Evaluation):
 
         Args:
             plan: a plan, or a file that holds one in JSON. "auto", the default: before the first step the module is
-                profiled, and the fastest plan searched: packs, and microbatch size and mode where they are "auto". "packs":
+                profiled, and the fastest plan searched: packs, and microbatch size, mode and pipelines where these are
+                "auto". "packs":
                 the first step runs under a plan made from sizes alone; then packs alone are searched, so that results are
                 the same on GPUs of any speed and memory. "sizes": no search.
             cluster: emulated GPUs to train on instead of the Trainer's devices.
@@ -85,6 +87,7 @@ class HarmonyMixin(Training, Evaluation):
             _log_to_stderr(environment.log_level)
         given = {
             "mode": mode,
+            "pipelines": pipelines,
             "microbatch_size": microbatch_size,
             "microbatches_per_forward": microbatches_per_forward,
             "memory": memory,

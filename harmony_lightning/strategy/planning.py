@@ -9,7 +9,7 @@ import contextlib
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torchmetrics import Metric
@@ -83,12 +83,13 @@ class Planning:
         """What the engine was given last; residency may have changed the plan since."""
         self._load(Workload(microbatch_size=1, num_microbatches=1))
 
-    def _prepare(self, workload: Workload, mode: Literal["pp", "dp"] | None = None) -> tuple[Decomposition, Plan]:
-        """For the share of the memory, or else the least share that there is a plan for, with no more for what may stay."""
+    def _prepare(self, workload: Workload, former: Plan | None = None) -> tuple[Decomposition, Plan]:
+        """For the share of the memory, or else the least share that there is a plan for, with no more for what may stay;
+        with the placement of a `former` one."""
         share = self._share
         while True:
             try:
-                decomposition, plan = self._prepare_for(share, workload, mode)
+                decomposition, plan = self._prepare_for(share, workload, former)
             except CapacityError:
                 if share == 1:
                     raise
@@ -96,12 +97,10 @@ class Planning:
             else:
                 return decomposition, replace(plan, memory_bytes=int(self._share / share * plan.memory_bytes))
 
-    def _prepare_for(
-        self, share: float, workload: Workload, mode: Literal["pp", "dp"] | None = None
-    ) -> tuple[Decomposition, Plan]:
+    def _prepare_for(self, share: float, workload: Workload, former: Plan | None = None) -> tuple[Decomposition, Plan]:
         engine, config = self._engine, self._config
         engine.settle()  # it looks at the optimizer's states
-        config = replace(config, mode=mode) if mode is not None else config
+        config = replace(config, mode=former.mode, pipelines=former.pipelines) if former is not None else config
         states = self._state_nbytes() if config.update in ("device", "first") else None
         return prepare(
             engine.root, engine.cluster, config, workload, self._call_order, self._narrow, states, share=share
@@ -162,7 +161,7 @@ class Planning:
         automatic, former = self._automatic, self.searched
         decomposition, plan = self._loaded
         if has_learned:
-            decomposition, plan = self._prepare(_workload(parts), former.mode if former is not None else None)
+            decomposition, plan = self._prepare(_workload(parts), former)
         planned = None
         if automatic is not None and (automatic.chooses_all or not self._has_failed):
             request = self._request(decomposition, plan, parts, keeps_microbatches=True)

@@ -82,6 +82,7 @@ def breed_runtime(
     mode: Mode,
     memory_bytes: float,
     stashes: tuple[Place, ...] = ("device", "host"),
+    pipelines: int | None = None,
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
     abilities: Change = lambda schedule: schedule,
@@ -94,7 +95,7 @@ def breed_runtime(
 
     Args:
         stashes: where inputs of layers may wait.
-        microbatch_size: the only one to try; None tries many.
+        pipelines, microbatch_size: the only number to try; None tries many.
         together: layers that must share a pack.
         abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
         movable: packs for each of which it is bred who updates it, the host or a device.
@@ -109,7 +110,7 @@ def breed_runtime(
         raise ConfigurationError(f"the minibatch must have at least one sample, got {minibatch}")
     started = time.perf_counter()
     gpus = costs.machine.gpus
-    shares = {placed: gpus if placed[0] == "dp" else placed[1] for placed in placements(mode, gpus)}
+    shares = {placed: gpus if placed[0] == "dp" else placed[1] for placed in placements(mode, gpus, pipelines)}
     """By placement, over how many pipelines the minibatch goes."""
     sizes = {
         placed: [microbatch_size]

@@ -73,6 +73,7 @@ def search_runtime(
     mode: Mode,
     memory_bytes: float,
     stashes: tuple[Stash, ...] = ("device", "host"),
+    pipelines: int | None = None,
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
     abilities: Change = lambda schedule: schedule,
@@ -85,7 +86,7 @@ def search_runtime(
 
     Args:
         stashes: where inputs of layers may wait.
-        microbatch_size: the only one to try; None tries many.
+        pipelines, microbatch_size: the only number to try; None tries many.
         together: layers that must share a pack.
         abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
         movable: packs for each of which the search chooses who updates it, the host or a device.
@@ -102,7 +103,7 @@ def search_runtime(
     started = time.perf_counter()
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
     variants = Variants(costs, stashes, stay, moves_stash, movable)
-    families = runtime_families(costs, minibatch, mode, microbatch_size, together)
+    families = runtime_families(costs, minibatch, mode, pipelines, microbatch_size, together)
     searches = [_Search(costs, tuple(map(abilities, family)), memory_bytes, variants) for family in families]
     searches.sort(key=lambda search: search.floor)  # what one finds is what others need not go below
     found: list[Candidate] = []
@@ -195,7 +196,7 @@ class _Search:
         return all(bound >= seconds for bound in (self._least_floor, *left_out, *self._unseen.values()))
 
     def run(self, known: list[Candidate], in_use: Schedule | None) -> list[Candidate]:
-        """Candidates, best first, with those that are known of other families; of those that take as long, the one in use."""
+        """Candidates, best first, with those `known` of other families; of those that take as long, the one in use."""
         self._found = {candidate.schedule: candidate for candidate in known}
         self._best = known[0].seconds if known else math.inf
         hopeful = {index: floor for index, floor in self._floors.items() if floor < self._best}

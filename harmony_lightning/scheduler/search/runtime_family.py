@@ -22,24 +22,30 @@ FEW_LAYERS = 5
 """Of so many every packing is tried."""
 
 Mode = Literal["auto", "pp", "dp", "mixed"]
-"""What is asked for. Auto: pp, dp, and every number of pipelines. Mixed: these pipelines, and pp, where the last pack is to be
-dealt."""
+"""What is asked for. Auto: pp, dp, and every number of pipelines. Mixed: these pipelines, and pp, where the last pack is to
+be dealt."""
 Stash = Literal["device", "host"]
 
 
 def runtime_families(
-    costs: Costs, minibatch: int, mode: Mode, size: int | None, together: tuple[frozenset[int], ...]
+    costs: Costs,
+    minibatch: int,
+    mode: Mode,
+    pipelines: int | None,
+    size: int | None,
+    together: tuple[frozenset[int], ...],
 ) -> Iterator[tuple[Schedule, ...]]:
+    """`pipelines` and `size` of microbatches are the only ones; None for many."""
     gpus = costs.machine.gpus
     packings = _packings(costs, together)
-    for kind, pipelines in placements(mode, gpus):
-        samples = -(-minibatch // (gpus if kind == "dp" else pipelines))
+    for kind, several in placements(mode, gpus, pipelines):
+        samples = -(-minibatch // (gpus if kind == "dp" else several))
         sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
         yield tuple(
             Schedule(
                 mode=kind,
                 num_devices=gpus,
-                pipelines=pipelines,
+                pipelines=several,
                 minibatch=minibatch,
                 microbatch_forward=one,
                 packs_forward=packs[:-1],
@@ -52,14 +58,16 @@ def runtime_families(
         )
 
 
-def placements(mode: Mode, gpus: int) -> Iterator[tuple[Literal["pp", "dp"], int]]:
-    """Modes of schedules, and how many pipelines these have."""
-    if mode != "dp":
-        yield "pp", 1
-    if mode == "dp" or (mode == "auto" and gpus > 1):
+def placements(mode: Mode, gpus: int, pipelines: int | None = None) -> Iterator[tuple[Literal["pp", "dp"], int]]:
+    """Modes of schedules, and how many pipelines these have: so many, if a number is given."""
+    if mode == "dp" or (mode == "auto" and gpus > 1 and pipelines is None):
         yield "dp", 1
-    if mode in ("auto", "mixed"):
-        yield from (("pp", count) for count in range(2, gpus) if gpus % count == 0)
+    if mode == "dp":
+        return
+    if pipelines is not None or mode == "pp":
+        yield "pp", pipelines or 1
+        return
+    yield from (("pp", count) for count in range(1, max(2, gpus)) if gpus % count == 0)
 
 
 def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:
