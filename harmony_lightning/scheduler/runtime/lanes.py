@@ -90,7 +90,9 @@ class RuntimeLanes:
 
     def add_on_host(self, nbytes: float, arrived: Event) -> Event:
         """The host adds what has come from one device to what came from others."""
-        return self.run(int(Lane.HOST), 0.0, Kind.UPDATE, self.turn, 0, _ADDITION_ACCESSES * nbytes, arrived)
+        touched = _ADDITION_ACCESSES * nbytes
+        seconds = touched / (2 * self.costs.machine.host_message_bytes_per_second)
+        return self.run(int(Lane.HOST), seconds, Kind.UPDATE, self.turn, 0, touched, arrived)
 
     def wait(self, *events: Event, nbytes: float = 0.0) -> None:
         """The controller does, and reads and writes so many bytes of host memory."""
