@@ -26,7 +26,7 @@ Glossary:
     resident     a pack whose weights stay on their device, in a slot of their own
     narrow, wide weight in autocast's type off the host, or in the master's
     plan         every decision about a run                pp, dp      packs or microbatches dealt over the GPUs; mixed:
-                                                                       packs, but of some of them microbatches
+                                                                       both, in several pipelines, or single packs dealt
     schedule     a plan in terms of a profile's layers     turn        all microbatches of one pack, one way, in a step
     task         one copy or computation of a step         timeline    when each task starts and ends
 """

@@ -40,7 +40,7 @@ class Placement:
     def device(self, pack: int, microbatch: int) -> int:
         """Index of the device on which this microbatch goes through this pack, forward and backward."""
         if pack not in self.dealt:
-            copies = self.num_copies
+            copies = self.num_devices if self.mode == "dp" else self.pipelines  # for every call of a layer: no property
             depth = self.num_devices // copies
             return microbatch % copies * depth + pack % depth
         order = self.dealt_order

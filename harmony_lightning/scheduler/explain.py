@@ -111,10 +111,11 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
 
     # Updates on devices send as much: new weights instead.
     gradients = sum(costs.gradient_bytes(spans[p]) for p in moving)
+    # Those of all pipelines send them where the host adds them up, else those of one.
+    senders = devices if rules is Rules.RUNTIME and schedule.sums == "host" else depth
     seconds = {
         "weights": sum(map(entering, range(len(spans)))) / machine.host_share(devices) / depth,
-        # Where devices add them up, those of one pipeline alone send them.
-        "gradients": gradients / machine.host_share(devices if schedule.sums == "host" else depth) / depth,
+        "gradients": gradients / machine.host_share(senders) / depth,
         # The runtime has one worker, the rules of schedules one for each device.
         "updates": sum(costs.update_seconds(span) for p, span in enumerate(spans) if p not in schedule.updated_there)
         / (1 if rules is Rules.RUNTIME else devices),

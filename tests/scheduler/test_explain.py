@@ -33,7 +33,10 @@ def advice(costs):
     [("pp", 2 * 600 / 200, 600 / 200), ("dp", 2 * 2 * 600 / 200, 600 / 200)],
 )
 def test_samples_are_those_that_take_as_long(mode, weights, gradients):
-    needs = samples_to_hide(costs(), found(costs(), mode).best.schedule, Rules.OWN)
+    schedule = found(costs(), mode).best.schedule
+    needs = samples_to_hide(costs(), schedule, Rules.OWN)
+    each = samples_to_hide(costs(), schedule, Rules.RUNTIME)["gradients"]
+    assert each == pytest.approx((2 if mode == "dp" else 1) * needs["gradients"])  # the host adds up what both send
     assert needs == pytest.approx({"weights": weights / 12, "gradients": gradients / 12, "updates": 0.3 / 12})
 
 

@@ -13,8 +13,8 @@ stays is found out for amounts that are always the same. Of candidates with abou
 stands for all. The memory admits candidates, and a bound that no step goes below leaves out those that cannot be faster;
 all others are simulated.
 
-In dp the devices' gradients are added up on one of them under the runtime's rules, one after the other, while both compute
-nothing else. That takes longer than anything saves that stays, so only pp is searched.
+In dp each device sends all its gradients to the host under the runtime's rules, or one adds up those of all, where under
+our own each sends its share of the sum. That takes longer than anything saves that stays, so only pp is searched.
 """
 
 import math
