@@ -240,8 +240,9 @@ def find_plan(
     ordered = decomposition.reordered(measured.profile.names)
     travelling = [pack_of_layers(ordered, (layer,)).nbytes for layer in ordered.layers]
     trained = {weight.name for weight in ordered.weights if weight.is_trainable}
-    operations = [question.update_operations * len(trained.intersection(layer.weights)) for layer in ordered.layers]
-    costs = Costs(measured.profile, machine, travelling, ordered.state_nbytes, operations, question.update_accesses)
+    weights = [len(trained.intersection(layer.weights)) for layer in ordered.layers]
+    how = question.update_operations, question.update_accesses
+    costs = Costs(measured.profile, machine, travelling, ordered.state_nbytes, weights, *how)
     places = {name: index for index, name in enumerate(measured.profile.names)}
     present = schedule_of(in_use, ordered, question.minibatch) if in_use is not None else None
 

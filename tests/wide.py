@@ -67,7 +67,10 @@ def costs_of(make, num_gpus, gpu="3090", host="server", largest=4, memory_bytes=
     machine = preset_machine(num_gpus, gpu_model(gpu), host_model(host), memory_bytes)
     cluster = cluster_of(num_gpus, gpu, host, memory_bytes)
     measured, _ = profile(module, layers, batch_of, step_of(), cluster, machine, largest=largest, is_fresh=True)
-    return Costs(measured.profile, machine), layers.reordered(measured.profile.names)
+    ordered = layers.reordered(measured.profile.names)
+    trained = {weight.name for weight in layers.weights if weight.is_trainable}
+    weights = [len(trained.intersection(layer.weights)) for layer in ordered.layers]
+    return Costs(measured.profile, machine, weights=weights), ordered
 
 
 def train(make, schedule, layers, gpu="3090", host="server", num_steps=5, memory=None):

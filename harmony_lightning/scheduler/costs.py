@@ -25,13 +25,14 @@ class Costs:
         machine: Machine,
         travelling: Sequence[int] | None = None,
         states: Sequence[int] | None = None,
-        operations: Sequence[float] | None = None,
+        weights: Sequence[int] | None = None,
+        operations: float = 1.0,
         accesses: float = 0.0,
     ) -> None:
         """`travelling` are bytes of each layer's weights as they travel, where some of them are narrow; `states` of what
-        the optimizer remembers of each layer, where another one is known than the profile tells of; `operations` by
-        which a device steps each layer's weights, and how often these access as many bytes as there are, where that is
-        more than for the fused Adam that profiles tell of."""
+        the optimizer remembers of each layer, where another one is known than the profile tells of; `weights` how many
+        of each layer train; `operations` by which a device steps one of them, and how often these access as many bytes as
+        it has, where that is more than for the fused Adam that profiles tell of."""
         self.profile = profile
         self.machine = machine
         self.num_layers = profile.num_layers
@@ -50,7 +51,8 @@ class Costs:
             [kind.weight_bytes if kind.gradient_bytes is None else kind.gradient_bytes for kind in kinds]
         )
         self.optimizer_prefix = _prefix([kind.optimizer_state_bytes for kind in kinds] if states is None else states)
-        self.operation_prefix = _prefix([0.0] * self.num_layers if operations is None else operations)
+        self._operations = operations
+        self._count_prefix = _prefix([0] * self.num_layers if weights is None else weights)
         # Lookups by size are many, sizes are few.
         self.forward_prefix = cache(self._forward_prefix)
         self.backward_prefix = cache(self._backward_prefix)
@@ -68,8 +70,8 @@ class Costs:
         layers = [(layer, layer) for layer in range(self.num_layers)]
         travelling = [round(self.weight_bytes(layer)) for layer in layers]
         states = [round(self.optimizer_bytes(layer)) for layer in layers]
-        operations = [self.operation_prefix[last + 1] - self.operation_prefix[first] for first, last in layers]
-        return Costs(self.profile, machine, travelling, states, operations, self.update_accesses)
+        weights = [round(self._count(layer)) for layer in layers]
+        return Costs(self.profile, machine, travelling, states, weights, self._operations, self.update_accesses)
 
     def forward_seconds(self, size: int, span: Span) -> float:
         prefix = self.forward_prefix(size)
@@ -159,8 +161,15 @@ class Costs:
 
     def launch_seconds(self, span: Span) -> float:
         """Of a step of the optimizer on a device, what its operations take beyond reading and writing."""
-        operations = self.operation_prefix[span[1] + 1] - self.operation_prefix[span[0]]
-        return operations * self.machine.launch_seconds
+        return self._operations * self._count(span) * self.machine.launch_seconds
+
+    def sum_launch_seconds(self, span: Span) -> float:
+        """The same when one device's gradients are copied to another, which adds them to its own, one by one."""
+        return 2 * self._count(span) * self.machine.launch_seconds
+
+    def _count(self, span: Span) -> float:
+        """Weights that train, as far as somebody has told."""
+        return self._count_prefix[span[1] + 1] - self._count_prefix[span[0]]
 
     def update_seconds(self, span: Span) -> float:
         return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]

@@ -142,7 +142,7 @@ def test_any_plan_takes_what_the_runtime_takes(plan):
     num_gpus, gpu, host, packs, options, abilities = plan
     costs, layers = costs_of(GROWING, num_gpus, gpu, host)
     schedule = replace(schedule_of(costs, packs, **options), **abilities)
-    seconds, peak = train(GROWING, schedule, layers, gpu, host)
+    seconds, peak = train(GROWING, schedule, layers, gpu, host, num_steps=7)  # states come in the first one alone
     assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.05)
     with mock.patch.object(memory, "STEP_TEMPORARIES", 0):  # as the optimizer is fused
         found = runtime_peak_bytes(schedule, costs)
@@ -198,6 +198,14 @@ def test_what_the_runtime_does_beside_computing_pack_by_pack(make, num_gpus, hos
     schedule = replace(schedule_of(costs, packs, **options), **abilities)
     seconds, _ = train(make, schedule, layers, host=host)
     assert runtime_bound(schedule, costs) <= fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.015)
+
+
+def test_a_device_adds_up_and_steps_weights_one_by_one():
+    costs, layers = costs_of(GROWING, 6, "h100")
+    schedule = schedule_of(costs, (4, 3), pipelines=3, minibatch=3, stash="device")
+    schedule = replace(schedule, updated_there=(0, 1), updates_stay=(0, 1))
+    seconds, _ = train(GROWING, schedule, layers, "h100")
+    assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.02)
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
-from harmony_lightning.plan.schedule import Schedule, split
+from harmony_lightning.plan.schedule import Schedule, Span, split
 from harmony_lightning.plan.usage import travelling_nbytes
 from harmony_lightning.scheduler.clock import Event, Listener
 from harmony_lightning.scheduler.costs import Costs
@@ -78,15 +78,17 @@ class RuntimeLanes:
         device.computed = self.run(lane, seconds, kind, self.turn, m, nbytes, *after, *awaited, self.controller)
         return device.computed
 
-    def add_up(self, source: int, home: int, nbytes: float) -> None:
+    def add_up(self, source: int, home: int, span: Span) -> None:
         """One device's gradients are sent to another one, which adds them to its own."""
+        nbytes = self.costs.gradient_bytes(span)
         seconds = nbytes / self.costs.machine.peer_bytes_per_second
         lanes = (NUM_LANES * source + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
         waits = (*self.now(source), *self.now(home), self.controller)
         done = self.run_on_both(*lanes, seconds, Kind.ALL_REDUCE, self.turn, 0, nbytes, *waits)
         for end in (source, home):
             self._devices[end].computed, self._devices[end].awaited = done, []
-        self.compute(home, self.costs.device_seconds(_ADDITION_ACCESSES * nbytes), Kind.ALL_REDUCE, 0)
+        seconds = self.costs.device_seconds(_ADDITION_ACCESSES * nbytes) + self.costs.sum_launch_seconds(span)
+        self.compute(home, seconds, Kind.ALL_REDUCE, 0)
 
     def add_on_host(self, nbytes: float, *arrived: Event) -> Event:
         """The host adds what has come from one device to what came from others."""

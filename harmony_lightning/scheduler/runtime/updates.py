@@ -75,7 +75,7 @@ class RuntimeUpdates:
             return
         home, *others = visitors
         for d in others:
-            lanes.add_up(d, home, nbytes)
+            lanes.add_up(d, home, self._spans[pack])
         if self._plan.packs[pack].update == "device":
             self._update_there(pack, home)
             return
