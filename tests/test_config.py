@@ -127,7 +127,7 @@ def test_a_plan_that_cannot_be_read_is_told(tmp_path):
 
 def test_arguments_that_there_are_not_are_told_with_those_that_there_are():
     with pytest.raises(
-        TypeError, match=r"HarmonyStrategy has no argument 'microbatches'; it has mode, microbatch_size"
+        TypeError, match=r"HarmonyStrategy has no argument 'microbatches'; it has mode, pipelines, microb"
     ):
         HarmonyStrategy(microbatches=4)
     assert HarmonyStrategy(accelerator=None, checkpoint_io=None) is not None

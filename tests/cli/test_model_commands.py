@@ -107,7 +107,11 @@ def test_modules_that_look_at_their_trainer_are_estimated_in_silence(precision, 
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         plain, looking = (
-            json.loads(told(capsys, "estimate", f"{name}:{kind}", *CHAIN[1:], "--precision", precision, "--json"))
+            json.loads(
+                told(
+                    capsys, "estimate", f"{name}:{kind}", *CHAIN[1:], "--mode", "pp", "--precision", precision, "--json"
+                )
+            )
             for name, kind in (("chain", "Chain"), (__name__, "Looking"))
         )
     assert looking["packs"] == plain["packs"] and capsys.readouterr().err == ""
