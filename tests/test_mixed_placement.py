@@ -200,7 +200,7 @@ def test_plans_say_what_is_dealt():
         dataclasses.replace(plan, dealt=(99,))
     with pytest.raises(ConfigurationError, match="dealt_order names device 2, but devices are 0 to 1"):
         dataclasses.replace(plan, dealt_order=(0, 2))
-    with pytest.raises(ConfigurationError, match="in mode 'dp' all packs are"):
+    with pytest.raises(ConfigurationError, match="or in mode 'dp', the microbatches of all packs are"):
         dataclasses.replace(plan, mode="dp")
 
 

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise
+from itertools import combinations, pairwise, product
 
 import lightning as L
 import torch
@@ -19,6 +19,7 @@ from harmony_lightning.profiler.machine import preset_machine
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.runtime.translate import plan_of
+from harmony_lightning.scheduler.search.runtime_family import placements
 
 MARGIN = 1.06
 """Predictions are off by a few per cent; what is predicted to be slower by more cannot be the best."""
@@ -131,18 +132,20 @@ def sweep(case, num_layers):
 
 def sweep_on_host(case, num_layers):
     """Those of them by which the host updates all."""
-    for mode in ("pp", "dp") if case.num_gpus > 1 else ("pp",):
-        samples = case.minibatch // case.num_gpus if mode == "dp" else case.minibatch
-        for size in (size for size in (1, 2, 4, 8) if samples % size == 0 and size <= samples):
+    for mode, pipelines in placements("auto", case.num_gpus):
+        copies = case.num_gpus if mode == "dp" else pipelines
+        samples = case.minibatch // copies
+        sizes = [size for size in (1, 2, 4, 8) if samples % size == 0 and size <= samples]
+        for size, sums in product(sizes, ("host", "device") if copies > 1 else ("host",)):
             for count in range(num_layers):
                 for cuts in combinations(range(1, num_layers), count):
                     edges = (0, *cuts, num_layers)
                     packs = tuple((first, last - 1) for first, last in pairwise(edges))
                     for prefetch, stash in ((1, "device"), (1, "host"), (0, "device"), (0, "host")):
                         yield Schedule(
-                            mode=mode, num_devices=case.num_gpus, minibatch=case.minibatch, microbatch_forward=size,
-                            packs_forward=packs[:-1], microbatch_backward=size, packs_backward=packs,
-                            prefetch=prefetch, stash=stash,
+                            mode=mode, num_devices=case.num_gpus, pipelines=pipelines, sums=sums,
+                            minibatch=case.minibatch, microbatch_forward=size, packs_forward=packs[:-1],
+                            microbatch_backward=size, packs_backward=packs, prefetch=prefetch, stash=stash,
                         )  # fmt: skip
 
 
@@ -179,8 +182,8 @@ def best_of_sweep(case, layers, costs):
         p for s, p in zip(family, predicted, strict=True) if runtime_peak_bytes(s, costs) <= costs.machine.memory_bytes
     ]
     for schedule, prediction in zip(family, predicted, strict=True):
-        places = schedule.updated_there, schedule.updates_stay
-        kind = (schedule.mode, schedule.microbatch_backward, schedule.packs_backward, places)
+        places = schedule.num_copies, schedule.sums, schedule.updated_there, schedule.updates_stay
+        kind = (schedule.microbatch_backward, schedule.packs_backward, places)
         if kind in done or prediction > MARGIN * min(fitting):
             continue
         taken = train(case, schedule, layers)

@@ -119,6 +119,14 @@ def batches(sizes: Sequence[int], length: int, vocabulary: int) -> DataLoader:
     return DataLoader(_Tokens(ends[-1], length, vocabulary), batch_sampler=indices)
 
 
+def gpt2_xl() -> LanguageModel:
+    """For `harmony estimate models:gpt2_xl`; the same below."""
+    return LanguageModel(MODELS["gpt2-xl"])
+
+
+def llama_8b() -> LanguageModel:
+    return LanguageModel(MODELS["llama-8b"])
+
+
 def llama_70b() -> LanguageModel:
-    """For `harmony estimate models:llama_70b`."""
     return LanguageModel(MODELS["llama-70b"])

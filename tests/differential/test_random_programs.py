@@ -146,14 +146,18 @@ def train(seed, strategy):
 
 def options_for(seed):
     r = random.Random(~seed)
-    return {
+    options = {
         "mode": r.choice(["pp", "dp", "mixed"]),
         "microbatch_size": r.choice([2, 3, 8]),
         "microbatches_per_forward": r.choice([1, 2, 3]),
         "stash": r.choice(["auto", "device", "host"]),
         "update": r.choice(["host", "device", "first"]),
         "one_layer_per_pack": r.random() < 0.6,
-    }, r.randint(1, 4)
+    }
+    num_gpus = r.randint(1, 4)
+    if num_gpus == 4 and options["mode"] != "dp" and r.random() < 0.7:
+        options["pipelines"] = 2
+    return options, num_gpus
 
 
 def train_in_little_memory(seed):
