@@ -75,6 +75,9 @@ class UpdateSlots:
         self._await_updates = await_updates
         self._reads = reads
         self._slots: list[list[UpdateSlot]] = [[] for _ in cluster.devices]
+        self._unstepped: dict[str, Event] = {}
+        """By weight whose states have come to a slot that others have by now, and which was not stepped there: the point
+        behind that copy."""
 
     def end(self) -> None:
         """What was brought in and not updated is needed no more: from now on anybody may write it on the host."""
@@ -88,6 +91,9 @@ class UpdateSlots:
             if slot.owner is None:
                 slot.pack = None
             slot.states = None
+        for read in self._unstepped.values():
+            read.synchronize()
+        self._unstepped.clear()
 
     def close(self) -> None:
         """Free the slots."""
@@ -133,7 +139,7 @@ class UpdateSlots:
         slot.updated = self._devices[device].record(Lane.COMPUTE)
         if slot.owner is None:
             slot.released = self._swap_out(slot, pack, device, names, names)
-            slot.states = None
+            self._let_go_of_states(slot, device, names)
             slot.newer = names if len(self._plan.devices_of(pack)) == 1 else frozenset()
             return slot.released
         slot.newer_states |= names
@@ -187,8 +193,15 @@ class UpdateSlots:
                 if slot.newer or slot.newer_states:
                     events.append(self._leave(slot, device))
                 slot.states = None
+        events += [self._unstepped.pop(name) for name in names if name in self._unstepped]
         self.bring_home(names)
         return events
+
+    def _let_go_of_states(self, slot: UpdateSlot, device: int, stepped: Collection[str] = ()) -> None:
+        """Others will come in their place; the host may still step weights to which they belong."""
+        if (states := slot.states) is not None:
+            read, slot.states = self.arrived(slot, device), None
+            self._unstepped.update((weight, read) for weight, _ in states.keys if weight not in stepped)
 
     @torch.inference_mode(False)
     @torch.no_grad()
@@ -222,6 +235,7 @@ class UpdateSlots:
                 shared.append(UpdateSlot(_device_bytes(nbytes, here), released=here.record(Lane.COMPUTE)))
             slots += shared
         slot = next((slot for slot in shared if slot.states is None), shared[0])
+        self._let_go_of_states(slot, device)
         slots.remove(slot)
         slots.append(slot)  # least recently used first
         return slot
