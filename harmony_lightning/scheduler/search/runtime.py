@@ -50,8 +50,8 @@ USUAL_VARIANTS = 2
 """Of a member at a rung; one that has more counts as more members."""
 FINALISTS = 6
 """Of these, those of which it is found out what they take."""
-MAX_TOTAL = 30_000
-"""Computations of all that is simulated in a family, half a second: rungs below those that were looked at by then are left
+MAX_TOTAL = 15_000
+"""Computations of all that is simulated in a family, a quarter of a second: rungs below those that were looked at by then are left
 out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
 THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations, if the model is not small."""
