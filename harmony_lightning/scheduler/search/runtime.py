@@ -14,6 +14,9 @@ a bound above the best so far is left out of all that, and cannot be better.
 A faster machine thins rungs otherwise, and a step of one plan may take a little longer when something is faster: by up to
 0.5 % with faster host memory and 0.1 % with faster updates, in 276 random questions; never with faster links or GPUs.
 
+Each placement (pp, dp, several pipelines) is a family that is searched by itself, the one with the lowest bound first: what
+takes less in one need not be looked for in the next. So auto is never slower than one of them.
+
 Where the search chooses who updates packs, what else stays gives way to what devices update, so a member that is hopeless
 at one rung need not be so at the next. It is given up by its floor (`runtime_variants`). And where everything fits, so
 that nothing crosses the host links, that may take longer than the fastest plan, by `QUIET_SHARE` at most.
@@ -51,8 +54,8 @@ USUAL_VARIANTS = 2
 FINALISTS = 6
 """Of these, those of which it is found out what they take."""
 MAX_TOTAL = 15_000
-"""Computations of all that is simulated in a family, a quarter of a second: rungs below those that were looked at by then are left
-out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
+"""Computations of all that is simulated in a family, a quarter of a second: rungs below those that were looked at by then
+are left out, and so may be what is found with less memory. Models of 50 layers seldom come to that, of 200 they do."""
 THOROUGH = 8
 """Each so many-th rung is looked at like that; the others with a third of the simulations, if the model is not small."""
 SMALL = 1_000
