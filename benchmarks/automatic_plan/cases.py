@@ -132,7 +132,8 @@ def sweep(case, num_layers):
 
 def sweep_on_host(case, num_layers):
     """Those of them by which the host updates all."""
-    for mode, pipelines in placements("auto", case.num_gpus):
+    several = [("dp", 1), *placements("mixed", case.num_gpus)] if case.num_gpus > 1 else [("pp", 1)]
+    for mode, pipelines in several:
         copies = case.num_gpus if mode == "dp" else pipelines
         samples = case.minibatch // copies
         sizes = [size for size in (1, 2, 4, 8) if samples % size == 0 and size <= samples]

@@ -200,6 +200,6 @@ def _mixed(
 
 def _advise_mixed(seconds: float, present: float) -> str:
     return (
-        f"With --mode mixed, by which microbatches of the last pack go round the GPUs and its gradients are added up in "
-        f"another order, a step would take {1 - seconds / present:.1%} less time."
+        f"With --mode mixed, by which microbatches of the last pack go round the GPUs, or those of all go to several "
+        f"pipelines, and gradients are added up in another order, a step would take {1 - seconds / present:.1%} less time."
     )

@@ -15,8 +15,8 @@ from harmony_lightning.record import Record
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.fair import fair_times
 from harmony_lightning.scheduler.runtime.steps import settled_steps
-from harmony_lightning.scheduler.search.found import Found, num_runtime_computations
-from harmony_lightning.scheduler.search.runtime import MAX_FAIR_COMPUTATIONS, search_runtime
+from harmony_lightning.scheduler.search.found import Found
+from harmony_lightning.scheduler.search.runtime import is_simulated_fairly, search_runtime
 from harmony_lightning.scheduler.search.schedules import search
 from harmony_lightning.scheduler.simulate import Rules, simulate, task_graph
 from harmony_lightning.units import format_nbytes
@@ -56,7 +56,7 @@ def break_down(schedule: Schedule, costs: Costs, rules: Rules) -> Breakdown:
     last, begin = None, 0.0
     if rules is Rules.RUNTIME:
         graph, steps = settled_steps(schedule, costs)
-        is_fair = num_runtime_computations(schedule) <= MAX_FAIR_COMPUTATIONS  # as the search told its seconds
+        is_fair = is_simulated_fairly(schedule)  # as the search told its seconds
         timeline = fair_times(graph, costs.machine, dict(steps.updates.jobs)) if is_fair else simulate(graph)
         last, begin = steps.starts[-1], timeline.ends[steps.starts[-2]]
     else:

@@ -54,7 +54,7 @@ def any_schedule(draw, costs, minibatch):
     edges = [0, *sorted(cuts), costs.num_layers]
     packs = tuple((first, after - 1) for first, after in pairwise(edges))
     size = draw(st.sampled_from((1, 2)))
-    mode, pipelines = draw(st.sampled_from([*placements("auto", costs.machine.gpus), ("dp", 1)]))
+    mode, pipelines = draw(st.sampled_from([*placements("mixed", costs.machine.gpus), ("dp", 1)]))
     return Schedule(
         mode=mode,
         num_devices=costs.machine.gpus,

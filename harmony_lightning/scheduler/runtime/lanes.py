@@ -18,6 +18,8 @@ _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
 _ADDITION_ACCESSES = 3
 """Of memory, when one gradient is added to another."""
+_CAST_ACCESSES = 1.5
+"""Of memory, in terms of what comes of it, when a gradient is cast to a type of twice the bytes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -90,9 +92,9 @@ class RuntimeLanes:
         seconds = self.costs.device_seconds(_ADDITION_ACCESSES * nbytes) + self.costs.sum_launch_seconds(span)
         self.compute(home, seconds, Kind.ALL_REDUCE, 0)
 
-    def add_on_host(self, nbytes: float, *arrived: Event) -> Event:
-        """The host adds what has come from one device to what came from others."""
-        touched = _ADDITION_ACCESSES * nbytes
+    def add_on_host(self, nbytes: float, narrow: float, *arrived: Event) -> Event:
+        """The host adds what has come from one device to what came from others, of which so many bytes came as half."""
+        touched = _ADDITION_ACCESSES * nbytes + _CAST_ACCESSES * narrow
         seconds = touched / (2 * self.costs.machine.host_message_bytes_per_second)
         return self.run(int(Lane.HOST), seconds, Kind.UPDATE, self.turn, 0, touched, *arrived)
 

@@ -87,10 +87,12 @@ class RuntimeUpdates:
     def _send_in_parts(self, pack: int, nbytes: float) -> None:
         """The host adds them up, in this order, so that no device waits for another. With the last one it updates."""
         lanes, visitors = self._lanes, self._visitors[pack]
+        is_half = self._plan.gradient_wire == "half" or self._plan.num_microbatches <= len(visitors)
+        narrow = self._plan.packs[pack].narrow_trainable_nbytes if is_half else 0
         freed: Event = None
         for d in visitors:
-            size, left = self._swap_out(d, pack, nbytes, _IN_TURN)
-            freed = lanes.add_on_host(0.0 if d == visitors[0] else nbytes, left, freed)
+            size, left = self._swap_out(d, pack, nbytes - narrow / 2, _IN_TURN)
+            freed = lanes.add_on_host(0.0 if d == visitors[0] else nbytes, narrow, left, freed)
             self.jobs.append((freed, 0))
             if d == visitors[-1]:
                 self._update_on_host(pack, nbytes, freed, _AT_ONCE)

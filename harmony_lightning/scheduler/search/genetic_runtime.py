@@ -33,7 +33,7 @@ from harmony_lightning.scheduler.search.breeding import (
     stages,
 )
 from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_runtime_computations
-from harmony_lightning.scheduler.search.runtime_family import Mode, placements
+from harmony_lightning.scheduler.search.runtime_family import Mode, placements, sums_of
 from harmony_lightning.scheduler.search.runtime_variants import Movable
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
@@ -126,7 +126,7 @@ def breed_runtime(
         fitting = {placed: _at_most(sizes[placed], samples // share) for placed, share in shares.items()}
         bordering = Bordering(costs.num_layers, dice, together)
         plans = _Plans(costs, samples, fitting, stashes, bordering, memory_bytes, dice, 1 / len(numbers))
-        plans.abilities, plans.movable, plans.stay = abilities, movable, stay
+        plans.mode, plans.abilities, plans.movable, plans.stay = mode, abilities, movable, stay
         given = plans.like(in_use) if in_use is not None and samples == minibatch else []
         founders = [*given, *best, *(plans.founder() for _ in range(POPULATION - len(best)))]
         evolve(plans, dice, plans.is_spent, [*founders, *plans.smallest()])
@@ -175,6 +175,7 @@ def _closer(found: Sequence[Candidate], costs: Costs) -> list[Candidate]:
 class _Plans:
     """The breed."""
 
+    mode: Mode
     abilities: Change
     movable: Movable
     stay: Change | None
@@ -232,6 +233,7 @@ class _Plans:
                 mode=genome.placed[0],
                 num_devices=self.costs.machine.gpus,
                 pipelines=genome.placed[1],
+                sums=sums_of(self.mode, genome.placed[0]),
                 minibatch=self.minibatch,
                 microbatch_forward=genome.size,
                 packs_forward=packs[:-1],

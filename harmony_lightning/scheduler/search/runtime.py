@@ -14,8 +14,8 @@ a bound above the best so far is left out of all that, and cannot be better.
 A faster machine thins rungs otherwise, and a step of one plan may take a little longer when something is faster: by up to
 0.5 % with faster host memory and 0.1 % with faster updates, in 276 random questions; never with faster links or GPUs.
 
-Each placement (pp, dp, several pipelines) is a family that is searched by itself, the one with the lowest bound first: what
-takes less in one need not be looked for in the next. So auto is never slower than one of them.
+Each placement (pp, dp, so many pipelines) is a family that is searched by itself, the one with the lowest bound first: what
+takes less in one need not be looked for in the next.
 
 Where the search chooses who updates packs, what else stays gives way to what devices update, so a member that is hopeless
 at one rung need not be so at the next. It is given up by its floor (`runtime_variants`). And where everything fits, so
@@ -49,6 +49,8 @@ MAX_AT_RUNG = 25_000
 """Of all variants of these that are simulated, if they are more than those that are looked at in full."""
 MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""
+MAX_FAIR_WITH_COPIES = 1_000
+"""Of one by which several GPUs have each pack: they are at the host's memory at once, for which fixed shares say little."""
 USUAL_VARIANTS = 2
 """Of a member at a rung; one that has more counts as more members."""
 FINALISTS = 6
@@ -164,6 +166,12 @@ def _with_least(chosen: list[Variant], variants: list[Variant]) -> list[Variant]
 def _packing(variant: Variant) -> object:
     one = variant.schedule
     return one.num_copies, one.sums, one.microbatch_backward, one.packs_backward
+
+
+def is_simulated_fairly(schedule: Schedule) -> bool:
+    """Whether its seconds are those with links and memory shared fairly."""
+    most = MAX_FAIR_COMPUTATIONS if schedule.num_copies == 1 else MAX_FAIR_WITH_COPIES
+    return num_runtime_computations(schedule) <= most
 
 
 class _Search:
@@ -292,8 +300,8 @@ class _Search:
                 return
             if variant.peak_bytes > self._memory_bytes or schedule in self._found or self._is_hopeless(variant.bound):
                 continue
-            is_small = num_runtime_computations(schedule) <= MAX_FAIR_COMPUTATIONS
-            seconds = fair_seconds(schedule, self._costs) if is_small else self._limits(schedule)[1]
+            is_fair = is_simulated_fairly(schedule)
+            seconds = fair_seconds(schedule, self._costs) if is_fair else self._limits(schedule)[1]
             seconds = max(seconds, variant.bound)
             self._found[schedule] = Candidate(schedule=schedule, seconds=seconds, peak_bytes=variant.peak_bytes)
             self._best = min(self._best, seconds)

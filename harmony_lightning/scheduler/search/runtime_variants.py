@@ -162,7 +162,8 @@ class Variants:
 
 
 def _with_sums(schedule: Schedule) -> list[Schedule]:
-    """The schedule with sums on the host, and on devices where several have packs that the host updates."""
-    if schedule.num_copies == 1 or len(schedule.updated_there) == len(schedule.packs_backward):
+    """The schedule, and with sums on devices where several have packs that the host updates."""
+    is_all_there = len(schedule.updated_there) == len(schedule.packs_backward)
+    if schedule.num_copies == 1 or schedule.sums == "device" or is_all_there:
         return [schedule]
     return [schedule, replace(schedule, sums="device")]
