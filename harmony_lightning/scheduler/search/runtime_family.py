@@ -25,7 +25,7 @@ Mode = Literal["auto", "pp", "dp", "mixed"]
 """What is asked for. Auto: pp and dp. Mixed: every number of pipelines, and one whose last pack is to be dealt.
 
 In auto GPUs add up the gradients of dp. Where the host does, or in several pipelines, all GPUs are at its memory at once.
-How long that takes is not known well enough: GPT-2 XL on eight 4090s took 2.26 s for a step of dp, not the predicted 1.91."""
+How long that takes is not known well enough (`benchmarks/placements`)."""
 Stash = Literal["device", "host"]
 
 
