@@ -26,6 +26,8 @@ def test_memory_is_a_size(memory):
         ({"mode": "tp"}, r"mode must be 'auto', 'pp', 'dp' or 'mixed', got 'tp'"),
         ({"stash": "disk"}, r"stash must be 'auto', 'device' or 'host', got 'disk'"),
         ({"update": "gpu"}, r"update must be 'auto', 'host', 'device' or 'first', got 'gpu'"),
+        ({"pipelines": 0}, r"pipelines must be 'auto' or a positive integer, got 0"),
+        ({"mode": "dp", "pipelines": 2}, r"pipelines are of pp and mixed, got 2 in mode 'dp'"),
         ({"microbatch_size": 0}, r"microbatch_size must be 'auto' or a positive integer, got 0"),
         ({"microbatch_size": -2}, r"got -2"),
         ({"microbatch_size": 2.0}, r"got 2\.0"),
@@ -58,6 +60,7 @@ def test_variables_are_read():
         {
             "HARMONY_PLAN": "sizes",
             "HARMONY_MODE": "dp",
+            "HARMONY_PIPELINES": "1",
             "HARMONY_MICROBATCH_SIZE": "3",
             "HARMONY_MEMORY": "1GiB",
             "HARMONY_STASH": "device",
@@ -72,6 +75,7 @@ def test_variables_are_read():
     assert environment.emulated_gpus == 4
     assert environment.knobs() == {
         "mode": "dp",
+        "pipelines": 1,
         "microbatch_size": 3,
         "memory": "1GiB",
         "stash": "device",

@@ -63,10 +63,8 @@ def add(commands: Commands) -> None:
         description = f"Tell {what}. With --gpus no GPU is needed."
         parser = add_command(commands, name, run, what=what, description=description, epilog=__doc__)
         add_model_arguments(parser)
-        parser.add_argument(
-            "--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: the fastest"
-        )
-        parser.add_argument("--pipelines", type=int, metavar="N", help="side by side, in pp; default: the fastest")
+        parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
+        parser.add_argument("--pipelines", type=int, metavar="N", help="side by side; default: 1, in mixed the fastest")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
         parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
         parser.set_defaults(is_explained=name == "explain")
@@ -85,7 +83,7 @@ def run(arguments: argparse.Namespace) -> int:
         minibatch=minibatch,
         memory_bytes=machine.memory_bytes,
         mode=arguments.mode,
-        pipelines=_pipelines(arguments, machine.gpus),
+        pipelines=arguments.pipelines,
         microbatch_size=None if microbatch_size is None else min(microbatch_size, minibatch),
         stays=True,
         update="auto",
@@ -162,18 +160,6 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _pipelines(arguments: argparse.Namespace, gpus: int) -> int | None:
-    count: int | None = arguments.pipelines
-    if count is None or (count == 1 and arguments.mode == "dp"):
-        return None
-    if count < 1 or gpus % count or arguments.mode == "dp" or count == gpus > 1:
-        raise ConfigurationError(
-            f"--pipelines must be a number by which {gpus} GPUs can be divided, less than all, which is --mode dp, got "
-            f"{count} with --mode {arguments.mode}"
-        )
-    return count
-
-
 def _count(number: int) -> str:
     """Four digits, and a word."""
     for factor, word in ((10**9, " billion"), (10**6, " million")):
@@ -189,10 +175,10 @@ def _mixed(
     from harmony_lightning.errors import CapacityError
     from harmony_lightning.profiled import find_plan
 
-    if question.mode != "auto" or machine.gpus < 2:
+    if question.mode != "auto" or question.pipelines is not None or machine.gpus < 2:
         return None
     try:
-        found = find_plan(measured, machine, decomposition, replace(question, mode="mixed")).found
+        found = find_plan(measured, machine, decomposition, replace(question, mode="mixed", pipelines=1)).found
     except CapacityError:
         return None
     return found.best.seconds if found.best.seconds < (1 - _WORTH_TELLING) * planned.found.best.seconds else None
@@ -200,6 +186,6 @@ def _mixed(
 
 def _advise_mixed(seconds: float, present: float) -> str:
     return (
-        f"With --mode mixed, by which microbatches of the last pack go round the GPUs, or those of all go to several "
-        f"pipelines, and gradients are added up in another order, a step would take {1 - seconds / present:.1%} less time."
+        f"With --mode mixed, by which microbatches of the last pack go round the GPUs and its gradients are added up in "
+        f"another order, a step would take {1 - seconds / present:.1%} less time."
     )

@@ -115,7 +115,7 @@ def _explained(rules: Rules, found: Found, costs: Costs, question: dict[str, Any
         return explain(found, costs, **question)
 
     def again(changed: Costs, minibatch: int, memory_bytes: float) -> Found:
-        with_original = Costs(costs.profile, changed.machine)
+        with_original = costs.on(changed.machine)
         return search_own(with_original, minibatch=minibatch, mode=question["mode"], memory_bytes=memory_bytes)
 
     return explain(found, costs_under(found.rules, costs, question["memory_bytes"]), **question, search_again=again)

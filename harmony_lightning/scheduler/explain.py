@@ -177,7 +177,7 @@ def explain(
         ("a host link twice as fast", faster, minibatch, memory_bytes),
         (f"twice the minibatch ({2 * minibatch} samples)", machine, 2 * minibatch, memory_bytes),
     ):
-        other_costs = Costs(costs.profile, changed)
+        other_costs = costs.on(changed)
         if search_again is not None:
             again = search_again(other_costs, samples, memory)
         else:

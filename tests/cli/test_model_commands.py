@@ -124,11 +124,20 @@ def test_modules_that_look_at_their_trainer_are_estimated_in_silence(precision, 
         ((f"{__name__}:Stepless",), "makes a Stepless, which has no training_step of its own"),
         ((f"{__name__}:Manual",), "Manual steps its optimizers itself"),
         (("chain:Chain", "--microbatch", "0"), "--microbatch must be at least 1, got 0"),
+        (("chain:Chain", "--pipelines", "0"), "pipelines must be a positive number"),
+        (("chain:Chain", "--pipelines", "2", "--mode", "dp"), "are of pp and mixed, got 2 in mode 'dp'"),
+        (("chain:Chain", "--pipelines", "3"), "pipelines must divide the 2 devices"),
     ],
 )
 def test_steps_that_cannot_be_planned_are_refused(capsys, arguments, what):
     assert main(["estimate", *arguments, *CHAIN[1:]]) == 2
     assert what in capsys.readouterr().err
+
+
+def test_so_many_pipelines_as_are_asked_for(capsys):
+    asked = [*CHAIN[:-4], "--gpus", "4x3090", "--memory", "300KiB", "--pipelines", "2", "--json"]
+    found = json.loads(told(capsys, "estimate", *asked))
+    assert (found["mode"], found["pipelines"]) == ("pp", 2)
 
 
 def test_microbatches_are_not_larger_than_the_minibatch_and_tables_whole(capsys):

@@ -203,8 +203,12 @@ class _Bound:
     def _leaving(self, pack: int) -> float:
         if pack in self._there and pack in self._schedule.updates_stay:
             return self._stash(pack)
-        times = self._visitors if self._is_summed_on_host(pack) else 1
-        return self._stash(pack) + times * self._gradients[pack] + self._states(pack)
+        if not self._is_summed_on_host(pack) or self._visitors == 1:
+            return self._stash(pack) + self._gradients[pack] + self._states(pack)
+        left = self._gradients[pack]
+        if len(self._sizes) == self._visitors:  # what one microbatch alone has made leaves as narrow as it was made
+            left -= min(left, self._costs.narrow_bytes(self._packs[pack])) / 2
+        return self._stash(pack) + self._visitors * left
 
     def _is_summed_on_host(self, pack: int) -> bool:
         return self._schedule.sums == "host" and pack not in self._there

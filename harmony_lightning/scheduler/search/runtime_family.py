@@ -7,6 +7,7 @@ from dataclasses import replace
 from itertools import combinations
 from typing import Literal
 
+from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
@@ -24,8 +25,9 @@ FEW_LAYERS = 5
 Mode = Literal["auto", "pp", "dp", "mixed"]
 """What is asked for. Auto: pp and dp. Mixed: every number of pipelines, and one whose last pack is to be dealt.
 
-In auto GPUs add up the gradients of dp. Where the host does, or in several pipelines, all GPUs are at its memory at once.
-How long that takes is not known well enough (`benchmarks/placements`)."""
+In auto GPUs add up the gradients of dp, at least until dp has been chosen and is searched again. Where the host does, or in
+several pipelines, all GPUs are at its memory at once. How long that takes is not known well enough
+(`benchmarks/placements`)."""
 Stash = Literal["device", "host"]
 
 
@@ -63,6 +65,10 @@ def runtime_families(
 
 def placements(mode: Mode, gpus: int, pipelines: int | None = None) -> Iterator[tuple[Literal["pp", "dp"], int]]:
     """Modes of schedules, and how many pipelines these have: so many, if a number is given."""
+    if pipelines is not None and (pipelines < 1 or (mode == "dp" and pipelines > 1)):
+        raise ConfigurationError(
+            f"pipelines must be a positive number, and are of pp and mixed, got {pipelines} in mode {mode!r}"
+        )
     if mode == "mixed" and pipelines is None:
         yield from (("pp", count) for count in range(1, max(2, gpus)) if gpus % count == 0)
     elif mode != "dp":
