@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import ConfigurationError, HarmonyStrategy, Plan
+from harmony_lightning.runtime.updates import device_sums, gradients
 
 BATCH = 8
 
@@ -54,20 +55,20 @@ def test_equal_to_the_bit_with_no_more_microbatches_than_pipelines(num_gpus, pip
 
 
 @pytest.mark.parametrize(("mode", "pipelines"), [("pp", 2), ("dp", 1)])
-def test_it_does_not_matter_to_the_bit_where_gradients_are_added_up(mode, pipelines):
-    """Over the microbatches of each GPU first, then over GPUs, in the same order."""
-    weights = []
-    for sums in ("host", "device"):
-        plan = dataclasses.replace(plan_of(4, 1), mode=mode, pipelines=pipelines, sums=sums)
-        ours, reference = fit(harmony(4, "200KiB", 1, plan=plan), 1)
-        assert close(ours, reference)
-        weights.append(ours)
-    assert same_weights(*weights)
+def test_it_does_not_matter_to_the_bit_in_how_many_pieces_gradients_are_passed_on(monkeypatch, mode, pipelines):
+    """Over the microbatches of each GPU first, then over GPUs, in their order, as one GPU adds up all others' weight by
+    weight."""
+    plan = dataclasses.replace(plan_of(4, 1), mode=mode, pipelines=pipelines)
+    ours, reference = fit(harmony(4, "200KiB", 1, plan=plan), 1)
+    assert close(ours, reference)
+    monkeypatch.setattr(device_sums, "summed_nbytes", lambda nbytes: 1024)
+    assert same_weights(ours, fit(harmony(4, "200KiB", 1, plan=plan), 1)[0])
+    monkeypatch.setattr(gradients, "can_pass_on", lambda slots: False)
+    assert same_weights(ours, fit(harmony(4, "200KiB", 1, plan=plan), 1)[0])
 
 
-@pytest.mark.parametrize("sums", ["host", "device"])
-def test_updated_on_the_gpus_of_the_first_pipeline(sums):
-    plan = dataclasses.replace(plan_of(4, 2, "1MiB", update="device"), sums=sums)
+def test_updated_on_the_gpus_of_the_first_pipeline():
+    plan = plan_of(4, 2, "1MiB", update="device")
     assert {plan.update_device(pack) for pack in range(len(plan.packs))} == {0, 1}
     assert all(pack.update == "device" for pack in plan.packs)
     strategy = harmony(4, "1MiB", 2, plan=plan, update="device")
@@ -91,10 +92,9 @@ def test_evaluation_is_that_of_one_pipeline():
 
 
 @pytest.mark.usefixtures("nothing_stays")
-@pytest.mark.parametrize("sums", ["host", "device"])
 @pytest.mark.parametrize(("mode", "num_gpus", "pipelines"), [("pp", 4, 2), ("pp", 6, 3), ("dp", 4, 1)])
-def test_weights_come_to_each_pipeline_and_gradients_leave_each_or_the_first(mode, num_gpus, pipelines, sums):
-    plan = dataclasses.replace(plan_of(4, 2), mode=mode, num_devices=num_gpus, pipelines=pipelines, sums=sums)
+def test_weights_come_to_each_pipeline_and_sums_of_gradients_leave_once(mode, num_gpus, pipelines):
+    plan = dataclasses.replace(plan_of(4, 2), mode=mode, num_devices=num_gpus, pipelines=pipelines)
     strategy = harmony(num_gpus, "200KiB", 2, plan=plan)
     ours, reference = fit(strategy, 2)
     statistics, copies = strategy.statistics(), plan.num_copies
@@ -102,10 +102,10 @@ def test_weights_come_to_each_pipeline_and_gradients_leave_each_or_the_first(mod
     met = sum(sum(plan.packs[pack].nbytes for pack in plan.packs_on(device)[-2:]) for device in range(num_gpus))
     assert close(ours, reference)
     assert plan.swap_in_bytes_per_step == 2 * copies * weights - met
-    assert plan.swap_out_bytes_per_step == (copies if sums == "host" else 1) * weights
+    assert plan.swap_out_bytes_per_step == weights
     assert statistics.swap_in_bytes == 3 * plan.swap_in_bytes_per_step
     assert statistics.swap_out_bytes == 3 * plan.swap_out_bytes_per_step
-    summed = 0 if sums == "host" else 3 * (copies - 1) * weights
+    summed = 3 * (copies - 1) * sum(pack.gradient_slot_nbytes for pack in plan.packs)
     assert (statistics.p2p_bytes > summed) if plan.depth > 1 else (statistics.p2p_bytes == summed)
     assert stays_within(statistics, plan.memory_bytes)
 
@@ -140,7 +140,6 @@ def test_microbatches_go_to_pipelines_in_turn_and_packs_round_the_gpus_of_one():
         ({"pipelines": 6}, "6 pipelines over 6 devices in mode 'pp': in 'dp' each device is a pipeline by itself"),
         ({"mode": "dp"}, "2 pipelines over 6 devices in mode 'dp'"),
         ({"dealt": (1,)}, "dealt names pack 1, but with several pipelines"),
-        ({"sums": "gpu"}, "sums must be 'host' or 'device', got 'gpu'"),
     ],
 )
 def test_a_faulty_placement_is_told(changes, told):

@@ -14,10 +14,9 @@ With --json one object is printed:
     mixed_step_seconds   with --mode auto: the same if microbatches of the last pack go round the GPUs, where that is faster
     host_bytes           weights, optimizer states, gradients and stashes on the host
     parameters           of the module
-    mode, pipelines, num_packs, packs, microbatch_size, prefetch, stash, dealt, sums
+    mode, pipelines, num_packs, packs, microbatch_size, prefetch, stash, dealt
                          the plan; packs as [first layer, last layer], both included, in the order of calls; `pipelines`
-                         side by side, or `dealt` packs whose microbatches go round the GPUs, make pp mixed; `sums` tells
-                         who adds up gradients that several GPUs have of a pack, the "host" or a "device"
+                         side by side, or `dealt` packs whose microbatches go round the GPUs, make pp mixed
     binds                what the step's critical path is made of, largest first
     is_proved            whether nothing in the searched family is better, by bounds
     planner, search_seconds
@@ -120,7 +119,6 @@ def run(arguments: argparse.Namespace) -> int:
         "stash": schedule.stash,
         "pipelines": schedule.pipelines,
         "dealt": schedule.dealt,
-        "sums": schedule.sums,
         "updated_there": schedule.updated_there,
         "updates_stay": schedule.updates_stay,
         "resident": schedule.resident,

@@ -31,6 +31,8 @@ class Lane(enum.Enum):
     PEER_IN = "peer-in"
     """From another device. A copy between devices is in both lanes, the sender's and the receiver's."""
     PEER_OUT = "peer-out"
+    SHARE_OUT = "share-out"
+    """Gradients, to other devices that add them up: into their SWAP_OUT lanes, from which sums leave."""
 
 
 class Event(Protocol):

@@ -1,11 +1,11 @@
 """The plan room: what to do, as frozen data. No torch in here."""
 
 from harmony_lightning.plan.graph import Kind, Lane, Task, TaskGraph, TaskTimes
-from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
-from harmony_lightning.plan.plan import ALIGNMENT, Pack, Plan, Urgency, aligned
+from harmony_lightning.plan.offsets import ALIGNMENT, Lifetime, aligned, lay_at_offsets
+from harmony_lightning.plan.plan import Pack, Plan, Urgency
 from harmony_lightning.plan.refit import refit
 from harmony_lightning.plan.schedule import Schedule, Span
-from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak, travelling_nbytes
+from harmony_lightning.plan.usage import Held, Seen, Usage, VisitPeak, summed_nbytes, travelling_nbytes
 from harmony_lightning.plan.validate import check_plan, order_fault, plan_fault
 from harmony_lightning.record import Record
 
@@ -33,5 +33,6 @@ __all__ = [
     "order_fault",
     "plan_fault",
     "refit",
+    "summed_nbytes",
     "travelling_nbytes",
 ]

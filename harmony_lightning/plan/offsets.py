@@ -15,6 +15,13 @@ from dataclasses import dataclass
 from functools import lru_cache
 from itertools import accumulate
 
+ALIGNMENT = 64
+"""Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""
+
+
+def aligned(nbytes: int) -> int:
+    return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
 
 @dataclass(frozen=True, slots=True)
 class Lifetime:

@@ -14,16 +14,8 @@ from harmony_lightning.plan.placement import Placement
 from harmony_lightning.plan.slots import SwapIns, swap_ins
 from harmony_lightning.record import Record
 
-ALIGNMENT = 64
-"""Bytes: start of every weight in an arena. The host allocator's own, so kernels see the alignment they are used to."""
-
-
 Urgency = Literal["first", "next", "last"]
 """Of updates on the host: see `Plan.urgency`."""
-
-
-def aligned(nbytes: int) -> int:
-    return -(-nbytes // ALIGNMENT) * ALIGNMENT
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,17 +120,11 @@ class Plan(Placement, Record):
     dealt_order: tuple[int, ...] = ()
     """Devices to which microbatches of dealt packs go, one after the other, and again from the first on. Empty: all of
     them, beginning with the one whose turn it is."""
-    sums: Literal["host", "device"] = "host"
-    """Where gradients that several devices have of a pack are added up, unless a device updates it: on the host, to which
-    they leave each device while it goes on; or on the device of the first microbatch, to which others send theirs while
-    both wait, for fewer bytes on links to the host and in its memory."""
 
     def __post_init__(self) -> None:
         self.check_placement()
         if self.stash not in ("device", "host"):
             raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
-        if self.sums not in ("host", "device"):
-            raise ConfigurationError(f"sums must be 'host' or 'device', got {self.sums!r}")
         if self.prefetch not in (0, 1):
             raise ConfigurationError(f"prefetch must be 0 or 1, got {self.prefetch!r}")
         for name in ("memory_bytes", "microbatch_size", "num_microbatches", "microbatches_per_forward"):
@@ -213,7 +199,7 @@ class Plan(Placement, Record):
     @property
     def swap_out_bytes_per_step(self) -> int:
         """Bytes that one step must bring out: gradients of packs that the host updates, weights and states of the others,
-        each once, and once from each device if the host adds them up, none of frozen weights. Gradients of narrow weights
+        each once, as devices add up what several of them have, and none of frozen weights. Gradients of narrow weights
         leave as they are made where there is only one microbatch to make them: a sum of several needs float32."""
         total = 0
         for index, pack in enumerate(self.packs):
@@ -221,11 +207,8 @@ class Plan(Placement, Record):
                 total += 0 if self.weights_stay(index) else pack.trainable_nbytes
                 total += 0 if index in self.updates_stay else pack.state_nbytes
                 continue
-            leaves_each = self.is_dealt(index) and self.sums == "host"
-            for device in self.visitors(index) if leaves_each else (None,):
-                made = [m for m in range(self.num_microbatches) if device is None or self.device(index, m) == device]
-                is_half = self.gradient_wire == "half" or len(made) == 1
-                total += pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2
+            is_half = self.gradient_wire == "half" or self.num_microbatches == 1
+            total += pack.trainable_nbytes - is_half * pack.narrow_trainable_nbytes // 2
         return total
 
     def weights_stay(self, pack: int) -> bool:

@@ -3,7 +3,8 @@
 from dataclasses import replace
 
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.plan.plan import Pack, Plan, aligned
+from harmony_lightning.plan.offsets import aligned
+from harmony_lightning.plan.plan import Pack, Plan
 
 
 def refit(plan: Plan, decomposition: Decomposition) -> Plan:

@@ -50,8 +50,6 @@ class Schedule(Placement, Record):
     """Backward packs of a schedule in pp whose microbatches go round the devices, as in `Plan.dealt`."""
     dealt_order: tuple[int, ...] = ()
     """Devices to which these microbatches go, as in `Plan`."""
-    sums: Literal["host", "device"] = "host"
-    """Where gradients that several devices have of a pack are added up, as in `Plan`."""
     updated_there: tuple[int, ...] = ()
     """Backward packs that are updated on the device which has their gradients, not on the host."""
     updates_stay: tuple[int, ...] = ()
@@ -66,8 +64,6 @@ class Schedule(Placement, Record):
                 raise ConfigurationError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.boundary not in ("device", "host"):
             raise ConfigurationError(f"boundary must be 'device' or 'host', got {self.boundary!r}")
-        if self.sums not in ("host", "device"):
-            raise ConfigurationError(f"sums must be 'host' or 'device', got {self.sums!r}")
         if self.stash not in ("device", "host"):
             raise ConfigurationError(f"stash must be 'device' or 'host', got {self.stash!r}")
         if self.prefetch not in (0, 1):

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 
+from harmony_lightning.plan.offsets import aligned
 from harmony_lightning.record import Record
 
 ByDevice = tuple[int, ...]
@@ -21,6 +22,16 @@ def travelling_nbytes(memory_bytes: int, prefetch: int) -> int:
     """What tensors may take on a device that are on their way to others, and what those that come from others may, beyond
     the running microbatch and its neighbours. Where not even a second pack fits, nothing is to spare."""
     return memory_bytes // _TRAVELLING if prefetch else 0
+
+
+_PIECES, _LEAST_PIECE = 32, 4 * 2**20
+"""Of what is passed on over N devices the last one has to wait for N - 1 pieces before its first; the smaller they are, the
+more copies there are."""
+
+
+def summed_nbytes(nbytes: int) -> int:
+    """What comes at once of so many bytes of gradients that are added up over devices."""
+    return min(nbytes, max(_LEAST_PIECE, aligned(-(-nbytes // _PIECES))))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from harmony_lightning.decomposer.decomposition import Decomposition
 from harmony_lightning.errors import CapacityError, ConfigurationError
 from harmony_lightning.plan.grid import grid
-from harmony_lightning.plan.plan import Plan, aligned
+from harmony_lightning.plan.offsets import aligned
+from harmony_lightning.plan.plan import Plan
 from harmony_lightning.units import format_nbytes
 
 

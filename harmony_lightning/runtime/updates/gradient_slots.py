@@ -181,9 +181,9 @@ class GradientSlots:
         """Those of which there are gradients."""
         return sorted({slot.pack for slot in self._in_use()})
 
-    def names(self, beside: GradientSlot | None = None) -> set[str]:
-        """Weights of which there are gradients, in any slot `beside` one."""
-        return {name for slots in self._slots for slot in slots if slot is not beside for name in slot.written}
+    def names(self, beside: Sequence[GradientSlot] = ()) -> set[str]:
+        """Weights of which there are gradients, in any slot `beside` some."""
+        return {name for slots in self._slots for slot in slots if slot not in beside for name in slot.written}
 
     def scale(self, factor: float) -> None:
         """Multiply what is there."""

@@ -16,6 +16,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan, Urgency
 from harmony_lightning.runtime.counters import Counters
+from harmony_lightning.runtime.updates.device_sums import WithRoom, pass_on
 from harmony_lightning.runtime.updates.gradient_slots import GradientSlot
 from harmony_lightning.runtime.updates.host_buffers import HostBuffers
 from harmony_lightning.runtime.weights.arena import Layout, lay_out, layout_nbytes, narrow_types
@@ -41,6 +42,7 @@ class GradientSwapOut:
         cluster: Cluster,
         counters: Counters,
         worker: HostWorker,
+        with_room: WithRoom,
         before: Callable[[Collection[str], OnComplete], Sequence[Event]],
         behind: Callable[[frozenset[str], OnComplete, Ticket, int], None],
     ) -> None:
@@ -52,6 +54,7 @@ class GradientSwapOut:
         self._devices = cluster.devices
         self._counters = counters
         self._worker = worker
+        self._with_room = with_room
         self._before = before
         self._behind = behind
         self._buffers = HostBuffers(cluster, worker, plan.gradient_buffers)
@@ -77,8 +80,9 @@ class GradientSwapOut:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def send_slot(self, slot: GradientSlot, complete: frozenset[str], on_complete: OnComplete) -> None:
-        """Empty a slot; those in `complete` get no more parts."""
+    def send(self, slots: Sequence[GradientSlot], complete: frozenset[str], on_complete: OnComplete) -> None:
+        """Empty a slot, or several of one pack, which are added up; weights in `complete` get no more parts."""
+        slot = slots[-1]
         if not slot.written:
             slot.empty()
             return
@@ -86,27 +90,20 @@ class GradientSwapOut:
         in_turn = len(complete) < len(slot.written) or not complete.isdisjoint(self.in_parts)
         urgency: Urgency = "next" if in_turn else self._plan.urgency(slot.pack)
         buffer = self._buffers.take(nbytes, urgency)
+        if len(slots) > 1:
+            slot.narrow.clear()  # sums have more digits
         narrow = self._leave_narrow(slot)
         narrow_layout = {name: self._narrow_layouts[slot.pack][name] for name in narrow}
         narrow_nbytes = layout_nbytes(self._narrow_layouts[slot.pack])
         narrow_buffer = self._narrow_buffers.take(narrow_nbytes, urgency) if narrow else None
-        lane_owner = self._devices[slot.device]
-        lane_owner.wait(Lane.SWAP_OUT, lane_owner.record(Lane.COMPUTE))
-        with lane_owner.lane(Lane.SWAP_OUT, f"gradients of pack {slot.pack}"):
-            if len(slot.written) == len(slot.layout) and narrow_buffer is None:
-                buffer[:nbytes].copy_(slot.bytes[:nbytes], non_blocking=True)
-            else:
-                for name, view in slot.written.items():
-                    if narrow_buffer is None or name not in narrow:
-                        slot.layout[name].view(buffer).copy_(view, non_blocking=True)
-                    else:  # cast here: a copy to the host that casts would carry all bytes, and wait
-                        region = narrow_layout[name]
-                        region.view(narrow_buffer).copy_(view.to(region.dtype), non_blocking=True)
-        slot.left = lane_owner.record(Lane.SWAP_OUT)
         arrived = self._buffers.lend(buffer, slot.layout, slot.written)
         as_left = self._narrow_buffers.lend(narrow_buffer, narrow_layout, narrow) if narrow_buffer is not None else {}
         self._counters.swap_out_bytes += sum((as_left.get(name, arrived[name])).nbytes for name in arrived)
-        slot.empty()
+        self._counters.p2p_bytes += (len(slots) - 1) * nbytes
+        if len(slots) > 1:
+            left = pass_on(slots, self._devices, self._with_room, None if narrow else buffer)
+        if len(slots) == 1 or narrow:
+            left = self._leave(slot, buffer, narrow_buffer, narrow_layout)
 
         @torch.no_grad()
         def take() -> Arrived:
@@ -116,10 +113,30 @@ class GradientSwapOut:
             return arrived
 
         priority = 0 if in_turn else self._plan.update_priority(slot.pack)
-        ticket = self._submit(take, arrived.keys(), complete, on_complete, slot.left, priority)
+        ticket = self._submit(take, arrived.keys(), complete, on_complete, left, priority)
         self._buffers.follow(buffer, ticket, urgency)
         if narrow_buffer is not None:
             self._narrow_buffers.follow(narrow_buffer, ticket, urgency)
+
+    def _leave(
+        self, slot: GradientSlot, buffer: torch.Tensor, narrow_buffer: torch.Tensor | None, narrow: Layout
+    ) -> Event:
+        """Copy what is in a slot to the host."""
+        owner, nbytes = self._devices[slot.device], layout_nbytes(slot.layout)
+        owner.wait(Lane.SWAP_OUT, owner.record(Lane.COMPUTE))
+        with owner.lane(Lane.SWAP_OUT, f"gradients of pack {slot.pack}"):
+            if len(slot.written) == len(slot.layout) and narrow_buffer is None:
+                buffer[:nbytes].copy_(slot.bytes[:nbytes], non_blocking=True)
+            else:
+                for name, view in slot.written.items():
+                    if narrow_buffer is None or name not in narrow:
+                        slot.layout[name].view(buffer).copy_(view, non_blocking=True)
+                    else:  # cast here: a copy to the host that casts would carry all bytes, and wait
+                        region = narrow[name]
+                        region.view(narrow_buffer).copy_(view.to(region.dtype), non_blocking=True)
+        slot.left = owner.record(Lane.SWAP_OUT)
+        slot.empty()
+        return slot.left
 
     def _leave_narrow(self, slot: GradientSlot) -> list[str]:
         """Gradients that travel in the type of narrow weights."""

@@ -18,8 +18,6 @@ _TURNS_HELD = 2
 """Microbatches behind which compute waits for copies that read its memory (`runtime.transfer`)."""
 _ADDITION_ACCESSES = 3
 """Of memory, when one gradient is added to another."""
-_CAST_ACCESSES = 1.5
-"""Of memory, in terms of what comes of it, when a gradient is cast to a type of twice the bytes."""
 
 
 @dataclass(slots=True, eq=False)
@@ -80,8 +78,8 @@ class RuntimeLanes:
         device.computed = self.run(lane, seconds, kind, self.turn, m, nbytes, *after, *awaited, self.controller)
         return device.computed
 
-    def add_up(self, source: int, home: int, span: Span) -> None:
-        """One device's gradients are sent to another one, which adds them to its own."""
+    def add_up_there(self, source: int, home: int, span: Span) -> None:
+        """One device's gradients are sent to another one, which adds them to its own, and updates."""
         nbytes = self.costs.gradient_bytes(span)
         seconds = nbytes / self.costs.machine.peer_bytes_per_second
         lanes = (NUM_LANES * source + Lane.COMPUTE, NUM_LANES * home + Lane.COMPUTE)
@@ -92,11 +90,14 @@ class RuntimeLanes:
         seconds = self.costs.device_seconds(_ADDITION_ACCESSES * nbytes) + self.costs.sum_launch_seconds(span)
         self.compute(home, seconds, Kind.ALL_REDUCE, 0)
 
-    def add_on_host(self, nbytes: float, narrow: float, *arrived: Event) -> Event:
-        """The host adds what has come from one device to what came from others, of which so many bytes came as half."""
-        touched = _ADDITION_ACCESSES * nbytes + _CAST_ACCESSES * narrow
-        seconds = touched / (2 * self.costs.machine.host_message_bytes_per_second)
-        return self.run(int(Lane.HOST), seconds, Kind.UPDATE, self.turn, 0, touched, *arrived)
+    def pass_on(self, source: int, span: Span, ready: Point) -> Event:
+        """Of gradients that several devices have, one's are sent to the next, which adds its own to what has come, in front
+        of its swap-out. All that takes part goes on at once, in pieces (`runtime.updates.device_sums`)."""
+        nbytes, machine = self.costs.gradient_bytes(span), self.costs.machine
+        rate = machine.peer_bytes_per_second
+        seconds = nbytes / (min(rate, self.host_share) if machine.peers_by_host else rate)
+        lane = NUM_LANES * source + Lane.SWAP_OUT
+        return self.run(lane, seconds, Kind.ALL_REDUCE, self.turn, 0, nbytes, *ready, self.controller)
 
     def wait(self, *events: Event, nbytes: float = 0.0) -> None:
         """The controller does, and reads and writes so many bytes of host memory."""

@@ -20,7 +20,7 @@ from functools import cache
 
 from harmony_lightning.plan.offsets import Lifetime, lay_at_offsets
 from harmony_lightning.plan.schedule import Schedule, split
-from harmony_lightning.plan.usage import travelling_nbytes
+from harmony_lightning.plan.usage import summed_nbytes, travelling_nbytes
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.packing import STEP_TEMPORARIES
 from harmony_lightning.scheduler.runtime.sized_plan import sized_plan
@@ -98,9 +98,8 @@ class _Device:
         self._fixed: float = gradients + 2 * costs.profile.glue_bytes + updates_nbytes
         self._stashes = [costs.stash_bytes(self._size, span) for span in self._packs]
         self._updated = {p for p in schedule.updated_there if schedule.device(p, 0) == index}
-        sums_there = {p for p in self._here if schedule.sums == "device" and schedule.device(p, 0) == index}
-        self._summed = {p for p in self._updated | sums_there if schedule.is_dealt(p)}
-        """Packs of which sums of other devices come here, weight by weight."""
+        self._summed = {p: self._coming_sums(schedule, p) for p in self._here if schedule.is_dealt(p)}
+        """By pack: the most that comes at once of gradients that other devices have of it."""
         # These are asked for many times.
         self._in_layers = cache(self._most_in_layers)
         entering = costs.inputs(self._size)
@@ -148,6 +147,8 @@ class _Device:
         here = self._here[pack]
         most = max(at(m, max(self._in_layers(pack, here.sizes[m], w) for w in (False, True))) for m in here.moments)
         most = max(most, at(here.count - 1, self._in_update(pack)))
+        if pack in self._summed:
+            most = max(most, here.all * self._boundary(pack) + self._summed[pack])
         former = self._last_stash(self._before[pack]) if self._leaves else 0.0
         return former + self._kept[pack] + self._landing(self._boundary(pack)) + most
 
@@ -166,8 +167,7 @@ class _Device:
         most = max(at(m, self._in_layers(pack, here.sizes[m], True)) for m in here.moments)
         most = max(most, at(here.count - 1, self._in_update(pack)))
         if pack in self._summed:
-            layers = range(self._packs[pack][0], self._packs[pack][1] + 1)
-            most = max(most, here.all * self._boundary(pack) + max(self._costs.gradient_bytes((i, i)) for i in layers))
+            most = max(most, here.all * self._boundary(pack) + self._summed[pack])
         return most + self._kept[pack] + self._landing(leaving)
 
     # Of one microbatch, or of those that go together ------------------------------------------------------------------
@@ -211,6 +211,15 @@ class _Device:
             return 0.0
         first, last = self._packs[pack]
         return STEP_TEMPORARIES * max(self._costs.largest_weight_bytes(layer) for layer in range(first, last + 1))
+
+    def _coming_sums(self, schedule: Schedule, pack: int) -> float:
+        """Weight by weight to the device that updates it, or else in pieces."""
+        first, last = self._packs[pack]
+        if pack in schedule.updated_there:
+            layers = range(first, last + 1) if pack in self._updated else ()
+            return max((self._costs.gradient_bytes((i, i)) for i in layers), default=0.0)
+        visitors = {schedule.device(pack, m) for m in range(self._count)}
+        return summed_nbytes(int(self._costs.gradient_bytes((first, last)))) if len(visitors) > 1 else 0.0
 
     def _boundary(self, pack: int) -> float:
         """Of one microbatch, as it enters the pack; the first pack's input comes from the host."""

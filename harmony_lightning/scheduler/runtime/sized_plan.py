@@ -41,7 +41,6 @@ def sized_plan(schedule: Schedule, costs: Costs) -> Plan:
         pipelines=schedule.pipelines,
         dealt=schedule.dealt,
         dealt_order=schedule.dealt_order,
-        sums=schedule.sums,
         updates_stay=tuple(index for index in schedule.updates_stay if packs[index].update == "device"),
         microbatches_per_forward=schedule.microbatches_per_forward,
     )

@@ -1,7 +1,6 @@
 """What becomes of a pack's gradients in a simulation of the runtime: they leave and the host steps the weights, or a device
 does."""
 
-import sys
 from collections import deque
 from collections.abc import Sequence
 
@@ -12,11 +11,6 @@ from harmony_lightning.scheduler.clock import Event
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.lanes import RuntimeLanes
 from harmony_lightning.scheduler.runtime.slots import GradientSlots, Point, WeightSlots
-
-_IN_TURN: Urgency = "next"
-"""Of gradients that come in parts."""
-_AT_ONCE = -sys.maxsize
-"""Priority of what goes on with a job."""
 
 
 class RuntimeUpdates:
@@ -70,40 +64,28 @@ class RuntimeUpdates:
         if not nbytes:
             return
         lanes, visitors = self._lanes, self._visitors[pack]
-        if len(visitors) > 1 and self._plan.sums == "host" and self._plan.packs[pack].update == "host":
-            self._send_in_parts(pack, nbytes)
-            return
         home, *others = visitors
-        for d in others:
-            lanes.add_up(d, home, self._spans[pack])
         if self._plan.packs[pack].update == "device":
+            for d in others:
+                lanes.add_up_there(d, home, self._spans[pack])
             self._update_there(pack, home)
             return
+        *others, home = visitors
+        ready: Point = ()
+        left: list[Event] = []
+        for d in others:
+            ready = (*ready, *lanes.now(d))
+            left.append(lanes.pass_on(d, self._spans[pack], ready))
+            self._gradients[d].leave(pack, left[-1])
         urgency = self._plan.urgency(pack)
-        size, left = self._swap_out(home, pack, nbytes, urgency)
-        self._update_on_host(pack, nbytes, left, self._plan.update_priority(pack))
+        size = self._take_buffer(nbytes, urgency)
+        waits = (*ready, *lanes.now(home), lanes.controller)
+        left.append(lanes.copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, *waits))
+        self._gradients[home].leave(pack, left[-1])
+        seconds, touched = self._costs.update_seconds(self._spans[pack]), self._costs.update_accesses * nbytes
+        self.updated[pack] = lanes.run(int(Lane.HOST), seconds, Kind.UPDATE, lanes.turn, 0, touched, *left)
+        self.jobs.append((self.updated[pack], self._plan.update_priority(pack)))
         self._on_host[urgency].append((size, self.updated[pack]))
-
-    def _send_in_parts(self, pack: int, nbytes: float) -> None:
-        """The host adds them up, in this order, so that no device waits for another. With the last one it updates."""
-        lanes, visitors = self._lanes, self._visitors[pack]
-        is_half = self._plan.gradient_wire == "half" or self._plan.num_microbatches <= len(visitors)
-        narrow = self._plan.packs[pack].narrow_trainable_nbytes if is_half else 0
-        freed: Event = None
-        for d in visitors:
-            size, left = self._swap_out(d, pack, nbytes - narrow / 2, _IN_TURN)
-            freed = lanes.add_on_host(0.0 if d == visitors[0] else nbytes, narrow, left, freed)
-            self.jobs.append((freed, 0))
-            if d == visitors[-1]:
-                self._update_on_host(pack, nbytes, freed, _AT_ONCE)
-                freed = self.updated[pack]
-            self._on_host[_IN_TURN].append((size, freed))
-
-    def _update_on_host(self, pack: int, nbytes: float, ready: Event, priority: int) -> None:
-        lanes, seconds = self._lanes, self._costs.update_seconds(self._spans[pack])
-        touched = self._costs.update_accesses * nbytes
-        self.updated[pack] = lanes.run(int(Lane.HOST), seconds, Kind.UPDATE, lanes.turn, 0, touched, ready)
-        self.jobs.append((self.updated[pack], priority))
 
     def _update_there(self, pack: int, d: int) -> None:
         """On a copy of the weights, so that their slot is free; new weights and states leave, or stay."""
@@ -133,14 +115,6 @@ class RuntimeUpdates:
     def device_seconds(self, pack: int, accesses: float) -> float:
         """In which a device reads or writes the weights that train so many times."""
         return self._costs.device_seconds(accesses * self._plan.packs[pack].trainable_nbytes)
-
-    def _swap_out(self, d: int, pack: int, nbytes: float, urgency: Urgency) -> tuple[float, Event]:
-        """Gradients leave for a buffer of the host: its bytes, and when they are there."""
-        size = self._take_buffer(nbytes, urgency)
-        waits = (*self._lanes.now(d), self._lanes.controller)
-        left = self._lanes.copy(d, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, *waits)
-        self._gradients[d].leave(pack, left)
-        return size, left
 
     def _take_buffer(self, nbytes: float, urgency: Urgency) -> float:
         """As `runtime.updates.host_buffers`: the controller waits for one that is used again."""

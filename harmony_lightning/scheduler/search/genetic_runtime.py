@@ -33,7 +33,7 @@ from harmony_lightning.scheduler.search.breeding import (
     stages,
 )
 from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_runtime_computations
-from harmony_lightning.scheduler.search.runtime_family import Mode, placements, sums_of
+from harmony_lightning.scheduler.search.runtime_family import Mode, placements
 from harmony_lightning.scheduler.search.runtime_variants import Movable
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
@@ -233,7 +233,6 @@ class _Plans:
                 mode=genome.placed[0],
                 num_devices=self.costs.machine.gpus,
                 pipelines=genome.placed[1],
-                sums=sums_of(self.mode, genome.placed[0]),
                 minibatch=self.minibatch,
                 microbatch_forward=genome.size,
                 packs_forward=packs[:-1],

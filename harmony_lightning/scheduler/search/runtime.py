@@ -165,7 +165,7 @@ def _with_least(chosen: list[Variant], variants: list[Variant]) -> list[Variant]
 
 def _packing(variant: Variant) -> object:
     one = variant.schedule
-    return one.num_copies, one.sums, one.microbatch_backward, one.packs_backward
+    return one.num_copies, one.microbatch_backward, one.packs_backward
 
 
 def is_simulated_fairly(schedule: Schedule) -> bool:

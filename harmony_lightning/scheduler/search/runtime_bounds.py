@@ -128,17 +128,19 @@ class _Bound:
         return sum(count * seconds(size, span) for size, count in _counted(sizes))
 
     def _sums(self, packs: Sequence[int]) -> float:
-        """Where one device adds up what those of all pipelines have."""
-        total = sum(self._gradients[p] for p in packs if not self._is_summed_on_host(p))
+        """Where one device adds up what those of all pipelines have, to update it."""
+        total = sum(self._gradients[p] for p in packs if p in self._there)
         each = total / self._peer_rate + self._costs.device_seconds(_ADDITION_ACCESSES * total)
         return (self._visitors - 1) * each
 
     def _update(self, pack: int) -> float:
-        """Between a pack's backward and its next forward: gradients leave, the host steps the weights, these come back,
-        if the frozen ones beside them are still there."""
+        """Between a pack's backward and its next forward: gradients are added up and leave, the host steps the weights,
+        these come back, if the frozen ones beside them are still there."""
         if not self._gradients[pack] or pack in self._there:
             return 0.0
-        copied = (self._gradients[pack] + self._trained[pack]) / self._machine.host_share(1)
+        share = self._gradients[pack] / self._visitors
+        copied = (share + self._trained[pack]) / self._machine.host_share(1)
+        copied += (self._visitors - 1) * share / self._peer_rate
         return copied + self._costs.update_seconds(self._packs[pack])
 
     def cycles(self) -> float:
@@ -166,15 +168,15 @@ class _Bound:
         leaving = [sum(map(self._leaving, group)) for group in groups]
         together = active * self._machine.host_share(active)
         alone = self._machine.host_share(1) * active / len(groups)
-        links = max(sum(entering) / together, sum(leaving) / together, max(entering) / alone, max(leaving) / alone)
-        return max(links, self._memory(sum(entering) + sum(leaving)))
+        between = [sum(map(self._between, group)) for group in groups]
+        ways = [[a + b for a, b in zip(way, between, strict=True)] for way in (entering, leaving)]
+        links = max(max(sum(way) / together, max(way) / alone) for way in ways)
+        return max(links, self._memory(sum(entering) + sum(leaving) + sum(between)))
 
     def _memory(self, copied: float) -> float:
-        """That of the host, which is copied from and to, where it adds up gradients and steps weights."""
+        """That of the host, which is copied from and to, and where it steps weights."""
         on_host = sum(nbytes for p, nbytes in enumerate(self._gradients) if p not in self._there)
-        added = (self._visitors - 1) * on_host if self._schedule.sums == "host" else 0.0
-        touched = self._costs.update_accesses * on_host + _ADDITION_ACCESSES * added
-        return (copied + touched) / (2 * self._machine.host_message_bytes_per_second)
+        return (copied + self._costs.update_accesses * on_host) / (2 * self._machine.host_message_bytes_per_second)
 
     def _entering(self, group: list[int]) -> float:
         """Of each pack that was updated on the host, what trains comes in for forward; of those that share slots the frozen
@@ -203,15 +205,13 @@ class _Bound:
     def _leaving(self, pack: int) -> float:
         if pack in self._there and pack in self._schedule.updates_stay:
             return self._stash(pack)
-        if not self._is_summed_on_host(pack) or self._visitors == 1:
-            return self._stash(pack) + self._gradients[pack] + self._states(pack)
-        left = self._gradients[pack]
-        if len(self._sizes) == self._visitors:  # what one microbatch alone has made leaves as narrow as it was made
-            left -= min(left, self._costs.narrow_bytes(self._packs[pack])) / 2
-        return self._stash(pack) + self._visitors * left
+        return self._stash(pack) + self._gradients[pack] + self._states(pack)
 
-    def _is_summed_on_host(self, pack: int) -> bool:
-        return self._schedule.sums == "host" and pack not in self._there
+    def _between(self, pack: int) -> float:
+        """Of what devices send each other to add it up, where that goes by the host."""
+        if pack in self._there or not self._machine.peers_by_host:
+            return 0.0
+        return (self._visitors - 1) * self._gradients[pack]
 
     def _states(self, pack: int) -> float:
         """Of an update on a device, what comes for it, and leaves with new weights."""

@@ -55,7 +55,6 @@ def runtime_families(
                 packs_forward=packs[:-1],
                 microbatch_backward=one,
                 packs_backward=packs,
-                sums=sums_of(mode, kind),
                 prefetch=1,
             )
             for one in sizes
@@ -75,11 +74,6 @@ def placements(mode: Mode, gpus: int, pipelines: int | None = None) -> Iterator[
         yield "pp", pipelines or 1
     if mode == "dp" or (mode == "auto" and gpus > 1 and pipelines is None):
         yield "dp", 1
-
-
-def sums_of(mode: Mode, kind: Literal["pp", "dp"]) -> Literal["host", "device"]:
-    """Where the sums of its schedules are made, to begin with."""
-    return "device" if mode == "auto" and kind == "dp" else "host"
 
 
 def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:

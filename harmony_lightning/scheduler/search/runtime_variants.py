@@ -65,8 +65,6 @@ class Variants:
             lambda one: UpdatePlaces(one, costs, movable(one), device_peak_bytes(one, costs, visits(one)))
         )
         self._bound = cache(lambda schedule: runtime_bound(schedule, costs))
-        self._either = cache(lambda schedule: min(map(self._bound, _with_sums(schedule))))
-        """With sums wherever they take less."""
         self._least = cache(self.least_bytes)
 
     def floor(self, schedule: Schedule) -> float:
@@ -76,7 +74,7 @@ class Variants:
             packs = tuple(range(len(schedule.packs_backward)))
             ideal = replace(ideal, resident=packs, stash_stays=packs, keep=(*schedule.keep, *self._keepable))
         there = tuple(self._movable(schedule))
-        return min(self._either(ideal), self._either(replace(ideal, updated_there=there, updates_stay=there)))
+        return min(self._bound(ideal), self._bound(replace(ideal, updated_there=there, updates_stay=there)))
 
     def on_host(self, schedule: Schedule, rung: int) -> tuple[list[Variant], float]:
         """Those with all updates on the host that fit below the next rung, with what stays at this one, and may be fastest.
@@ -94,17 +92,16 @@ class Variants:
             stash=min((use.stash for use in usable), key=self._stashes.index),
         )
         cases = places.best_cases(RUNG**rung, ideal)
-        return found, min(self._either(case) for case in (*(variant.schedule for variant in found), *cases))
+        return found, min(self._bound(case) for case in (*(variant.schedule for variant in found), *cases))
 
     def on_devices(self, schedule: Schedule, rung: int) -> list[Variant]:
-        """The same with updates on devices, or sums: with the best use of memory for each place where stashes may wait."""
+        """The same with updates on devices: with the best use of memory for each place where stashes may wait."""
         best: dict[Stash, Schedule] = {}
         for use in self._usable(schedule, rung):
             best.setdefault(use.stash, use)
         found = []
         for use in best.values():
-            others = list(self._places(use).within(RUNG**rung, *self._beside(use, rung)))
-            others += [other for one in (use, *others) for other in _with_sums(one)[1:]]
+            others = self._places(use).within(RUNG**rung, *self._beside(use, rung))
             found += [self.settled(other, rung) for other in others]
         return found
 
@@ -159,11 +156,3 @@ class Variants:
                 slots += sum(costs.stash_bytes(size, span) for span in here[:-1] for size in sizes)
             most = max(most, slots)
         return most
-
-
-def _with_sums(schedule: Schedule) -> list[Schedule]:
-    """The schedule, and with sums on devices where several have packs that the host updates."""
-    is_all_there = len(schedule.updated_there) == len(schedule.packs_backward)
-    if schedule.num_copies == 1 or schedule.sums == "device" or is_all_there:
-        return [schedule]
-    return [schedule, replace(schedule, sums="device")]
