@@ -157,7 +157,7 @@ def test_dealt_packs_go_to_the_devices_that_the_plan_names(dealt, stash, order):
     schedule = schedule_of(costs, (2, 2, 1, 2), minibatch=6, stash=stash)
     schedule = replace(schedule, dealt=dealt, dealt_order=order)
     seconds, peak = train(GROWING, schedule, layers)
-    assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.01)
+    assert fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.02)
     assert runtime_peak_bytes(schedule, costs) == pytest.approx(peak, rel=0.005)
     plan = plan_of(schedule, layers, 2**30)
     assert plan.dealt_order == order and plan_to_schedule(plan, layers, 6) == schedule
@@ -170,7 +170,7 @@ JOINT = {"microbatches_per_forward": 2}
 @pytest.mark.parametrize(
     ("make", "num_gpus", "host", "packs", "options", "abilities"),
     [
-        # The host binds: it adds up the parts of a gradient in turn, and updates with the last one at once.
+        # The host binds: its links, by which gradients are passed on, and its updates.
         (GROWING, 4, "desktop", (2, 3, 2), *DEALT),
         (GROWING, 4, "desktop", (2, 3, 2), {"prefetch": 0, **DEALT[0]}, DEALT[1]),
         # New weights and states of a device leave during forward, and the controller waits for them behind it.

@@ -5,11 +5,13 @@ on its device when it was asked for (`runtime.transfer`, `runtime.stash`).
 """
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import zip_longest
 
 from harmony_lightning.plan.graph import NUM_LANES, Kind, Lane
 from harmony_lightning.plan.schedule import Schedule, Span, split
-from harmony_lightning.plan.usage import travelling_nbytes
+from harmony_lightning.plan.usage import summed_nbytes, travelling_nbytes
 from harmony_lightning.scheduler.clock import Event, Listener
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.runtime.slots import Point
@@ -90,14 +92,34 @@ class RuntimeLanes:
         seconds = self.costs.device_seconds(_ADDITION_ACCESSES * nbytes) + self.costs.sum_launch_seconds(span)
         self.compute(home, seconds, Kind.ALL_REDUCE, 0)
 
-    def pass_on(self, source: int, span: Span, ready: Point) -> Event:
-        """Of gradients that several devices have, one's are sent to the next, which adds its own to what has come, in front
-        of its swap-out. All that takes part goes on at once, in pieces (`runtime.updates.device_sums`)."""
-        nbytes, machine = self.costs.gradient_bytes(span), self.costs.machine
+    def pass_on(self, devices: Sequence[int], nbytes: float) -> list[Event]:
+        """Gradients that several devices have are added up on their way to the host (`runtime.updates.device_sums`): all
+        send at once, but each its first piece behind that of the one before. By device: when they have left."""
+        piece = summed_nbytes(int(nbytes))
+        adding = self.costs.device_seconds(_ADDITION_ACCESSES * piece) + self.costs.machine.launch_seconds
+        first: Event = None
+        left: list[Event] = []
+        for d, target in zip_longest(devices, devices[1:]):
+            ready = (*self.now(d), self.controller)
+            if left:
+                lane = NUM_LANES * d + Lane.SWAP_OUT
+                first = self.run(lane, adding, Kind.ALL_REDUCE, self.turn, 0, 0, *ready, first)
+            parts = (piece, nbytes - piece) if nbytes > piece else (nbytes,)
+            first, *rest = [self._send_on(d, target, part, *ready, first) for part in parts]
+            left += rest or [first]
+        self._copied[NUM_LANES * devices[-1] + Lane.SHARE_OUT] = left[-1]
+        return left
+
+    def _send_on(self, source: int, target: int | None, nbytes: float, *after: Event) -> Event:
+        """To the next device, or None for the host."""
+        lane, machine, turn = NUM_LANES * source + Lane.SHARE_OUT, self.costs.machine, self.turn
+        if target is None:
+            return self.run(lane, nbytes / self.host_share, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *after)
         rate = machine.peer_bytes_per_second
         seconds = nbytes / (min(rate, self.host_share) if machine.peers_by_host else rate)
-        lane = NUM_LANES * source + Lane.SWAP_OUT
-        return self.run(lane, seconds, Kind.ALL_REDUCE, self.turn, 0, nbytes, *ready, self.controller)
+        return self.run_on_both(
+            lane, NUM_LANES * target + Lane.SHARE_IN, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *after
+        )
 
     def wait(self, *events: Event, nbytes: float = 0.0) -> None:
         """The controller does, and reads and writes so many bytes of host memory."""

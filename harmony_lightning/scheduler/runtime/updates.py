@@ -70,18 +70,15 @@ class RuntimeUpdates:
                 lanes.add_up_there(d, home, self._spans[pack])
             self._update_there(pack, home)
             return
-        *others, home = visitors
-        ready: Point = ()
-        left: list[Event] = []
-        for d in others:
-            ready = (*ready, *lanes.now(d))
-            left.append(lanes.pass_on(d, self._spans[pack], ready))
-            self._gradients[d].leave(pack, left[-1])
         urgency = self._plan.urgency(pack)
         size = self._take_buffer(nbytes, urgency)
-        waits = (*ready, *lanes.now(home), lanes.controller)
-        left.append(lanes.copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, *waits))
-        self._gradients[home].leave(pack, left[-1])
+        if others:
+            left = lanes.pass_on(visitors, nbytes)
+        else:
+            waits = (*lanes.now(home), lanes.controller)
+            left = [lanes.copy(home, Lane.SWAP_OUT, Kind.WEIGHT_GRADIENTS_OUT, 0, nbytes, *waits)]
+        for d, event in zip(visitors, left, strict=True):
+            self._gradients[d].leave(pack, event)
         seconds, touched = self._costs.update_seconds(self._spans[pack]), self._costs.update_accesses * nbytes
         self.updated[pack] = lanes.run(int(Lane.HOST), seconds, Kind.UPDATE, lanes.turn, 0, touched, *left)
         self.jobs.append((self.updated[pack], self._plan.update_priority(pack)))
