@@ -6,7 +6,7 @@ before and counts once.
 
 from collections.abc import Sequence
 from functools import cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 
 from harmony_lightning.plan.schedule import Span
 from harmony_lightning.profiler import Machine, Profile, at_size
@@ -14,6 +14,11 @@ from harmony_lightning.profiler import Machine, Profile, at_size
 FUSED_ACCESSES = 8
 """Of memory in a step of a fused Adam: four values are read, and written as far as torch tells, though the gradient is
 not."""
+
+_CAST_ACCESSES = 1.5
+"""Of memory, in terms of a float32 weight's bytes, in a cast of it to two bytes, or of its gradient from there."""
+_NARROW_SAVES = 0.5
+"""When its gradient is added to others as it is made."""
 
 
 class Costs:
@@ -119,7 +124,8 @@ class Costs:
         kind = self.profile.kind(layer)
         if not kind.recompute_seconds:
             return self.forward_seconds(size, (layer, layer))
-        return at_size(self.profile.microbatch_sizes.backward, kind.recompute_seconds, size)
+        seconds = at_size(self.profile.microbatch_sizes.backward, kind.recompute_seconds, size)
+        return max(0.0, seconds - self._cast_seconds(layer))
 
     def stash_bytes(self, size: int, span: Span) -> float:
         """What waits from forward to backward."""
@@ -175,10 +181,25 @@ class Costs:
         return self.update_prefix[span[1] + 1] - self.update_prefix[span[0]]
 
     def _forward_prefix(self, size: int) -> list[float]:
-        return self._sums("forward", "forward_seconds", size)
+        sums = self._sums("forward", "forward_seconds", size)
+        return self._without(sums, [self._cast_seconds(layer) for layer in range(self.num_layers)])
 
     def _backward_prefix(self, size: int) -> list[float]:
-        return self._sums("backward", "backward_seconds", size)
+        """Weights are not cast again, gradients not at all, and added as they are made."""
+        sums, layers = self._sums("backward", "backward_seconds", size), range(self.num_layers)
+        trained = [min(self.gradient_bytes((q, q)), self.narrow_bytes((q, q))) for q in layers]
+        gradients = [self.device_seconds((_CAST_ACCESSES + _NARROW_SAVES) * nbytes) for nbytes in trained]
+        return self._without(sums, [self._cast_seconds(q) + gradients[q] for q in layers])
+
+    def _cast_seconds(self, layer: int) -> float:
+        """By which a call is shorter whose narrow weights have been cast on the host, as those of a profile are not."""
+        return self.device_seconds(_CAST_ACCESSES * self.narrow_bytes((layer, layer)))
+
+    def _without(self, sums: list[float], less: list[float]) -> list[float]:
+        pairs = zip(pairwise(sums), less, strict=True)
+        return (
+            _prefix([max(0.0, after - before - seconds) for (before, after), seconds in pairs]) if any(less) else sums
+        )
 
     def _inputs(self, size: int) -> list[float]:
         pairs = [self.profile.kind(layer).input_bytes for layer in range(self.num_layers)]
