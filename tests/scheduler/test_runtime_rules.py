@@ -61,7 +61,7 @@ def schedule_of(costs, packs, *, size=1, minibatch=8, mode="pp", pipelines=1, pr
         (2, "3090", "server", (4, 3), {"mode": "dp", "size": 2}),
         (4, "1080ti", "server", (2, 1, 1, 2, 1), {"prefetch": 0}),
         (4, "h100", "server", (2, 3, 2), {"mode": "dp", "minibatch": 16}),
-        (4, "3090", "server", (2, 1, 1, 2, 1), {"pipelines": 2, "minibatch": 16}),
+        (4, "3090", "server", (2, 1, 1, 2, 1), {"pipelines": 2, "minibatch": 12}),
         (6, "1080ti", "desktop", (2, 1, 1, 2, 1), {"pipelines": 3, "stash": "device", "minibatch": 20}),
         (6, "4090", "server", (1, 2, 2, 2), {"pipelines": 2, "prefetch": 0, "minibatch": 9}),
     ],
@@ -197,7 +197,7 @@ def test_what_the_runtime_does_beside_computing_pack_by_pack(make, num_gpus, hos
     costs, layers = costs_of(make, num_gpus, host=host)
     schedule = replace(schedule_of(costs, packs, **options), **abilities)
     seconds, _ = train(make, schedule, layers, host=host)
-    assert runtime_bound(schedule, costs) <= fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.015)
+    assert runtime_bound(schedule, costs) <= fair_seconds(schedule, costs) == pytest.approx(seconds, rel=0.025)
 
 
 def test_a_device_adds_up_and_steps_weights_one_by_one():
