@@ -186,8 +186,9 @@ class AutomaticPlan:
         question = Question(
             minibatch=samples,
             memory_bytes=in_use.memory_bytes,
-            mode=config.mode if config.mode == "mixed" or not request.keeps_microbatches else in_use.mode,
+            mode=in_use.mode if request.keeps_microbatches else config.mode,
             pipelines=in_use.pipelines if request.keeps_microbatches or config.pipelines != "auto" else None,
+            deals=bool(in_use.dealt) if request.keeps_microbatches else None,
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",

@@ -18,7 +18,7 @@ from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.search import runtime
 from harmony_lightning.scheduler.search.runtime import QUIET_SHARE, search_runtime
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
-from harmony_lightning.scheduler.search.runtime_family import placements
+from harmony_lightning.scheduler.search.runtime_family import Placed, placements
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Variants
 
 ANOMALY = 1.01
@@ -54,11 +54,11 @@ def any_schedule(draw, costs, minibatch):
     edges = [0, *sorted(cuts), costs.num_layers]
     packs = tuple((first, after - 1) for first, after in pairwise(edges))
     size = draw(st.sampled_from((1, 2)))
-    mode, pipelines = draw(st.sampled_from([*placements("mixed", costs.machine.gpus), ("dp", 1)]))
+    placed = draw(st.sampled_from([*placements("mixed", costs.machine.gpus, deals=False), Placed("dp")]))
     return Schedule(
-        mode=mode,
+        mode=placed.mode,
         num_devices=costs.machine.gpus,
-        pipelines=pipelines,
+        pipelines=placed.pipelines,
         minibatch=minibatch,
         microbatch_forward=size,
         packs_forward=packs[:-1],

@@ -86,7 +86,9 @@ class _Bound:
                 size = self._sizes[-1 if d in self._schedule.dealt else 0]
                 head += self._costs.input_bytes(size, self._packs[d][0]) / self._peer_rate
             if d >= first:
-                most = max(most, head + own[d] - self._sums((min(d, self._last),)) + tail)  # none waits for another pack's sums
+                most = max(
+                    most, head + own[d] - self._sums((min(d, self._last),)) + tail
+                )  # none waits for another pack's sums
             if d >= self._last:
                 continue
             if d >= first:
