@@ -5,9 +5,9 @@
     weights                              each byte saves one copy in
     activations of other packs           each byte saves its share of a recompute, and copies nothing
 
-In this order, as far as they fit: where one does not, its device takes no more. What belongs to a dealt pack stays on all of
-its devices, or on none of them; where it fits it has its place in either case. So with more memory the same ones stay and
-others beside them, and neither copies nor recomputes ever increase.
+In this order, as far as they fit: where one does not, its device takes no more. What belongs to a dealt pack stays on all
+of its devices, or on none of them; where it fits it has its place in either case. So with more memory the same ones stay
+and others beside them, and neither copies nor recomputes ever increase.
 
 Weights occupy their device all the time, stashes and activations from the first visit to their pack to the last. So the
 most that a device holds is the largest, over all visits, of what was measured then and what stays then. That counts a

@@ -14,8 +14,8 @@ a bound above the best so far is left out of all that, and cannot be better.
 A faster machine thins rungs otherwise, and a step of one plan may take a little longer when something is faster: by up to
 0.5 % with faster host memory and 0.1 % with faster updates, in 276 random questions; never with faster links or GPUs.
 
-Each placement (pp, with a last pack that is dealt or not, dp, so many pipelines) is a family that is searched by itself, the one with the lowest bound first: what
-takes less in one need not be looked for in the next.
+Each placement (pp, with a last pack that is dealt or not, dp, so many pipelines) is a family that is searched by itself,
+the one with the lowest bound first: what takes less in one need not be looked for in the next.
 
 Where the search chooses who updates packs, what else stays gives way to what devices update, so a member that is hopeless
 at one rung need not be so at the next. It is given up by its floor (`runtime_variants`). And where everything fits, so

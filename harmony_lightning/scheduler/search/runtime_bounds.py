@@ -86,9 +86,8 @@ class _Bound:
                 size = self._sizes[-1 if d in self._schedule.dealt else 0]
                 head += self._costs.input_bytes(size, self._packs[d][0]) / self._peer_rate
             if d >= first:
-                most = max(
-                    most, head + own[d] - self._sums((min(d, self._last),)) + tail
-                )  # none waits for another pack's sums
+                sums = self._sums((d,)) if d <= self._last else 0.0  # none waits for another pack's
+                most = max(most, head + own[d] - sums + tail)
             if d >= self._last:
                 continue
             if d >= first:

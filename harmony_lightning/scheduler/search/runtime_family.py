@@ -24,8 +24,7 @@ FEW_LAYERS = 5
 """Of so many every packing is tried."""
 
 Mode = Literal["auto", "pp", "dp", "mixed"]
-"""What is asked for. Auto: pp, with its last pack dealt or not, and dp. Mixed: pp with every number of pipelines, too, and no
-dp.
+"""What is asked for. Auto: pp, with its last pack dealt or not, and dp. Mixed: no dp, but every number of pipelines.
 
 In auto GPUs add up the gradients of dp, at least until dp has been chosen and is searched again. Where the host does, or in
 several pipelines, all GPUs are at its memory at once. How long that takes is not known well enough
@@ -82,11 +81,9 @@ def runtime_families(
 def deal_last(schedule: Schedule, costs: Costs) -> Schedule:
     """Microbatches of its last pack go round the devices."""
     packs = schedule.packs_backward
-    sizes, count = (
-        [round(costs.weight_bytes(span)) for span in packs],
-        -(-schedule.minibatch // schedule.microbatch_backward),
-    )
-    return replace(schedule, dealt=(len(packs) - 1,), dealt_order=dealt_order(sizes, schedule.num_devices, count))
+    sizes = [round(costs.weight_bytes(span)) for span in packs]
+    order = dealt_order(sizes, schedule.num_devices, -(-schedule.minibatch // schedule.microbatch_backward))
+    return replace(schedule, dealt=(len(packs) - 1,), dealt_order=order)
 
 
 def placements(mode: Mode, gpus: int, pipelines: int | None = None, deals: bool | None = None) -> Iterator[Placed]:
