@@ -18,7 +18,7 @@ from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.search import runtime
 from harmony_lightning.scheduler.search.runtime import QUIET_SHARE, search_runtime
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
-from harmony_lightning.scheduler.search.runtime_family import Placed, placements
+from harmony_lightning.scheduler.search.runtime_family import Placed, placements, runtime_families
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Variants
 
 ANOMALY = 1.01
@@ -164,6 +164,31 @@ def test_more_memory_is_never_slower(costs, minibatch, stays, deals, moves, data
             assert fastest <= best and found.best.seconds <= (1 + moves * QUIET_SHARE) * fastest
             best = fastest
         memory_bytes *= step
+
+
+def test_a_last_pack_that_takes_long_is_dealt():
+    """Where the mode leaves that open, and the question does."""
+    costs = Costs(profile(*[kind(100, 1.0)] * 6, kind(100, 8.0)), machine(gpus=4))
+
+    def best(mode, **question):
+        return search_runtime(costs, minibatch=16, mode=mode, memory_bytes=1e6, **question).best
+
+    dealt = best("auto")
+    assert dealt.schedule.dealt == (len(dealt.schedule.packs_backward) - 1,)
+    assert dealt.seconds < 0.6 * best("pp").seconds
+    assert best("pp", deals=True) == best("mixed", pipelines=1) == dealt
+    assert not any(best(mode, deals=False).schedule.dealt for mode in ("auto", "mixed"))
+    assert not best("pp").schedule.dealt
+
+
+def test_microbatches_and_layers_that_are_one_are_not_dealt():
+    few = Costs(profile(kind(100, 1.0)), machine(gpus=2))
+    for family in runtime_families(few, 4, "auto", None, None, None, ()):
+        assert not any(schedule.dealt for schedule in family)
+    many = Costs(profile(kind(100, 1.0), kind(100, 1.0)), machine(gpus=2))
+    families = list(runtime_families(many, 4, "auto", None, None, None, ()))
+    dealt = [schedule for family in families for schedule in family if schedule.dealt]
+    assert {schedule.microbatch_backward for schedule in dealt} == {1, 2}
 
 
 def test_a_search_that_ends_early_proves_nothing(monkeypatch):
