@@ -18,11 +18,11 @@ class HarmonyConfig:
     """What a user may choose; everything else is in the plan."""
 
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """pp deals packs over the GPUs, dp deals microbatches; auto is the faster of both where all is searched, or else pp,
-    which moves N times fewer bytes. mixed deals packs, but of the last pack, where forward and backward meet, it deals
-    microbatches: no GPU then waits for another one's large head. Or it has several `pipelines`, which deal both, where
-    these are searched and faster. Gradients of packs whose microbatches are dealt are added up over each
-    GPU's microbatches, then over GPUs."""
+    """pp deals packs over the GPUs, dp deals microbatches. auto is the fastest where all is searched: one of them, or
+    packs, but microbatches of the last one, where forward and backward meet: no GPU then waits for another one's large
+    head. Or else it is pp, which moves N times fewer bytes. mixed tries several `pipelines`, too, which deal both, but not
+    dp; where nothing is searched, it deals microbatches of the last pack. Gradients of packs whose microbatches are dealt
+    are added up over each GPU's microbatches, then over GPUs."""
     pipelines: int | Literal["auto"] = "auto"
     """Of packs that are dealt over GPUs: so many pipelines side by side, each over as many GPUs, over which microbatches
     are dealt. auto is what makes steps fastest in mixed mode, where all is searched, or else one."""

@@ -116,8 +116,8 @@ class Variants:
         return Variant(schedule=schedule, bound=self._bound(schedule), peak_bytes=peak)
 
     def fits_somehow(self, schedule: Schedule, memory_bytes: float) -> bool:
-        """If nothing stays that need not."""
-        choices = (replace(schedule, prefetch=p, stash=stash) for p in (0, 1) for stash in reversed(self._stashes))
+        """If nothing comes ahead, nor stays that need not."""
+        choices = (replace(schedule, prefetch=0, stash=stash) for stash in reversed(self._stashes))
         return any(self._fits(choice, memory_bytes) for choice in choices)
 
     def _usable(self, schedule: Schedule, rung: int) -> list[Schedule]:
