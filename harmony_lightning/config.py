@@ -18,14 +18,13 @@ class HarmonyConfig:
     """What a user may choose; everything else is in the plan."""
 
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """pp deals packs over the GPUs, dp deals microbatches; auto is the faster of both where all is searched, or else pp,
-    which moves N times fewer bytes. mixed deals packs, but of the last pack, where forward and backward meet, it deals
-    microbatches: no GPU then waits for another one's large head. Or it has several `pipelines`, which deal both, where
-    these are searched and faster. Gradients of packs whose microbatches are dealt are added up over each
-    GPU's microbatches, then over GPUs."""
+    """pp deals packs over the GPUs, dp deals microbatches, mixed deals both: by several `pipelines`, or packs, but
+    microbatches of the last one, where forward and backward meet, so that no GPU waits for another one's large head. auto is
+    the fastest of all these where all is searched; or else pp, which moves N times fewer bytes, as mixed then is the last of
+    them. Gradients of packs whose microbatches are dealt are added up over each GPU's microbatches, then over GPUs."""
     pipelines: int | Literal["auto"] = "auto"
     """Of packs that are dealt over GPUs: so many pipelines side by side, each over as many GPUs, over which microbatches
-    are dealt. auto is what makes steps fastest in mixed mode, where all is searched, or else one."""
+    are dealt. auto is what makes steps fastest, where all is searched and mode is not pp; or else one."""
     microbatch_size: int | Literal["auto"] = "auto"
     """Samples per microbatch; auto takes the fastest where all is searched, or else makes four microbatches per
     GPU, one where the host is the only device."""

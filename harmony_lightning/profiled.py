@@ -30,7 +30,7 @@ from harmony_lightning.runtime.checkpointing import transparent_checkpoints
 from harmony_lightning.runtime.weights.narrow import Reading
 from harmony_lightning.scheduler.costs import Costs
 from harmony_lightning.scheduler.explain import describe
-from harmony_lightning.scheduler.packing import dealt_order, pack_of_layers, with_first_on_devices
+from harmony_lightning.scheduler.packing import pack_of_layers, with_first_on_devices
 from harmony_lightning.scheduler.runtime.levels import Levels
 from harmony_lightning.scheduler.runtime.sized_plan import named_plan
 from harmony_lightning.scheduler.runtime.translate import plan_of, schedule_of
@@ -56,10 +56,12 @@ class Question:
     memory_bytes: int
     """Of each GPU."""
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """`mixed` is pp with several pipelines, or a last pack that is dealt, which auto does not try."""
+    """`mixed` is pp with several pipelines, too, which auto does not try."""
     pipelines: int | None = None
+    deals: bool | None = None
+    """Whether the last pack is dealt."""
     microbatch_size: int | None = None
-    """None, of both: the search chooses."""
+    """None, of all three: the search chooses."""
     stashes: tuple[Literal["device", "host"], ...] = ("device", "host")
     moves_stash: bool = False
     """Stashes go to the host whatever is left."""
@@ -250,25 +252,15 @@ def find_plan(
         return Levels(schedule, costs, moves_stash=question.moves_stash).at(question.memory_bytes)
 
     def abilities(schedule: Schedule) -> Schedule:
-        last = len(schedule.packs_backward) - 1
-        is_dealt = question.mode == "mixed" and schedule.num_devices > 1 and schedule.num_copies == 1
-        schedule = replace(
-            schedule,
-            microbatches_per_forward=question.microbatches_per_forward,
-            dealt=(last,) if is_dealt else (),
-            updated_there=tuple(range(last + 1)) if question.update == "device" else (),
-        )
-        if not is_dealt and question.update != "first":
-            return schedule
-        # Bytes do: packs with all their weights would be made for each of many schedules.
-        names = [layer.name for layer in ordered.layers]
-        plan = named_plan(schedule, costs, question.memory_bytes, names)
-        if is_dealt:
-            schedule = replace(schedule, dealt_order=dealt_order(plan.packs, plan.num_devices, plan.num_microbatches))
+        schedule = replace(schedule, microbatches_per_forward=question.microbatches_per_forward)
+        if question.update == "device":
+            return replace(schedule, updated_there=tuple(range(len(schedule.packs_backward))))
         if question.update == "first":
+            # Bytes do: packs with all their weights would be made for each of many schedules.
+            plan = named_plan(schedule, costs, question.memory_bytes, [layer.name for layer in ordered.layers])
             plan = with_first_on_devices(plan, ordered, is_told=False)
             there = tuple(index for index, pack in enumerate(plan.packs) if pack.update == "device")
-            schedule = replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
+            return replace(schedule, updated_there=there, updates_stay=plan.updates_stay)
         return schedule
 
     tied = ordered.tied
@@ -287,6 +279,7 @@ def find_plan(
         "memory_bytes": MEMORY_SHARE * question.memory_bytes,
         "stashes": question.stashes,
         "pipelines": question.pipelines,
+        "deals": question.deals,
         "microbatch_size": question.microbatch_size,
         "together": tuple(frozenset(places[name] for name in loop) for loop in measured.loops),
         "abilities": abilities,

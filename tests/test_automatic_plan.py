@@ -305,7 +305,7 @@ def test_what_the_user_asked_for_is_searched_with_it(options, told):
     plan = strategy.plan
     assert any("predicted" in message for message in told.messages), told.messages
     assert plan.dealt == ((len(plan.packs) - 1,) if options.get("mode") == "mixed" else ())
-    order = dealt_order(plan.packs, plan.num_devices, plan.num_microbatches)
+    order = dealt_order([pack.nbytes for pack in plan.packs], plan.num_devices, plan.num_microbatches)
     assert plan.dealt_order == (order if plan.dealt else ())
     assert (plan.packs[0].update == "device") == ("update" in options)
     assert sum("is updated on the host" in message for message in told.messages) <= plan.num_devices

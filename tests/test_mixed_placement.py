@@ -10,7 +10,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
-from harmony_lightning import ConfigurationError, HarmonyStrategy, Pack, Plan
+from harmony_lightning import ConfigurationError, HarmonyStrategy, Plan
 from harmony_lightning.scheduler import packing
 
 BATCH = 8
@@ -178,9 +178,7 @@ def test_a_plan_says_which_gpus_take_turns(nothing_stays):
 )
 def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(head, count, devices):
     """Of seven packs on four GPUs it is the second one."""
-    pack = Pack(layers=(), parameters=(), nbytes=100, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
-    packs = [pack] * 6 + [dataclasses.replace(pack, nbytes=int(100 * head))]
-    assert packing.dealt_order(packs, 4, count) == devices
+    assert packing.dealt_order([100] * 6 + [int(100 * head)], 4, count) == devices
 
 
 @pytest.mark.parametrize(
@@ -189,8 +187,7 @@ def test_the_gpu_that_is_last_in_forward_and_first_in_backward_gets_fewer(head, 
 )
 def test_several_packs_that_are_dealt_count_together(count, devices):
     """Of seven packs on four GPUs the fourth one is the first that is dealt, so that the third one's GPU gets fewer."""
-    pack = Pack(layers=(), parameters=(), nbytes=100, trainable_nbytes=0, slot_nbytes=0, gradient_slot_nbytes=0)
-    assert packing.dealt_order([pack] * 7, 4, count, num_dealt=3) == devices
+    assert packing.dealt_order([100] * 7, 4, count, num_dealt=3) == devices
 
 
 def test_plans_say_what_is_dealt():

@@ -19,7 +19,7 @@ from harmony_lightning.profiler.machine import preset_machine
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.runtime.translate import plan_of
-from harmony_lightning.scheduler.search.runtime_family import placements
+from harmony_lightning.scheduler.search.runtime_family import Placed, placements
 
 MARGIN = 1.06
 """Predictions are off by a few per cent; what is predicted to be slower by more cannot be the best."""
@@ -122,29 +122,32 @@ def sweep(case, num_layers):
     """Every plan that the runtime can carry out, as far as microbatches cut the minibatch evenly, and packs that GPUs
     update are the first ones."""
     for schedule in sweep_on_host(case, num_layers):
-        packs = range(len(schedule.packs_backward))
+        packs = [pack for pack in range(len(schedule.packs_backward)) if pack not in schedule.dealt]
         yield schedule
         yield replace(schedule, updated_there=tuple(packs))
-        for count in packs:
+        for count in range(len(packs)):
             first = tuple(packs[: count + 1])
             yield replace(schedule, updated_there=first, updates_stay=first)
 
 
 def sweep_on_host(case, num_layers):
     """Those of them by which the host updates all."""
-    several = [("dp", 1), *placements("mixed", case.num_gpus)] if case.num_gpus > 1 else [("pp", 1)]
-    for mode, pipelines in several:
+    several = [Placed("dp"), *placements("mixed", case.num_gpus)] if case.num_gpus > 1 else [Placed("pp")]
+    for mode, pipelines, is_dealt in several:
         copies = case.num_gpus if mode == "dp" else pipelines
         samples = case.minibatch // copies
         sizes = [size for size in (1, 2, 4, 8) if samples % size == 0 and size <= samples]
+        if is_dealt:
+            sizes = [size for size in sizes if size < samples]
         for size, sums in product(sizes, ("host", "device") if copies > 1 else ("host",)):
-            for count in range(num_layers):
+            for count in range(1 if is_dealt else 0, num_layers):
                 for cuts in combinations(range(1, num_layers), count):
                     edges = (0, *cuts, num_layers)
                     packs = tuple((first, last - 1) for first, last in pairwise(edges))
                     for prefetch, stash in ((1, "device"), (1, "host"), (0, "device"), (0, "host")):
                         yield Schedule(
                             mode=mode, num_devices=case.num_gpus, pipelines=pipelines, sums=sums,
+                            dealt=(count,) if is_dealt else (),
                             minibatch=case.minibatch, microbatch_forward=size, packs_forward=packs[:-1],
                             microbatch_backward=size, packs_backward=packs, prefetch=prefetch, stash=stash,
                         )  # fmt: skip

@@ -53,7 +53,8 @@ def left_over_dealt(plan: Plan) -> Plan:
     left_over = (len(plan.packs) - 2) % plan.num_devices
     if not left_over or plan.num_microbatches < LEAST_DEALT * plan.num_devices:
         return plan
-    order = dealt_order(plan.packs, plan.num_devices, plan.num_microbatches, num_dealt=1 + left_over)
+    sizes = [pack.nbytes for pack in plan.packs]
+    order = dealt_order(sizes, plan.num_devices, plan.num_microbatches, num_dealt=1 + left_over)
     last = len(plan.packs)
     return replace(plan, dealt=tuple(range(last - 1 - left_over, last)), dealt_order=order)
 

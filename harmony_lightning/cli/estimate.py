@@ -11,7 +11,6 @@ With --json one object is printed:
                          The optimizer is taken to be a fused Adam
     resident, stash_stays, kept_layers
                          what stays: packs whose weights do, packs whose stashes do, layers that keep their activations
-    mixed_step_seconds   with --mode auto: the same if microbatches of the last pack go round the GPUs, where that is faster
     host_bytes           weights, optimizer states, gradients and stashes on the host
     parameters           of the module
     mode, pipelines, num_packs, packs, microbatch_size, prefetch, stash, dealt
@@ -42,15 +41,8 @@ from harmony_lightning.scheduler.simulate import Rules
 from harmony_lightning.units import format_nbytes
 
 if TYPE_CHECKING:
-    from harmony_lightning.decomposer.decomposition import Decomposition
-    from harmony_lightning.profiled import Planned, Question
-    from harmony_lightning.profiler.machine import Machine
-    from harmony_lightning.profiler.measure import Measured
     from harmony_lightning.scheduler.costs import Costs
     from harmony_lightning.scheduler.search.found import Found
-
-_WORTH_TELLING = 0.03
-"""Of a step's seconds; predictions are a few per cent off."""
 
 
 def add(commands: Commands) -> None:
@@ -89,8 +81,6 @@ def run(arguments: argparse.Namespace) -> int:
         planner=arguments.planner,
     )
     planned = find_plan(measured, machine, decomposition, question)
-    is_told = arguments.json or arguments.is_explained
-    mixed = _mixed(measured, machine, decomposition, question, planned) if is_told else None
     best, schedule = planned.found.best, planned.found.best.schedule
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
@@ -102,8 +92,6 @@ def run(arguments: argparse.Namespace) -> int:
 
         asked: dict[str, Any] = {"minibatch": minibatch, "mode": arguments.mode, "memory_bytes": machine.memory_bytes}
         reasons = list(explain(planned.found, planned.costs, **asked, search_again=again))
-        if mixed is not None:
-            reasons.append(_advise_mixed(mixed, best.seconds))
     fields = {
         "step_seconds": best.seconds,
         "samples_per_second": minibatch / best.seconds,
@@ -124,7 +112,6 @@ def run(arguments: argparse.Namespace) -> int:
         "resident": schedule.resident,
         "stash_stays": schedule.stash_stays,
         "kept_layers": len({*schedule.keep, schedule.num_layers - 1}),
-        **({"mixed_step_seconds": mixed} if mixed is not None else {}),
         "binds": [name for name, seconds in parts if seconds > 0],
         "is_proved": planned.found.is_proved,
         "planner": arguments.planner,
@@ -164,26 +151,3 @@ def _count(number: int) -> str:
         if number >= factor:
             return f"{number / factor:.4g}{word}"
     return f"{number:,}"
-
-
-def _mixed(
-    measured: "Measured", machine: "Machine", decomposition: "Decomposition", question: "Question", planned: "Planned"
-) -> float | None:
-    """Seconds of the best plan whose last pack is dealt; None where that was not left open, or brings nothing."""
-    from harmony_lightning.errors import CapacityError
-    from harmony_lightning.profiled import find_plan
-
-    if question.mode != "auto" or question.pipelines is not None or machine.gpus < 2:
-        return None
-    try:
-        found = find_plan(measured, machine, decomposition, replace(question, mode="mixed", pipelines=1)).found
-    except CapacityError:
-        return None
-    return found.best.seconds if found.best.seconds < (1 - _WORTH_TELLING) * planned.found.best.seconds else None
-
-
-def _advise_mixed(seconds: float, present: float) -> str:
-    return (
-        f"With --mode mixed, by which microbatches of the last pack go round the GPUs and its gradients are added up in "
-        f"another order, a step would take {1 - seconds / present:.1%} less time."
-    )

@@ -126,14 +126,15 @@ def make_plan(
         gradient_wire=gradient_wire,
     )
     if mode == "mixed" and num_devices > 1 and pipelines == 1:
-        plan = replace(plan, dealt=(len(packs) - 1,), dealt_order=dealt_order(packs, num_devices, num_microbatches))
+        order = dealt_order([pack.nbytes for pack in packs], num_devices, num_microbatches)
+        plan = replace(plan, dealt=(len(packs) - 1,), dealt_order=order)
     if update == "first":
         return with_first_on_devices(plan, decomposition)
     return plan if limit.update_slot_nbytes is None else replace(plan, updates_stay=_staying(plan, limit))
 
 
-def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int, num_dealt: int = 1) -> tuple[int, ...]:
-    """Devices of the last packs' microbatches, for backward to begin early:
+def dealt_order(sizes: Sequence[int], num_devices: int, num_microbatches: int, num_dealt: int = 1) -> tuple[int, ...]:
+    """Devices of the last packs' microbatches, for backward to begin early; `sizes` are the packs' bytes:
 
         device of pack n-4  | forward |  dealt packs  |                 | backward
         device of pack n-3    | forward |  dealt packs  |        | backward
@@ -143,11 +144,11 @@ def dealt_order(packs: Sequence[Pack], num_devices: int, num_microbatches: int, 
     device that is done with it soonest, compared with when its backward can begin. Times are taken from weights: two
     operations for each in forward, four in backward, and two when forward is done again, as in all but the last pack.
     """
-    others, first = num_devices - 1, len(packs) - num_dealt
+    others, first = num_devices - 1, len(sizes) - num_dealt
     if num_microbatches <= num_devices or first < 1:  # one each, and sums are those of one device
         return ()
-    forward, backward = 2 * packs[first - 1].nbytes, 6 * packs[first - 1].nbytes
-    both = 8 * sum(pack.nbytes for pack in packs[first:-1]) + 6 * packs[-1].nbytes
+    forward, backward = 2 * sizes[first - 1], 6 * sizes[first - 1]
+    both = 8 * sum(sizes[first:-1]) + 6 * sizes[-1]
     devices = [(first + i) % num_devices for i in range(num_devices)]
     begins = [-forward * (others - i) for i in range(num_devices)]
     may_end = [backward * (others - i) for i in range(num_devices)]

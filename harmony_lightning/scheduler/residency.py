@@ -5,8 +5,9 @@
     weights                              each byte saves one copy in
     activations of other packs           each byte saves its share of a recompute, and copies nothing
 
-In this order, as far as they fit: where one does not, its device takes no more. So with more memory the same ones stay and
-others beside them, and neither copies nor recomputes ever increase.
+In this order, as far as they fit: where one does not, its device takes no more. What belongs to a dealt pack stays on all
+of its devices, or on none of them; where it fits it has its place in either case. So with more memory the same ones stay
+and others beside them, and neither copies nor recomputes ever increase.
 
 Weights occupy their device all the time, stashes and activations from the first visit to their pack to the last. So the
 most that a device holds is the largest, over all visits, of what was measured then and what stays then. That counts a
@@ -41,16 +42,20 @@ def let_stay(plan: Plan, usage: Usage, grown: Sequence[int] = (), *, moves_stash
         as_seen = dataclasses.replace(plan, resident=seen.resident, stash_stays=seen.stash_stays, keep=seen.keep)
         if not any(found > most for found, most in zip(peaks(as_seen, usage, plan), memory, strict=True)):
             best = as_seen
+    counted = best
+    """With all that has a place on some device."""
     for candidate in _candidates(plan, usage, moves_stash):
         devices = set(plan.devices_of(candidate.pack))
-        if not devices.isdisjoint(full) or candidate.is_part_of(best):
+        if candidate.is_part_of(best) or devices <= full:
             continue
-        wider = candidate.added_to(best)
+        wider = candidate.added_to(counted)
         found = peaks(wider, usage, plan)
         if too_small := {device for device in devices if found[device] > memory[device]}:
-            full |= too_small
-        else:
-            best = wider
+            full |= too_small if candidate.pack in plan.dealt else devices
+        if not devices <= full:  # what does not stay for want of memory elsewhere has its place here all the same
+            counted = wider
+        if devices.isdisjoint(full):
+            best = candidate.added_to(best)
     found = peaks(best, usage, plan)
     return dataclasses.replace(best, peak_bytes=tuple(map(sum, zip(found, grown or [0] * len(found), strict=True))))
 

@@ -46,7 +46,7 @@ class Request:
     keeps_microbatches: bool
     """Mode and microbatch size are those of `in_use`."""
     keeps_places: bool
-    """And so is where packs are updated."""
+    """And so is where packs are updated, and whether one is dealt."""
 
 
 class AutomaticPlan:
@@ -182,12 +182,14 @@ class AutomaticPlan:
             " (from the cache)" if was_cached else "",
         )
         update = _update(config, request)
+        is_open = not request.keeps_microbatches or (in_use.mode == "pp" and not request.keeps_places)
         operations, accesses = self._work_of_step() if update == "auto" else (1.0, 0.0)
         question = Question(
             minibatch=samples,
             memory_bytes=in_use.memory_bytes,
-            mode=config.mode if config.mode == "mixed" or not request.keeps_microbatches else in_use.mode,
+            mode=config.mode if is_open else in_use.mode,
             pipelines=in_use.pipelines if request.keeps_microbatches or config.pipelines != "auto" else None,
+            deals=None if is_open else bool(in_use.dealt),
             microbatch_size=min(size, samples) if size else None,
             stashes=self._stashes(in_use),
             moves_stash=config.stash == "host",

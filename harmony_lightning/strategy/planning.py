@@ -100,7 +100,8 @@ class Planning:
     def _prepare_for(self, share: float, workload: Workload, former: Plan | None = None) -> tuple[Decomposition, Plan]:
         engine, config = self._engine, self._config
         engine.settle()  # it looks at the optimizer's states
-        config = replace(config, mode=former.mode, pipelines=former.pipelines) if former is not None else config
+        if former is not None:
+            config = replace(config, mode="mixed" if former.dealt else former.mode, pipelines=former.pipelines)
         states = self._state_nbytes() if config.update in ("device", "first") else None
         return prepare(
             engine.root, engine.cluster, config, workload, self._call_order, self._narrow, states, share=share

@@ -168,12 +168,6 @@ def test_layers_that_share_weights_use_them_each_in_its_way():
     assert wide == {("table", "net.0.0.weight")}
 
 
-def test_mixed_is_told_by_what_is_dealt(capsys):
-    answer = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "mixed", "--json"))
-    assert answer["mode"] == "pp" and answer["dealt"] == [answer["num_packs"] - 1]
-    assert json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))["dealt"] == []
-
-
 def test_a_bred_plan_is_told_beside_the_default(capsys, monkeypatch):
     monkeypatch.setattr("harmony_lightning.scheduler.search.genetic_runtime.MAX_SIMULATED", 40)
     bounds = json.loads(told(capsys, "estimate", *CHAIN, "--mode", "pp", "--json"))

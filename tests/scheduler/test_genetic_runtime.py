@@ -132,7 +132,7 @@ def test_the_plan_in_use_stays_unless_another_is_clearly_faster():
     best = search_runtime(costs, **question()).best.schedule
     again = breed_runtime(costs, **question(in_use=best))
     assert again.best.schedule == best and best not in [other.schedule for other in again.others]
-    slow = replace(best, packs_forward=(), packs_backward=((0, costs.num_layers - 1),), prefetch=0)
+    slow = replace(best, packs_forward=(), packs_backward=((0, costs.num_layers - 1),), dealt=())
     assert breed_runtime(costs, **question(in_use=slow)).best.schedule != slow
 
 

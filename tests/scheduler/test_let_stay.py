@@ -97,6 +97,16 @@ def test_a_device_that_is_full_does_not_keep_others_from_taking_more():
     assert made.resident == (1, 3, 5)
 
 
+def test_a_dealt_pack_has_its_place_where_it_fits_though_it_does_not_stay():
+    """It takes three on the first device: with more memory it stays, and nothing need leave the second one for it."""
+    knobs = {"num_devices": 2, "prefetch": 0, "stash": 0, "activations": 0, "dealt": (6,)}
+    less, more = (
+        stays((5 + beside) * KB * 32 // 31 + 1, *(n * KB for n in (15, 1, 15, 8, 15, 8, 3)), **knobs)
+        for beside in (17, 18)
+    )
+    assert (less.resident, more.resident) == ((1,), (1, 6))
+
+
 def test_in_dp_all_devices_have_the_same_resident_packs():
     base = plan(KB, KB, KB, KB, mode="dp", num_devices=2, memory_bytes=AMPLE)
     measured = usage(base)
@@ -145,21 +155,22 @@ sizes = st.lists(st.integers(1, 20), min_size=1, max_size=8)
     sizes,
     st.integers(0, 30),
     st.integers(0, 30),
-    st.sampled_from(["pp", "dp"]),
+    st.sampled_from([{"mode": "pp"}, {"mode": "dp"}, {"mode": "pp", "dealt": True}]),
     st.integers(1, 3),
     st.integers(0, 1),
     st.lists(st.integers(0, 400), min_size=2, max_size=6),
 )
-def test_more_memory_only_adds_to_what_stays(nbytes, stash, activations, mode, num_devices, prefetch, memories):
+def test_more_memory_only_adds_to_what_stays(nbytes, stash, activations, placement, num_devices, prefetch, memories):
+    placement |= {"dealt": (len(nbytes) - 1,)} if "dealt" in placement else {}
     made = [
         stays(
             memory * 64 + 1,
             *(n * 64 for n in nbytes),
             stash=stash * 64,
             activations=activations * 64,
-            mode=mode,
             num_devices=num_devices,
             prefetch=prefetch,
+            **placement,
         )
         for memory in sorted(memories)
     ]

@@ -94,8 +94,8 @@ class RuntimeLanes:
 
     def pass_on(self, devices: Sequence[int], nbytes: float) -> list[Event]:
         """Gradients that several devices have are added up on their way to the host (`runtime.updates.device_sums`): all
-        send at once, but each its first piece behind that of the one before, and none to one that has not all of its own. By
-        device: when they have left."""
+        send at once, but each its first piece behind that of the one before, and none to one that has not all of its own.
+        By device: when they have left."""
         piece = summed_nbytes(int(nbytes))
         adding = self.costs.device_seconds(_ADDITION_ACCESSES * piece) + self.costs.machine.launch_seconds
         first: Event = None

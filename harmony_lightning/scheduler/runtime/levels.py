@@ -6,12 +6,15 @@ some memory is as many of the first as have peaks below it. What waits for pack 
 behind j:
 
     peak = slots + max over packs i of (the most in use in i + all that waits for packs up to i)
+
+A last pack that is dealt has its place on each of its devices, and stays if that is so on all of them.
 """
 
 import heapq
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, chain
 from typing import Literal
 
@@ -37,54 +40,53 @@ class Levels:
         *,
         moves_stash: bool = False,
         visits: Iterable[VisitBytes] | None = None,
-        is_cautious: bool = False,
     ) -> None:
         """
         Args:
             moves_stash: stashes go to the host whatever is left.
             visits: those of `visit_bytes`, if at hand.
-            is_cautious: where the last pack is dealt, less may stay than could. That is quickly told.
         """
         self._schedule, self._costs, self._moves_stash = schedule, costs, moves_stash
         self._chains: list[tuple[list[float], list[tuple[_What, int]]]] = []
-        last = len(schedule.packs_backward) - 1
-        self._dealt = {last} if is_cautious and schedule.dealt == (last,) else set()
-        """What of these stays does so on all devices."""
-        if schedule.dealt and not self._dealt:
-            return  # such packs are on several devices, and what does not fit on one does not stay on the others either
         num_packs = len(schedule.packs_backward)
-        depth = schedule.depth
-        groups: list[Sequence[int]] = [range(d, num_packs, depth) for d in range(min(num_packs, depth))]
-        if self._dealt:
-            groups = [[*range(d, last, depth), last] for d in range(depth)]
+        self._last = num_packs - 1
+        self._is_slow = schedule.dealt not in ((), (self._last,))
+        if self._is_slow:
+            return  # several dealt packs need not have the same devices
+        groups: list[list[int]] = [[] for _ in range(schedule.depth)]
+        for p in range(num_packs):
+            for d in {d % schedule.depth for d in schedule.devices_of(p)}:
+                groups[d].append(p)
         most: list[dict[int, float]] = [{} for _ in groups]
         for visit in visit_bytes(schedule, costs) if visits is None else visits:
-            of_device = most[visit.device % depth]
+            of_device = most[visit.device % schedule.depth]
             of_device[visit.pack] = max(visit.nbytes, of_device.get(visit.pack, 0.0))
         for packs, in_use in zip(groups, most, strict=True):
-            candidates = list(_Chain(schedule, costs, packs, [in_use.get(p, 0.0) for p in packs], moves_stash).take())
+            candidates = list(_Chain(schedule, costs, packs, in_use, moves_stash).take()) if packs else []
             self._chains.append((list(accumulate((peak for peak, *_ in candidates), max)), [c[1:] for c in candidates]))
 
     def full_bytes(self) -> dict[int, float]:
-        """By device, the most that it holds with all that may stay; nothing is known of dealt packs."""
+        """By device, the most that it holds with all that may stay; nothing is known where several packs are dealt."""
         return {device: peaks[-1] if peaks else 0.0 for device, (peaks, _) in enumerate(self._chains)}
 
     def at(self, memory_bytes: float) -> Schedule:
         """The schedule with what stays where each device offers so much."""
-        if self._schedule.dealt and not self._dealt:
+        if self._is_slow:
             plan = named_plan(self._schedule, self._costs, int(memory_bytes))
             return with_what_stays(self._schedule, plan, self._costs, moves_stash=self._moves_stash)
         limit = int(memory_bytes * (1 - HEADROOM))
         found = [candidates[: bisect_right(peaks, limit)] for peaks, candidates in self._chains]
         stays: dict[str, set[int]] = {"resident": set(), "stash_stays": set(), "keep": {self._schedule.num_layers - 1}}
-        for what, index in chain.from_iterable(found):
-            if not self._is_dealt(what, index) or all((what, index) in here for here in found):
+        for (what, index), count in Counter(chain.from_iterable(found)).items():
+            if count == self._num_devices(what, index):
                 stays[what].add(index)
         resident, stash_stays, keep = (tuple(sorted(indices)) for indices in stays.values())
         return replace(self._schedule, resident=resident, stash_stays=stash_stays, keep=keep)
 
-    def _is_dealt(self, what: _What, index: int) -> bool:
-        return any(self._schedule.packs_backward[p][0] <= index if what == "keep" else p == index for p in self._dealt)
+    def _num_devices(self, what: _What, index: int) -> int:
+        """On which it stays, if it does."""
+        is_last = index == self._last if what != "keep" else index >= self._schedule.packs_backward[self._last][0]
+        return len(self._schedule.devices_of(self._last)) if self._schedule.dealt and is_last else 1
 
 
 @dataclass(slots=True)
@@ -94,9 +96,14 @@ class _Chain:
     schedule: Schedule
     costs: Costs
     packs: Sequence[int]
-    in_use: list[float]
-    """By pack, the most while microbatches are in it, and from then on with what stays."""
+    visits: Mapping[int, float]
+    """The most while microbatches are in a pack; those of a dealt pack need not come here."""
     moves_stash: bool
+    in_use: list[float] = field(init=False)
+    """The same of each pack, with what stays from then on."""
+
+    def __post_init__(self) -> None:
+        self.in_use = [self.visits.get(p, 0.0) for p in self.packs]
 
     def take(self) -> Iterator[tuple[float, _What, int]]:
         """What may stay in the order of `residency`, and the peak with it and all before."""
@@ -114,7 +121,7 @@ class _Chain:
         if self.packs[-1] == last:
             for layer in range(spans[last][0], spans[last][1]):
                 if (each := kept(layer)) is not None:
-                    self.in_use[-1] += max(each)
+                    self.in_use[-1] += max(each) if last in self.visits else 0.0
                     yield slots.nbytes + max(self.in_use), "keep", layer
         if schedule.stash == "host" and not self.moves_stash:
             yield from self._wait(

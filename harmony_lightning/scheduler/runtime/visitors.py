@@ -58,7 +58,7 @@ def visitors_of(schedule: Schedule, device: int, pack: int, sizes: tuple[int, ..
     """Those of one pack on one device; `sizes` are those of all microbatches."""
     last = len(schedule.packs_backward) - 1
     group = schedule.microbatches_per_forward if pack < last else 1
-    if schedule.dealt:
+    if not {pack - 1, pack, pack + 1}.isdisjoint(schedule.dealt):
         present = [m for m in range(len(sizes)) if schedule.device(pack, m) == device]
         arriving = [m for m in present if pack and schedule.device(pack - 1, m) != device]
         leaving = [m for m in present if pack < last and schedule.device(pack + 1, m) != device]

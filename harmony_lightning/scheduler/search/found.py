@@ -34,10 +34,11 @@ class Found(Record):
 
 def best_of_kinds(found: Sequence[Candidate]) -> Iterator[Candidate]:
     """One for each combination of placement, size and number of packs, best first."""
-    kinds: dict[tuple[int, int, int], Candidate] = {}
+    kinds: dict[tuple[object, ...], Candidate] = {}
     for candidate in found:
         schedule = candidate.schedule
-        kinds.setdefault((schedule.num_copies, schedule.microbatch_backward, len(schedule.packs_backward)), candidate)
+        placement, num_packs = (schedule.num_copies, schedule.dealt), len(schedule.packs_backward)
+        kinds.setdefault((placement, schedule.microbatch_backward, num_packs), candidate)
     yield from kinds.values()
 
 

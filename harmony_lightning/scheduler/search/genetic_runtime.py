@@ -33,7 +33,7 @@ from harmony_lightning.scheduler.search.breeding import (
     stages,
 )
 from harmony_lightning.scheduler.search.found import Candidate, Found, best_of_kinds, num_runtime_computations
-from harmony_lightning.scheduler.search.runtime_family import Mode, placements
+from harmony_lightning.scheduler.search.runtime_family import Mode, Placed, deal_last, placements
 from harmony_lightning.scheduler.search.runtime_variants import Movable
 from harmony_lightning.scheduler.search.sizes import choose_sizes
 from harmony_lightning.scheduler.simulate import Rules
@@ -53,8 +53,6 @@ MAX_FAIR_COMPUTATIONS = 2_000
 MARGIN = 0.03
 """By so much of its seconds another plan must be faster than the one in use: predictions are about as much off."""
 
-Placed = tuple[Literal["pp", "dp"], int]
-"""A mode, and how many pipelines there are."""
 Place = Literal["device", "host"]
 Change = Callable[[Schedule], Schedule]
 Choice = TypeVar("Choice")
@@ -83,6 +81,7 @@ def breed_runtime(
     memory_bytes: float,
     stashes: tuple[Place, ...] = ("device", "host"),
     pipelines: int | None = None,
+    deals: bool | None = None,
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
     abilities: Change = lambda schedule: schedule,
@@ -96,8 +95,9 @@ def breed_runtime(
     Args:
         stashes: where inputs of layers may wait.
         pipelines, microbatch_size: the only number to try; None tries many.
+        deals: whether the last pack is dealt; None tries both, if the mode has both.
         together: layers that must share a pack.
-        abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
+        abilities: adds what the runtime is asked to do: updates on devices, joint forwards.
         movable: packs for each of which it is bred who updates it, the host or a device.
         stay: what a step that was measured will let stay; None if nothing will.
         in_use: it is found, if it fits, unless another one is faster by `MARGIN`.
@@ -110,7 +110,8 @@ def breed_runtime(
         raise ConfigurationError(f"the minibatch must have at least one sample, got {minibatch}")
     started = time.perf_counter()
     gpus = costs.machine.gpus
-    shares = {placed: gpus if placed[0] == "dp" else placed[1] for placed in placements(mode, gpus, pipelines)}
+    placed_so = placements(mode, gpus, pipelines, deals)
+    shares = {placed: gpus if placed.mode == "dp" else placed.pipelines for placed in placed_so}
     """By placement, over how many pipelines the minibatch goes."""
     sizes = {
         placed: [microbatch_size]
@@ -228,20 +229,19 @@ class _Plans:
 
     def _schedule(self, genome: Genome) -> Schedule:
         packs = packs_between(genome.borders, self.costs.num_layers)
-        schedule = self.abilities(
-            Schedule(
-                mode=genome.placed[0],
-                num_devices=self.costs.machine.gpus,
-                pipelines=genome.placed[1],
-                minibatch=self.minibatch,
-                microbatch_forward=genome.size,
-                packs_forward=packs[:-1],
-                microbatch_backward=genome.size,
-                packs_backward=packs,
-                prefetch=genome.prefetch,
-                stash=genome.stash,
-            )
+        schedule = Schedule(
+            mode=genome.placed.mode,
+            num_devices=self.costs.machine.gpus,
+            pipelines=genome.placed.pipelines,
+            minibatch=self.minibatch,
+            microbatch_forward=genome.size,
+            packs_forward=packs[:-1],
+            microbatch_backward=genome.size,
+            packs_backward=packs,
+            prefetch=genome.prefetch,
+            stash=genome.stash,
         )
+        schedule = self.abilities(deal_last(schedule, self.costs) if genome.placed.is_dealt else schedule)
         # One microbatch for each device at most: they go to different ones in any case, and sums are those of one device.
         if schedule.dealt_order and genome.dealt_order is not None:
             schedule = replace(schedule, dealt_order=genome.dealt_order)
@@ -261,7 +261,7 @@ class _Plans:
 
     def like(self, schedule: Schedule) -> list[Genome]:
         """That of a schedule, if it can be bred."""
-        placed = schedule.mode, schedule.pipelines
+        placed = Placed(schedule.mode, schedule.pipelines, bool(schedule.dealt))
         if schedule.microbatch_backward not in self.sizes.get(placed, ()):
             return []
         borders = self.bordering.viable({first for first, _ in schedule.packs_backward})

@@ -172,7 +172,7 @@ class _Beside:
         """With what stays at amounts of memory that are always the same."""
         visits = tuple(visit_bytes(schedule, self.costs))
         peak = runtime_peak_bytes(schedule, self.costs, visits)
-        levels = Levels(schedule, self.costs, visits=visits, is_cautious=True)
+        levels = Levels(schedule, self.costs, visits=visits)
         most = (max(peak, *levels.full_bytes().values()) + 1) / (1 - HEADROOM)
         rungs = range(math.floor(math.log(max(peak, 1.0), step)), math.ceil(math.log(most, step)))
         for nbytes in (*(max(peak, step**rung) for rung in rungs), most):

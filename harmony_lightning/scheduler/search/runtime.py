@@ -14,8 +14,8 @@ a bound above the best so far is left out of all that, and cannot be better.
 A faster machine thins rungs otherwise, and a step of one plan may take a little longer when something is faster: by up to
 0.5 % with faster host memory and 0.1 % with faster updates, in 276 random questions; never with faster links or GPUs.
 
-Each placement (pp, dp, so many pipelines) is a family that is searched by itself, the one with the lowest bound first: what
-takes less in one need not be looked for in the next.
+Each placement (pp, with a last pack that is dealt or not, dp, so many pipelines) is a family that is searched by itself,
+the one with the lowest bound first: what takes less in one need not be looked for in the next.
 
 Where the search chooses who updates packs, what else stays gives way to what devices update, so a member that is hopeless
 at one rung need not be so at the next. It is given up by its floor (`runtime_variants`). And where everything fits, so
@@ -79,6 +79,7 @@ def search_runtime(
     memory_bytes: float,
     stashes: tuple[Stash, ...] = ("device", "host"),
     pipelines: int | None = None,
+    deals: bool | None = None,
     microbatch_size: int | None = None,
     together: tuple[frozenset[int], ...] = (),
     abilities: Change = lambda schedule: schedule,
@@ -92,8 +93,9 @@ def search_runtime(
     Args:
         stashes: where inputs of layers may wait.
         pipelines, microbatch_size: the only number to try; None tries many.
+        deals: whether the last pack is dealt; None tries both, if the mode has both.
         together: layers that must share a pack.
-        abilities: adds what the runtime is asked to do: dealt packs, updates on devices, joint forwards.
+        abilities: adds what the runtime is asked to do: updates on devices, joint forwards.
         movable: packs for each of which the search chooses who updates it, the host or a device.
         stay_bytes: up to which things stay on each GPU, as in steps behind a measured one; None if nothing will.
         moves_stash: stashes go to the host whatever is left.
@@ -108,7 +110,7 @@ def search_runtime(
     started = time.perf_counter()
     stay = None if stay_bytes is None else stay_bytes / memory_bytes
     variants = Variants(costs, stashes, stay, moves_stash, movable)
-    families = runtime_families(costs, minibatch, mode, pipelines, microbatch_size, together)
+    families = runtime_families(costs, minibatch, mode, pipelines, deals, microbatch_size, together)
     searches = [_Search(costs, tuple(map(abilities, family)), memory_bytes, variants) for family in families]
     searches.sort(key=lambda search: search.floor)  # what one finds is what others need not go below
     found: list[Candidate] = []
@@ -165,7 +167,7 @@ def _with_least(chosen: list[Variant], variants: list[Variant]) -> list[Variant]
 
 def _packing(variant: Variant) -> object:
     one = variant.schedule
-    return one.num_copies, one.microbatch_backward, one.packs_backward
+    return one.num_copies, one.dealt, one.microbatch_backward, one.packs_backward
 
 
 def is_simulated_fairly(schedule: Schedule) -> bool:

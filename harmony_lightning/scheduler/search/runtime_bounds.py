@@ -12,7 +12,7 @@ computed again, of resident packs only what trains comes in.
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache, partial
 from itertools import pairwise
 
@@ -49,21 +49,22 @@ class _Bound:
         """Whether gradients go through a pack."""
         keep = sorted({*schedule.keep, schedule.num_layers - 1})
         self._kept = [[layer for layer in keep if first <= layer <= last] for first, last in self._packs]
-        self._seconds = [self._of_pack(p) for p in range(len(self._packs))]
+        self._seconds = [self._of_pack(p, self._pipeline_sizes) for p in range(len(self._packs))]
         """Of each pack's computations in the first pipeline."""
+        self._dealt_seconds = [0.0] * min(self._depth, len(self._packs))
+        """By device, of the last pack, where it is dealt."""
+        if self._last in schedule.dealt:
+            here: list[list[int]] = [[] for _ in range(self._gpus)]
+            for m, size in enumerate(self._sizes):
+                here[schedule.device(self._last, m)].append(size)
+            self._dealt_seconds = [self._of_pack(self._last, tuple(sizes)) for sizes in here]
 
     # Computations -----------------------------------------------------------------------------------------------------
 
     def compute(self) -> float:
         packs = range(len(self._packs))
-        if self._schedule.dealt:
-            mine = ([p for p in packs[d :: self._gpus] if p not in self._schedule.dealt] for d in range(self._gpus))
-            # Who has more of its own may get less of what is dealt.
-            even = sum(self._seconds) / self._gpus
-            return max(even, *(sum(self._seconds[p] for p in here) for here in mine))
-        groups = [packs[d :: self._depth] for d in range(min(self._depth, len(packs)))]
-        own = [sum(self._seconds[p] for p in here) + self._sums(here) for here in groups]
-        trained = [p for p, nbytes in enumerate(self._gradients) if nbytes]
+        own = [dealt + sum(self._own(packs[d :: self._depth])) for d, dealt in enumerate(self._dealt_seconds)]
+        trained = [p for p, nbytes in enumerate(self._gradients) if nbytes and p not in self._schedule.dealt]
         on_host = [p for p in trained if p not in self._there]
         # A pack's next forward waits for its backward; if its gradients leave, the next step as a whole does.
         return max(
@@ -72,15 +73,24 @@ class _Bound:
             self._turn(own, 0, on_host[0]) if on_host else 0.0,
         )
 
+    def _own(self, packs: Sequence[int]) -> Iterator[float]:
+        """What one device computes of packs that are there alone."""
+        return (self._seconds[p] + self._sums((p,)) for p in packs if p not in self._schedule.dealt)
+
     def _turn(self, own: list[float], begin: int, first: int) -> float:
         """From the forward of a pack to its next one, or to that of `first` behind it: by the device that has most to do,
-        or to wait for."""
+        or to wait for. Behind the last pack those that have but dealt ones."""
         head, tail, most = 0.0, self._sums((first,)) + self._update(begin), 0.0
         for d in range(begin, len(own)):
-            if d > begin:
-                head += self._costs.input_bytes(self._sizes[0], self._packs[d][0]) / self._peer_rate
+            if begin < d <= self._last:
+                size = self._sizes[-1 if d in self._schedule.dealt else 0]
+                head += self._costs.input_bytes(size, self._packs[d][0]) / self._peer_rate
             if d >= first:
-                most = max(most, head + own[d] - self._sums((d,)) + tail)  # none waits for another pack's sums
+                sums = self._sums((d,)) if d <= self._last else 0.0  # none waits for another pack's
+                most = max(most, head + own[d] - sums + tail)
+            if d >= self._last:
+                continue
+            if d >= first:
                 tail += self._backward(d, self._pipeline_sizes[-1:])
                 tail += self._costs.input_bytes(self._pipeline_sizes[-1], self._packs[d][1] + 1) / self._peer_rate
             head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
@@ -91,9 +101,9 @@ class _Bound:
         machine = self._machine
         return max(machine.peer_bytes_per_second, machine.host_share(1) if machine.peers_by_host else 0.0)
 
-    def _of_pack(self, pack: int) -> float:
-        backward = self._backward(pack, self._pipeline_sizes) if self._goes_back[pack] else 0.0
-        return backward + self._forward(pack, self._pipeline_sizes)
+    def _of_pack(self, pack: int, sizes: tuple[int, ...]) -> float:
+        backward = self._backward(pack, sizes) if self._goes_back[pack] else 0.0
+        return backward + self._forward(pack, sizes)
 
     def _forward(self, pack: int, sizes: tuple[int, ...]) -> float:
         span, group = self._packs[pack], self._schedule.microbatches_per_forward
@@ -146,7 +156,7 @@ class _Bound:
     def cycles(self) -> float:
         """From a pack's first forward all that its device computes up to its last backward, and its update."""
         most, step = 0.0, self._depth
-        behind = [0.0] * step
+        behind = list(self._dealt_seconds)
         for p in range(len(self._packs) - 1, -1, -1):
             if p in self._schedule.dealt:
                 continue

@@ -5,11 +5,12 @@ They do not depend on how much memory there is, nor tell what it is used for.
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from harmony_lightning.errors import ConfigurationError
 from harmony_lightning.plan.schedule import Schedule, Span
 from harmony_lightning.scheduler.costs import Costs
+from harmony_lightning.scheduler.packing import dealt_order
 from harmony_lightning.scheduler.runtime.memory import runtime_peak_bytes
 from harmony_lightning.scheduler.search.breeding import packs_between
 from harmony_lightning.scheduler.search.packings import pack_counts, packs_of, table
@@ -23,12 +24,17 @@ FEW_LAYERS = 5
 """Of so many every packing is tried."""
 
 Mode = Literal["auto", "pp", "dp", "mixed"]
-"""What is asked for. Auto: pp and dp. Mixed: every number of pipelines, and one whose last pack is to be dealt.
-
-In auto GPUs add up the gradients of dp, at least until dp has been chosen and is searched again. Where the host does, or in
-several pipelines, all GPUs are at its memory at once. How long that takes is not known well enough
-(`benchmarks/placements`)."""
+"""What is asked for. Auto: all there is. Mixed: all but dp. Pp: one pipeline, or the given number, and no dealt pack."""
 Stash = Literal["device", "host"]
+
+
+class Placed(NamedTuple):
+    """A placement that is searched by itself."""
+
+    mode: Literal["pp", "dp"]
+    pipelines: int = 1
+    is_dealt: bool = False
+    """Whether the last pack is."""
 
 
 def runtime_families(
@@ -36,20 +42,21 @@ def runtime_families(
     minibatch: int,
     mode: Mode,
     pipelines: int | None,
+    deals: bool | None,
     size: int | None,
     together: tuple[frozenset[int], ...],
 ) -> Iterator[tuple[Schedule, ...]]:
-    """`pipelines` and `size` of microbatches are the only ones; None for many."""
+    """`pipelines`, `deals` and `size` of microbatches are the only ones; None for many."""
     gpus = costs.machine.gpus
     packings = _packings(costs, together)
-    for kind, several in placements(mode, gpus, pipelines):
-        samples = -(-minibatch // (gpus if kind == "dp" else several))
+    for placed in placements(mode, gpus, pipelines, deals):
+        samples = -(-minibatch // (gpus if placed.mode == "dp" else placed.pipelines))
         sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
-        yield tuple(
+        family = (
             Schedule(
-                mode=kind,
+                mode=placed.mode,
                 num_devices=gpus,
-                pipelines=several,
+                pipelines=placed.pipelines,
                 minibatch=minibatch,
                 microbatch_forward=one,
                 packs_forward=packs[:-1],
@@ -59,21 +66,37 @@ def runtime_families(
             )
             for one in sizes
             for packs in packings
+            # Of fewer nothing is to be dealt.
+            if not placed.is_dealt or deals or (one < minibatch and len(packs) > 1)
         )
+        if members := tuple(deal_last(schedule, costs) if placed.is_dealt else schedule for schedule in family):
+            yield members
 
 
-def placements(mode: Mode, gpus: int, pipelines: int | None = None) -> Iterator[tuple[Literal["pp", "dp"], int]]:
-    """Modes of schedules, and how many pipelines these have: so many, if a number is given."""
+def deal_last(schedule: Schedule, costs: Costs) -> Schedule:
+    """Microbatches of its last pack go round the devices."""
+    packs = schedule.packs_backward
+    sizes = [round(costs.weight_bytes(span)) for span in packs]
+    order = dealt_order(sizes, schedule.num_devices, -(-schedule.minibatch // schedule.microbatch_backward))
+    return replace(schedule, dealt=(len(packs) - 1,), dealt_order=order)
+
+
+def placements(mode: Mode, gpus: int, pipelines: int | None = None, deals: bool | None = None) -> Iterator[Placed]:
+    """Of schedules: with so many pipelines, if a number is given; that deal their last pack or not, if that is given."""
     if pipelines is not None and (pipelines < 1 or (mode == "dp" and pipelines > 1)):
         raise ConfigurationError(
             f"pipelines must be a positive number, and are of pp and mixed, got {pipelines} in mode {mode!r}"
         )
-    if mode == "mixed" and pipelines is None:
-        yield from (("pp", count) for count in range(1, max(2, gpus)) if gpus % count == 0)
-    elif mode != "dp":
-        yield "pp", pipelines or 1
+    if mode != "dp":
+        are_many = mode != "pp" and pipelines is None
+        counts = [n for n in range(1, max(2, gpus)) if gpus % n == 0] if are_many else [pipelines or 1]
+        is_one = counts[0] == 1 and gpus > 1
+        if not (is_one and deals):
+            yield from (Placed("pp", count) for count in counts)
+        if is_one and (deals or (deals is None and mode != "pp")):
+            yield Placed("pp", 1, is_dealt=True)
     if mode == "dp" or (mode == "auto" and gpus > 1 and pipelines is None):
-        yield "dp", 1
+        yield Placed("dp")
 
 
 def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:

@@ -113,8 +113,8 @@ class Variants:
         return Variant(schedule=schedule, bound=self._bound(schedule), peak_bytes=peak)
 
     def fits_somehow(self, schedule: Schedule, memory_bytes: float) -> bool:
-        """If nothing stays that need not."""
-        choices = (replace(schedule, prefetch=p, stash=stash) for p in (0, 1) for stash in reversed(self._stashes))
+        """If nothing comes ahead, nor stays that need not."""
+        choices = (replace(schedule, prefetch=0, stash=stash) for stash in reversed(self._stashes))
         return any(self._fits(choice, memory_bytes) for choice in choices)
 
     def _usable(self, schedule: Schedule, rung: int) -> list[Schedule]:
@@ -142,17 +142,18 @@ class Variants:
     def least_bytes(self, schedule: Schedule) -> float:
         """Slots, and stashes of packs in front of a device's last one: quickly told, and no more than the peak."""
         costs, packs = self._costs, schedule.packs_backward
-        if schedule.dealt:
-            return max(costs.weight_bytes(span) + costs.gradient_bytes(span) for span in packs)
         sizes = split(schedule.minibatch, schedule.microbatch_backward)[:: schedule.num_copies]
         step = schedule.depth
         most = 0.0
         for d in range(min(step, len(packs))):
-            here = packs[d::step]
+            own = here = packs[d::step]
+            if schedule.dealt:
+                own = tuple(span for p, span in enumerate(here) if d + p * step not in schedule.dealt)
+                here = tuple(span for p, span in enumerate(packs) if d in schedule.devices_of(p))
             pairs = list(pairwise(here)) if schedule.prefetch and len(here) > 1 else [(span,) for span in here]
-            slots = max(sum(map(costs.weight_bytes, pair)) for pair in pairs)
-            slots += max(sum(map(costs.gradient_bytes, pair)) for pair in pairs)
+            slots = max((sum(map(costs.weight_bytes, pair)) for pair in pairs), default=0.0)
+            slots += max((sum(map(costs.gradient_bytes, pair)) for pair in pairs), default=0.0)
             if schedule.stash == "device":
-                slots += sum(costs.stash_bytes(size, span) for span in here[:-1] for size in sizes)
+                slots += sum(costs.stash_bytes(size, span) for span in own[:-1] for size in sizes)
             most = max(most, slots)
         return most
