@@ -18,10 +18,11 @@ class HarmonyConfig:
     """What a user may choose; everything else is in the plan."""
 
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """pp deals packs over the GPUs, dp deals microbatches, mixed deals both: by several `pipelines`, or packs, but
-    microbatches of the last one, where forward and backward meet, so that no GPU waits for another one's large head. auto is
-    the fastest of all these where all is searched; or else pp, which moves N times fewer bytes, as mixed then is the last of
-    them. Gradients of packs whose microbatches are dealt are added up over each GPU's microbatches, then over GPUs."""
+    """pp deals packs over the GPUs, dp deals microbatches. mixed deals both: by several `pipelines`, or packs, but of the
+    last one microbatches, as forward and backward meet there, so that no GPU waits for another one's large head. auto is
+    the fastest of all these where all is searched. Where it is not, auto is pp, which moves N times fewer bytes, and mixed
+    deals the last pack. Gradients of packs whose microbatches are dealt are added up over each GPU's microbatches, then
+    over GPUs."""
     pipelines: int | Literal["auto"] = "auto"
     """Of packs that are dealt over GPUs: so many pipelines side by side, each over as many GPUs, over which microbatches
     are dealt. auto is what makes steps fastest, where all is searched and mode is not pp; or else one."""
