@@ -218,8 +218,8 @@ class _Device:
         if pack in schedule.updated_there:
             layers = range(first, last + 1) if pack in self._updated else ()
             return max((self._costs.gradient_bytes((i, i)) for i in layers), default=0.0)
-        visitors = {schedule.device(pack, m) for m in range(self._count)}
-        return summed_nbytes(int(self._costs.gradient_bytes((first, last)))) if len(visitors) > 1 else 0.0
+        is_alone = self._count == 1 or len(set(schedule.dealt_order)) == 1
+        return 0.0 if is_alone else summed_nbytes(int(self._costs.gradient_bytes((first, last))))
 
     def _boundary(self, pack: int) -> float:
         """Of one microbatch, as it enters the pack; the first pack's input comes from the host."""

@@ -45,7 +45,7 @@ MEMBERS = 12
 """Packings of a rung that may be simulated."""
 MAX_COMPUTATIONS = 2_500
 """Of all of these, microbatches times packs."""
-MAX_AT_RUNG = 25_000
+MAX_AT_RUNG = 15_000
 """Of all variants of these that are simulated, if they are more than those that are looked at in full."""
 MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""

@@ -33,7 +33,9 @@ def runtime_bound(schedule: Schedule, costs: Costs) -> float:
 
 class _Bound:
     def __init__(self, schedule: Schedule, costs: Costs) -> None:
-        self._schedule, self._costs, self._machine = schedule, costs, costs.machine
+        machine = self._machine = costs.machine
+        self._schedule, self._costs = schedule, costs
+        self._peer_rate = max(machine.peer_bytes_per_second, machine.host_share(1) if machine.peers_by_host else 0.0)
         self._packs = schedule.packs_backward
         self._last, self._gpus, self._depth = len(self._packs) - 1, schedule.num_devices, schedule.depth
         self._sizes = split(schedule.minibatch, schedule.microbatch_backward)
@@ -96,11 +98,6 @@ class _Bound:
             head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
         return most
 
-    @property
-    def _peer_rate(self) -> float:
-        machine = self._machine
-        return max(machine.peer_bytes_per_second, machine.host_share(1) if machine.peers_by_host else 0.0)
-
     def _of_pack(self, pack: int, sizes: tuple[int, ...]) -> float:
         backward = self._backward(pack, sizes) if self._goes_back[pack] else 0.0
         return backward + self._forward(pack, sizes)
@@ -139,6 +136,8 @@ class _Bound:
 
     def _sums(self, packs: Sequence[int]) -> float:
         """Where one device adds up what those of all pipelines have, to update it."""
+        if self._visitors == 1 or not self._there:
+            return 0.0
         total = sum(self._gradients[p] for p in packs if p in self._there)
         each = total / self._peer_rate + self._costs.device_seconds(_ADDITION_ACCESSES * total)
         return (self._visitors - 1) * each
