@@ -56,7 +56,7 @@ class Question:
     memory_bytes: int
     """Of each GPU."""
     mode: Literal["auto", "pp", "dp", "mixed"] = "auto"
-    """`mixed` is pp with several pipelines, too, which auto does not try."""
+    """`mixed` is all that auto tries but dp."""
     pipelines: int | None = None
     deals: bool | None = None
     """Whether the last pack is dealt."""

@@ -3,7 +3,7 @@
 import logging
 import warnings
 from dataclasses import dataclass, replace
-from itertools import combinations, pairwise, product
+from itertools import combinations, pairwise
 
 import lightning as L
 import torch
@@ -139,14 +139,14 @@ def sweep_on_host(case, num_layers):
         sizes = [size for size in (1, 2, 4, 8) if samples % size == 0 and size <= samples]
         if is_dealt:
             sizes = [size for size in sizes if size < samples]
-        for size, sums in product(sizes, ("host", "device") if copies > 1 else ("host",)):
+        for size in sizes:
             for count in range(1 if is_dealt else 0, num_layers):
                 for cuts in combinations(range(1, num_layers), count):
                     edges = (0, *cuts, num_layers)
                     packs = tuple((first, last - 1) for first, last in pairwise(edges))
                     for prefetch, stash in ((1, "device"), (1, "host"), (0, "device"), (0, "host")):
                         yield Schedule(
-                            mode=mode, num_devices=case.num_gpus, pipelines=pipelines, sums=sums,
+                            mode=mode, num_devices=case.num_gpus, pipelines=pipelines,
                             dealt=(count,) if is_dealt else (),
                             minibatch=case.minibatch, microbatch_forward=size, packs_forward=packs[:-1],
                             microbatch_backward=size, packs_backward=packs, prefetch=prefetch, stash=stash,
@@ -186,7 +186,7 @@ def best_of_sweep(case, layers, costs):
         p for s, p in zip(family, predicted, strict=True) if runtime_peak_bytes(s, costs) <= costs.machine.memory_bytes
     ]
     for schedule, prediction in zip(family, predicted, strict=True):
-        places = schedule.num_copies, schedule.sums, schedule.updated_there, schedule.updates_stay
+        places = schedule.num_copies, schedule.updated_there, schedule.updates_stay
         kind = (schedule.microbatch_backward, schedule.packs_backward, places)
         if kind in done or prediction > MARGIN * min(fitting):
             continue

@@ -54,8 +54,10 @@ def add(commands: Commands) -> None:
         description = f"Tell {what}. With --gpus no GPU is needed."
         parser = add_command(commands, name, run, what=what, description=description, epilog=__doc__)
         add_model_arguments(parser)
-        parser.add_argument("--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: pp or dp")
-        parser.add_argument("--pipelines", type=int, metavar="N", help="side by side; default: 1, in mixed the fastest")
+        parser.add_argument(
+            "--mode", choices=("auto", "pp", "dp", "mixed"), default="auto", help="default: the fastest"
+        )
+        parser.add_argument("--pipelines", type=int, metavar="N", help="side by side; default: the fastest")
         parser.add_argument("--microbatch", type=int, metavar="SAMPLES", help="default: what the search finds best")
         parser.add_argument("--planner", choices=("bounds", "genetic"), default="bounds", help="default: bounds")
         parser.set_defaults(is_explained=name == "explain")

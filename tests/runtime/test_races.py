@@ -80,6 +80,7 @@ SCENARIOS = {
     "narrow dp": (Chain, {"mode": "dp"}),
     "narrow, in one piece": (_InOnePiece, {}),
     "narrow, in one go": (Chain, {"gradient_wire": "half"}),
+    "narrow dp, in one go": (Chain, {"gradient_wire": "half", "mode": "dp"}),
     "narrow, first ones stay": (Chain, {"update": "first", "memory": "500KiB"}),
     "narrow, masters leave": (Chain, {"update": "device"}),
 }

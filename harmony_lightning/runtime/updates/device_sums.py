@@ -9,60 +9,61 @@ reduce-scatter, the host receives sums, and no compute waits for another device.
 one device adds up the same microbatches.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Protocol, TypeVar
+from collections.abc import Sequence
 
 import torch
 
 from harmony_lightning.hardware.device import Device, Event, Lane
+from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
 from harmony_lightning.plan import summed_nbytes
 from harmony_lightning.runtime.updates.gradient_slots import GradientSlot
 from harmony_lightning.runtime.weights.arena import layout_nbytes
 
-Result = TypeVar("Result")
-
 _WHAT = "sums of gradients"
 
 
-class WithRoom(Protocol):
-    """Calls a function that needs memory of a device."""
-
-    def __call__(self, device: Device, function: Callable[[], Result], /) -> Result: ...
-
-
-def can_pass_on(slots: Sequence[GradientSlot]) -> bool:
-    """Whether these, of one pack, all hold gradients of all its weights, in one type."""
+@torch.inference_mode(False)
+def landings_for(slots: Sequence[GradientSlot], devices: Sequence[Device]) -> list[torch.Tensor] | None:
+    """Memory for a piece on each device but the first, uint8. None unless all slots hold gradients of all the pack's
+    weights, in one type, or if a device has no memory left: then the host adds up what they send."""
     types = {region.dtype for region in slots[0].layout.values()}
-    return len(types) == 1 and all(len(slot.written) == len(slot.layout) for slot in slots)
+    if len(types) > 1 or any(len(slot.written) < len(slot.layout) for slot in slots):
+        return None
+    landings = []
+    for slot in slots[1:]:
+        with devices[slot.device].lane(Lane.SWAP_OUT, _WHAT):
+            try:
+                landings.append(torch.empty_like(slot.bytes[: summed_nbytes(layout_nbytes(slot.layout))]))
+            except OUT_OF_MEMORY:
+                return None
+    return landings
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
 def pass_on(
-    slots: Sequence[GradientSlot], devices: Sequence[Device], with_room: WithRoom, buffer: torch.Tensor | None
+    slots: Sequence[GradientSlot],
+    devices: Sequence[Device],
+    landings: Sequence[torch.Tensor],
+    buffer: torch.Tensor | None,
 ) -> Event:
     """Empty the slots of a pack into a buffer of the host, added up in their order; if there is none, all but the last,
     into that. Returns the point behind that."""
     (dtype,) = {region.dtype for region in slots[0].layout.values()}
-    nbytes = layout_nbytes(slots[0].layout)
-    size = summed_nbytes(nbytes)
+    nbytes, size = layout_nbytes(slots[0].layout), len(landings[0])
     owners = [devices[slot.device] for slot in slots]
-    landings: list[torch.Tensor] = []
-    for owner, slot in zip(owners, slots, strict=True):
+    for owner in owners:
         made = owner.record(Lane.COMPUTE)
         owner.wait(Lane.SHARE_OUT, made)
         owner.wait(Lane.SWAP_OUT, made)
-        with owner.lane(Lane.SWAP_OUT, _WHAT):
-            landings.append(with_room(owner, functools.partial(torch.empty_like, slot.bytes[:size])))
     for start in range(0, nbytes, size):
         stop = min(nbytes, start + size)
         parts = [slot.bytes[start:stop] for slot in slots]
-        for target in range(1, len(slots)):
-            sender, owner, landing = owners[target - 1], owners[target], landings[target][: stop - start]
+        for source, landing in enumerate(landings):
+            sender, owner, come = owners[source], owners[source + 1], landing[: stop - start]
             with sender.lane(Lane.SHARE_OUT, _WHAT), owner.lane(Lane.SWAP_OUT, _WHAT):
-                landing.copy_(parts[target - 1], non_blocking=True)
-                parts[target].view(dtype).add_(landing.view(dtype))
+                come.copy_(parts[source], non_blocking=True)
+                parts[source + 1].view(dtype).add_(come.view(dtype))
             owner.wait(Lane.SHARE_OUT, owner.record(Lane.SWAP_OUT))
         if buffer is not None:
             with owners[-1].lane(Lane.SHARE_OUT, _WHAT):

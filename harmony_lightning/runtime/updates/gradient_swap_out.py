@@ -16,7 +16,7 @@ from torch import nn
 from harmony_lightning.hardware.device import Cluster, Event, Lane
 from harmony_lightning.plan import Plan, Urgency
 from harmony_lightning.runtime.counters import Counters
-from harmony_lightning.runtime.updates.device_sums import WithRoom, pass_on
+from harmony_lightning.runtime.updates.device_sums import pass_on
 from harmony_lightning.runtime.updates.gradient_slots import GradientSlot
 from harmony_lightning.runtime.updates.host_buffers import HostBuffers
 from harmony_lightning.runtime.weights.arena import Layout, lay_out, layout_nbytes, narrow_types
@@ -42,7 +42,6 @@ class GradientSwapOut:
         cluster: Cluster,
         counters: Counters,
         worker: HostWorker,
-        with_room: WithRoom,
         before: Callable[[Collection[str], OnComplete], Sequence[Event]],
         behind: Callable[[frozenset[str], OnComplete, Ticket, int], None],
     ) -> None:
@@ -54,7 +53,6 @@ class GradientSwapOut:
         self._devices = cluster.devices
         self._counters = counters
         self._worker = worker
-        self._with_room = with_room
         self._before = before
         self._behind = behind
         self._buffers = HostBuffers(cluster, worker, plan.gradient_buffers)
@@ -80,8 +78,15 @@ class GradientSwapOut:
 
     @torch.inference_mode(False)
     @torch.no_grad()
-    def send(self, slots: Sequence[GradientSlot], complete: frozenset[str], on_complete: OnComplete) -> None:
-        """Empty a slot, or several of one pack, which are added up; weights in `complete` get no more parts."""
+    def send(
+        self,
+        slots: Sequence[GradientSlot],
+        complete: frozenset[str],
+        on_complete: OnComplete,
+        landings: Sequence[torch.Tensor] = (),
+    ) -> None:
+        """Empty a slot; weights in `complete` get no more parts. Or several of one pack, which are added up by means of
+        `landings`."""
         slot = slots[-1]
         if not slot.written:
             slot.empty()
@@ -101,7 +106,7 @@ class GradientSwapOut:
         self._counters.swap_out_bytes += sum((as_left.get(name, arrived[name])).nbytes for name in arrived)
         self._counters.p2p_bytes += (len(slots) - 1) * nbytes
         if len(slots) > 1:
-            left = pass_on(slots, self._devices, self._with_room, None if narrow else buffer)
+            left = pass_on(slots, self._devices, landings, None if narrow else buffer)
         if len(slots) == 1 or narrow:
             left = self._leave(slot, buffer, narrow_buffer, narrow_layout)
 

@@ -9,6 +9,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -17,13 +18,21 @@ from harmony_lightning.hardware.device import Cluster, Device, Event
 from harmony_lightning.plan import Plan
 from harmony_lightning.runtime.counters import Counters
 from harmony_lightning.runtime.structure import nbytes_of
-from harmony_lightning.runtime.updates.device_sums import WithRoom, can_pass_on
+from harmony_lightning.runtime.updates.device_sums import landings_for
 from harmony_lightning.runtime.updates.device_update import DeviceUpdates
 from harmony_lightning.runtime.updates.gradient_slots import GradientSlot, GradientSlots
 from harmony_lightning.runtime.updates.gradient_swap_out import GradientSwapOut, OnComplete, has_hooks
 from harmony_lightning.runtime.updates.update import JustInTimeUpdate
 from harmony_lightning.runtime.weights.casts import Casts
 from harmony_lightning.runtime.worker import HostWorker, Ticket
+
+Result = TypeVar("Result")
+
+
+class WithRoom(Protocol):
+    """Calls a function that needs memory of a device."""
+
+    def __call__(self, device: Device, function: Callable[[], Result], /) -> Result: ...
 
 
 class GradientStore:
@@ -61,7 +70,7 @@ class GradientStore:
         self._layered = frozenset(name for pack in plan.packs for name in pack.parameters)
         self._slots = GradientSlots(parameters, plan, cluster.devices, counters, self._swap_out_part)
         self._out = GradientSwapOut(
-            parameters, plan, cluster, counters, worker, with_room, self._before_update, self._behind_update
+            parameters, plan, cluster, counters, worker, self._before_update, self._behind_update
         )
         self._loose: dict[tuple[str, int], torch.Tensor] = {}
         """Gradients outside slots, by name and device: of glue weights, sparse ones, all if the host is the device."""
@@ -172,25 +181,26 @@ class GradientStore:
             self._send_loose(held, complete, on_complete)
         if pack is None or not (holders := self._slots.holders(pack)):
             return
-        self._is_adding = True
-        try:
-            if self._plan.packs[pack].update == "device" or not can_pass_on(holders):
-                self._reduce(*holders)
-                del holders[1:]
-                self._update_there(holders[0], is_complete)
-            # A tied weight may still have a part in another pack's slot.
-            elsewhere = self._slots.names(beside=holders)
-            complete = frozenset(name for name in holders[0].written if name not in elsewhere and is_complete(name))
-            self._out.send(holders, complete, on_complete)
-        finally:
-            self._is_adding = False
+        landings = None
+        if self._plan.packs[pack].update == "device":
+            self._reduce(holders)
+            self._update_there(holders[0], is_complete)
+        elif len(holders) > 1 and (landings := landings_for(holders, self._devices)) is None:
+            while len(holders) > 1:
+                self._swap_out_part(holders.pop(0))
+        # A tied weight may still have a part in another pack's slot.
+        elsewhere = self._slots.names(beside=holders)
+        complete = frozenset(name for name in holders[0].written if name not in elsewhere and is_complete(name))
+        self._out.send(holders, complete, on_complete, landings or ())
 
     def _swap_out_part(self, slot: GradientSlot) -> None:
         self._out.send([slot], frozenset(), _ignore)
 
     @torch.no_grad()
-    def _reduce(self, target: GradientSlot, *others: GradientSlot) -> None:
-        """Sum the slots of one pack into the first, in their order."""
+    def _reduce(self, holders: list[GradientSlot]) -> None:
+        """Sum the slots of one pack into the first, in their order, which alone is left."""
+        target, *others = holders
+        del holders[1:]
         for slot in others:
             for name, gradient in slot.written.items():
                 target.add(name, self._bring_to(target.device, gradient), is_narrow=name in slot.narrow)
