@@ -22,7 +22,7 @@ With --json one object is printed:
     is_proved            whether nothing in the searched family is better, by bounds
     planner, search_seconds
                          which search, and what it took; with --planner genetic, `default` holds the default planner's
-                         step_seconds and search_seconds
+                         step_seconds and search_seconds, and tells mixed_step_seconds and what would help
     reasons              with `explain`: what binds, why others lost, what would help
 """
 
@@ -44,7 +44,7 @@ from harmony_lightning.units import format_nbytes
 
 if TYPE_CHECKING:
     from harmony_lightning.decomposer.decomposition import Decomposition
-    from harmony_lightning.profiled import Planned, Question
+    from harmony_lightning.profiled import Question
     from harmony_lightning.profiler.machine import Machine
     from harmony_lightning.profiler.measure import Measured
     from harmony_lightning.scheduler.costs import Costs
@@ -90,8 +90,10 @@ def run(arguments: argparse.Namespace) -> int:
         planner=arguments.planner,
     )
     planned = find_plan(measured, machine, decomposition, question)
+    question = replace(question, planner="bounds")  # what is asked beside: a bred plan takes seconds each
+    by_default = planned.default or planned.found
     is_told = arguments.json or arguments.is_explained
-    mixed = _mixed(measured, machine, decomposition, question, planned) if is_told else None
+    mixed = _mixed(measured, machine, decomposition, question, by_default) if is_told else None
     best, schedule = planned.found.best, planned.found.best.schedule
     parts = break_down(schedule, planned.costs, Rules.RUNTIME).parts
     reasons = []
@@ -102,9 +104,9 @@ def run(arguments: argparse.Namespace) -> int:
             return find_plan(measured, costs.machine, decomposition, asked).found
 
         asked: dict[str, Any] = {"minibatch": minibatch, "mode": arguments.mode, "memory_bytes": machine.memory_bytes}
-        reasons = list(explain(planned.found, planned.costs, **asked, search_again=again))
+        reasons = list(explain(planned.found, planned.costs, **asked, search_again=again, default=planned.default))
         if mixed is not None:
-            reasons.append(_advise_mixed(mixed, best.seconds))
+            reasons.append(_advise_mixed(mixed, by_default.best.seconds))
     fields = {
         "step_seconds": best.seconds,
         "samples_per_second": minibatch / best.seconds,
@@ -169,9 +171,10 @@ def _count(number: int) -> str:
 
 
 def _mixed(
-    measured: "Measured", machine: "Machine", decomposition: "Decomposition", question: "Question", planned: "Planned"
+    measured: "Measured", machine: "Machine", decomposition: "Decomposition", question: "Question", present: "Found"
 ) -> float | None:
-    """Seconds of the best plan whose last pack is dealt; None where that was not left open, or brings nothing."""
+    """Seconds of the best plan whose last pack is dealt; None where that was not left open, or brings nothing to what is
+    found as it is."""
     from harmony_lightning.errors import CapacityError
     from harmony_lightning.profiled import find_plan
 
@@ -181,7 +184,7 @@ def _mixed(
         found = find_plan(measured, machine, decomposition, replace(question, mode="mixed", pipelines=1)).found
     except CapacityError:
         return None
-    return found.best.seconds if found.best.seconds < (1 - _WORTH_TELLING) * planned.found.best.seconds else None
+    return found.best.seconds if found.best.seconds < (1 - _WORTH_TELLING) * present.best.seconds else None
 
 
 def _advise_mixed(seconds: float, present: float) -> str:
