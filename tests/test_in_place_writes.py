@@ -59,6 +59,42 @@ def test_a_layer_may_not_write_what_its_backward_needs(what, kind):
     assert any("in backward of layer writing" in note for note in caught.value.__notes__)
 
 
+class Late(Chain):
+    """Code between layers writes, in place or not, an input of a layer, its result, or a result of its own."""
+
+    def __init__(self, what, in_place=True):
+        super().__init__(depth=4)
+        self.what, self.in_place = what, in_place
+        self.bounded = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Sigmoid())
+
+    def double(self, x, what):
+        if what != self.what:
+            return x
+        return x.mul_(2) if self.in_place else x * 2
+
+    def step(self, batch):
+        inputs, targets = batch
+        before = self.net[0](inputs) + 0
+        result = self.bounded(before)
+        before = self.double(before, "an input")
+        rooted = (result + 1).sqrt()
+        result, rooted = self.double(result, "a result"), self.double(rooted, "the code's own")
+        return super().step((before + result + rooted, targets))
+
+
+@pytest.mark.parametrize("memory", ["120KiB", "20MiB"])
+@pytest.mark.parametrize("what", ["an input", "a result", "the code's own"])
+def test_what_is_written_late_between_layers_has_the_gradient_of_what_was_there(what, memory):
+    with pytest.raises(RuntimeError, match=MODIFIED):
+        trainer().fit(Late(what), loader(8))
+    fits = []
+    for module, strategy in ((Late, harmony(memory=memory, microbatch_size=8)), (lambda w: Late(w, False), "auto")):
+        torch.manual_seed(0)
+        fits.append(module(what))
+        trainer(strategy).fit(fits[-1], loader(8))
+    assert same_weights(*fits)
+
+
 class Between(Chain):
     """Code between layers writes a weight that trains."""
 
