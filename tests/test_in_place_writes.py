@@ -59,6 +59,37 @@ def test_a_layer_may_not_write_what_its_backward_needs(what, kind):
     assert any("in backward of layer writing" in note for note in caught.value.__notes__)
 
 
+class Clamping(nn.Module):
+    """Bounds one weight when others of its slot have been saved; takes a derivative by itself, or not."""
+
+    def __init__(self, differentiates):
+        super().__init__()
+        self.differentiates = differentiates
+        self.first, self.second = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        hidden = torch.sigmoid(self.first(x))
+        with torch.no_grad():
+            self.second.weight.clamp_(-0.05, 0.05)
+        if self.differentiates:
+            (slope,) = torch.autograd.grad(hidden.square().sum(), hidden, create_graph=True)
+            hidden = hidden + slope
+        return self.second(hidden)
+
+
+@pytest.mark.parametrize("kind", ["recomputed", "kept"])
+@pytest.mark.parametrize("differentiates", [False, True])
+def test_a_layer_may_write_another_weight_than_what_it_has_used(differentiates, kind):
+    fits = []
+    for strategy in ("auto", harmony(**KINDS[kind], one_layer_per_pack=True, layers=("net.*", "head", Clamping))):
+        torch.manual_seed(0)
+        module = Chain(depth=3)
+        module.net.insert(1, Clamping(differentiates))
+        trainer(strategy).fit(module, loader(8))
+        fits.append(module)
+    assert same_weights(*fits)
+
+
 class Late(Chain):
     """Code between layers writes, in place or not, an input of a layer, its result, or a result of its own."""
 
