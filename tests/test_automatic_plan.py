@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from wide import Wide, batch_of, cluster_of, on_meta
 
 from harmony_lightning import EmulatedCluster, HarmonyStrategy, Plan
+from harmony_lightning.profiler import topology
 from harmony_lightning.scheduler.packing import dealt_order
 from harmony_lightning.scheduler.runtime.translate import plan_of
 from harmony_lightning.strategy import automatic
@@ -61,6 +62,19 @@ def test_the_plan_is_found_and_trains_to_the_same_weights(mode, told):
     else:  # devices add up their own microbatches first
         for one, other in zip(module.parameters(), expected.parameters(), strict=True):
             torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6)
+
+
+def test_unlike_gpus_have_the_plan_made_from_sizes_and_a_warning_once(told, monkeypatch):
+    """Nobody has measured which of them is slower at what."""
+    devices = [torch.device("cuda", index) for index in range(2)]
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: ("RTX 3090", "RTX 4070")[device.index])
+    monkeypatch.setattr(automatic, "machine_of", lambda cluster: topology._measure(devices, progress=print))
+    strategy = automatic_strategy()
+    trainer(strategy, precision="bf16-mixed").fit(Chain(), loader(16, 48))  # behind the first step weights are narrow
+    lines = [record for record in told.records if "the plan made from sizes stays" in record.message]
+    assert [record.levelno for record in lines] == [logging.WARNING, logging.INFO]
+    assert "equal GPUs, these are RTX 3090, RTX 4070; choose equal ones with devices=" in lines[0].message
+    assert strategy.statistics().steps == 3
 
 
 @pytest.mark.parametrize(

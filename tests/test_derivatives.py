@@ -434,6 +434,46 @@ def test_functional_transforms_between_layers(manual, stash):
     assert same_weights(ours, reference)
 
 
+class Mapping(Chain):
+    """Of what a layer of another pack has made, and of weights."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        hidden = self.net[0](inputs)
+        result = self.head(self.net[1:](hidden)).squeeze(1)
+        squares = torch.vmap(lambda row: row.square().sum() + row @ self.head.weight[0])(hidden)
+        pairs = torch.vmap(torch.vmap(lambda x, y: torch.sin(x * y)), in_dims=(1, None))(hidden, hidden[:, 0])
+        norms = torch.vmap(lambda row: row.norm())(self.net[2][0].weight)
+        return nn.functional.mse_loss(result + squares, targets) + pairs.mean() + norms.mean()
+
+
+@STASHES
+@pytest.mark.parametrize("num_gpus", [1, 3])
+def test_vmap_of_what_other_packs_have_made(num_gpus, stash):
+    strategy = harmony(num_gpus, "200KiB", microbatch_size=8, stash=stash, one_layer_per_pack=True)
+    ours, reference, _ = both(lambda: Mapping(depth=4), strategy)
+    for mine, theirs in zip(ours.parameters(), reference.parameters(), strict=True):  # uses are added in another order
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_a_gradient_that_a_transform_would_lose_is_refused_with_the_way_out():
+    class Losing(Chain):
+        follows = False
+
+        def step(self, batch):
+            hidden = self.net[0](batch[0])
+            loss = super().step((hidden, batch[1]))
+            given = hidden * 1 if self.follows else hidden
+            return loss + torch.func.grad(lambda x: torch.sin(x).sum())(given).square().mean()
+
+    strategy = harmony(2, microbatch_size=8, one_layer_per_pack=True)
+    with pytest.raises(UnsupportedError, match=r"a transform of torch.func that differentiates .* x \* 1"):
+        trainer(strategy).fit(Losing(), loader(8))
+    Losing.follows = True
+    ours, reference, _ = both(Losing, harmony(2, microbatch_size=8, one_layer_per_pack=True))
+    assert same_weights(ours, reference)
+
+
 def test_a_transform_over_layers_is_refused_with_the_way_out():
     class Transforming(Chain):
         def step(self, batch):

@@ -132,6 +132,50 @@ def test_full_backward_hooks_see_and_change_gradients(place):
     assert same_weights(ours, reference)
 
 
+class _Two(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x, y, *, scale):
+        return self.one(x) * scale, torch.tanh(self.other(y))
+
+
+class Forked(Chain):
+    """Two inputs and two results; one input needs no gradient. The root is called, too."""
+
+    def __init__(self):
+        super().__init__(depth=8)
+        self.two = _Two()
+
+    def forward(self, x):
+        return self.head(sum(self.two(x, y=self.net(x), scale=2.0)))
+
+    def step(self, batch):
+        return nn.functional.mse_loss(self(batch[0]).squeeze(1), batch[1])
+
+
+def test_full_backward_hooks_of_all_modules_see_the_same():
+    """Tensors where plain training has tensors, and None where it has None."""
+
+    def told(gradients):
+        return [None if gradient is None else gradient.norm().item() for gradient in gradients]
+
+    seen = []
+    for strategy in ("auto", harmony(2, "120KiB", microbatch_size=8), harmony(2, "20MiB", microbatch_size=8)):
+        torch.manual_seed(0)
+        module = Forked()
+        noted = {name: [] for name, _ in module.named_modules()}
+        for name, inner in module.named_modules():
+            calls = noted[name]
+            inner.register_full_backward_pre_hook(lambda m, g, calls=calls: calls.append(told(g)))
+            inner.register_full_backward_hook(lambda m, i, o, calls=calls: calls.append((told(i), told(o))))
+        trainer(strategy, limit_train_batches=3).fit(module, loader(8))
+        seen.append(noted)
+    assert seen[1] == seen[0] == seen[2]
+    assert all(len(calls) == 6 for calls in noted.values())
+
+
 def test_hooks_that_are_removed_in_the_middle_of_training():
     class Watching(Chain):
         def on_train_batch_start(self, batch, batch_idx):

@@ -189,6 +189,42 @@ def test_whoever_looks_at_what_trains_leaves_the_rest_where_it_is():
     assert looking.each("swap_in_bytes")[2:] == [nbytes(ours, trains=True)] * (NUM_STEPS - 2)
 
 
+class LookingAtOne(L.Callback):
+    """Looks at a weight in front of each step."""
+
+    def __init__(self, hook, name):
+        self.name = name
+        setattr(self, hook, self.look)
+
+    def look(self, trainer, module, *args):
+        self.norm = module.get_parameter(self.name).detach().norm()
+
+
+@pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_train_batch_end"])
+@pytest.mark.parametrize("name", ["net.2.0.base.weight", "net.2.0.up.weight"])
+def test_whoever_looks_at_a_frozen_weight_has_those_come_again_that_lie_beside_it(name, hook, precision):
+    ours, reference = twins()
+    looking = fit(ours, reference, callback=lambda: LookingAtOne(hook, name), precision=precision)
+    assert same_weights(ours, reference)
+    plan = looking.plans[-1]
+    (seen,) = [pack for pack in plan.packs if name in pack.parameters]
+    again = 0 if ours.get_parameter(name).requires_grad else seen.nbytes - seen.trained_nbytes
+    assert looking.each("swap_in_bytes")[3:] == [plan.swap_in_bytes_per_step + again] * (NUM_STEPS - 3)
+    assert again < nbytes(ours, trains=False) // 4
+
+
+def test_whoever_looks_at_what_is_being_updated_leaves_frozen_weights_where_they_are():
+    """Nobody looks behind steps, so that updates are on their way when the next one begins."""
+    swapped = []
+    for batches in (4, 5):
+        strategy = harmony(2, AMPLE, one_layer_per_pack=True, layers=LAYERS)
+        look = LookingAtOne("on_train_batch_start", "net.2.0.up.weight")
+        trainer(strategy, limit_train_batches=batches, callbacks=[look]).fit(twins()[0], loader(BATCH))
+        swapped.append(strategy.statistics().swap_in_bytes)
+    assert swapped[1] - swapped[0] == strategy.plan.swap_in_bytes_per_step
+
+
 class Tied(Adapted):
     """The frozen weight of one block is that of another, which borrows it."""
 

@@ -1,9 +1,11 @@
 """Every precision computes the numbers of the default strategy with the same precision."""
 
+import copy
+
 import lightning as L
 import pytest
 import torch
-from chain import WIDTH, Chain, assert_same_optimizers, harmony, loader, same_weights, trainer
+from chain import WIDTH, Chain, assert_same_optimizers, harmony, loader, same_weights, trainer, twins
 from lightning.pytorch import plugins
 from lightning.pytorch.plugins import MixedPrecision
 from torch import nn
@@ -167,6 +169,21 @@ def test_the_scaler_skips_a_step_with_infinite_gradients(microbatch_size, fused)
         assert same_weights(ours, reference)
     assert all(torch.isfinite(parameter).all() for parameter in ours.parameters())
     assert fitted.strategy.statistics().updates_whole == 5
+
+
+@pytest.mark.parametrize("algorithm", ["norm", "value"])
+@pytest.mark.parametrize("name", ["bf16-mixed", "16-mixed"])
+def test_gradients_of_a_fused_optimizer_are_not_clipped_in_mixed_precision(name, algorithm):
+    """As in plain training, in front of the first step."""
+    clipping = {"gradient_clip_val": 0.1, "gradient_clip_algorithm": algorithm}
+    messages = []
+    for module, strategy in zip(twins(fused=True), ("auto", harmony(microbatch_size=4)), strict=True):
+        before = copy.deepcopy(module)
+        with pytest.raises(RuntimeError, match="does not allow for gradient clipping") as caught:
+            trainer(strategy, **clipping, **with_precision(name)).fit(module, loader(8))
+        messages.append(str(caught.value))
+        assert same_weights(module, before)
+    assert messages[0] == messages[1]
 
 
 def test_the_scaler_in_manual_optimization():

@@ -77,3 +77,24 @@ def test_packs_that_are_called_in_any_order_find_room():
     strategy, ours, reference = fitted(order=_Same())
     assert same_weights(ours, reference)
     assert strategy.statistics().swap_in_bytes > strategy.statistics().steps * strategy.plan.packs[0].nbytes
+
+
+class OneByOne(Chain):
+    """All layers for one sample, then for the next one, as in code for inputs of many lengths."""
+
+    def step(self, batch):
+        inputs, targets = batch
+        outputs = [self.head(self.net(sample[None] * index)) for index, sample in enumerate(inputs)]
+        return nn.functional.mse_loss(torch.stack(outputs).flatten(), targets)
+
+
+@pytest.mark.parametrize("memory", ["160KiB", "300KiB", "2MiB"])
+def test_a_loop_over_all_layers_of_a_model_that_is_larger_than_a_gpu(memory):
+    """Its layers belong together, but not where a pack of all would not fit."""
+    fits = []
+    for strategy in ("auto", harmony(2, memory, microbatch_size=8)):
+        torch.manual_seed(0)
+        fits.append(OneByOne())
+        trainer(strategy, limit_train_batches=3).fit(fits[-1], loader(8))
+    assert same_weights(*fits)
+    assert (len(strategy.plan.packs) == 1) == (memory == "2MiB")

@@ -1,5 +1,6 @@
 """A run on emulated GPUs with a preset yields a timeline, the same one every time."""
 
+import dataclasses
 import itertools
 import json
 
@@ -32,6 +33,17 @@ def test_two_runs_have_equal_timelines_to_the_bit():
 def test_steps_follow_each_other_on_a_timeline():
     torch.manual_seed(0)
     strategy = HarmonyStrategy(microbatch_size=2, cluster=EmulatedCluster(2, "200KiB", preset="3090"))
+    trainer(strategy, max_steps=3).fit(Chain(depth=6), loader(8, 32))
+    found = strategy.timeline()
+    assert len(found.step_seconds) == 2 and 0.5 * found.seconds < sum(found.step_seconds) < found.seconds
+
+
+def test_steps_are_found_where_the_first_pack_is_dealt_and_begins_on_another_gpu():
+    counts = {"microbatch_size": 2, "num_microbatches": 4, "num_devices": 2}
+    plan = make_plan(decompose(Chain(depth=6), 2**14), mode="pp", memory_bytes=200 * 1024, stash="device", **counts)
+    plan = dataclasses.replace(plan, dealt=(0,), dealt_order=(1, 0))
+    cluster = EmulatedCluster(2, "200KiB", preset="3090")
+    strategy = HarmonyStrategy(microbatch_size=2, cluster=cluster, plan=plan)
     trainer(strategy, max_steps=3).fit(Chain(depth=6), loader(8, 32))
     found = strategy.timeline()
     assert len(found.step_seconds) == 2 and 0.5 * found.seconds < sum(found.step_seconds) < found.seconds

@@ -84,7 +84,9 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.planner == "genetic":
         found = {rules: breed(costs, rules=rules, **question) for rules in default}
     reasons = {
-        rules: list(_explained(rules, answer, costs, question)) if arguments.explain else []
+        rules: list(_explained(rules, answer, costs, question, None if found is default else default[rules]))
+        if arguments.explain
+        else []
         for rules, answer in found.items()
     }
     if arguments.json:
@@ -109,16 +111,19 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _explained(rules: Rules, found: Found, costs: Costs, question: dict[str, Any]) -> Iterator[str]:
-    """Sentences on a plan, under the rules that it was found under."""
-    if found.rules == rules:
-        return explain(found, costs, **question)
+def _explained(
+    rules: Rules, found: Found, costs: Costs, question: dict[str, Any], default: Found | None
+) -> Iterator[str]:
+    """Sentences on a plan, under the rules that it was found under; `default`: the default planner's, if it was bred."""
+    if found.rules == rules and (default is None or default.rules == rules):
+        return explain(found, costs, **question, default=default)
 
     def again(changed: Costs, minibatch: int, memory_bytes: float) -> Found:
         with_original = costs.on(changed.machine)
         return search_own(with_original, minibatch=minibatch, mode=question["mode"], memory_bytes=memory_bytes)
 
-    return explain(found, costs_under(found.rules, costs, question["memory_bytes"]), **question, search_again=again)
+    under = costs_under(found.rules, costs, question["memory_bytes"])
+    return explain(found, under, **question, search_again=again, default=default)
 
 
 def _fields(found: Found, costs: Costs, minibatch: int) -> dict[str, Any]:

@@ -46,10 +46,13 @@ class Timeline(Record):
     def step_seconds(self) -> tuple[float, ...]:
         """Of each training step but the last, from the end of its first forward to that of the next step's: what comes
         before that waits for no weights, and so may be early."""
+        first = "forward of pack 0, microbatch 0"
+        devices = {span.device for span in self.spans if span.name == first}  # any one, where that pack is dealt
+        spans = [span for device in devices for span in self.lane(device, "compute")]
         ends: list[float] = []
         is_behind = True
-        for span in self.lane(0, "compute"):
-            if span.name == "forward of pack 0, microbatch 0":
+        for span in sorted(spans, key=lambda span: span.start):
+            if span.name == first:
                 if is_behind:
                     ends.append(span.end)
                 ends[-1], is_behind = span.end, False

@@ -88,7 +88,8 @@ def _measure(devices: Sequence[torch.device], progress: Progress) -> Machine:
     names = [torch.cuda.get_device_name(device) for device in devices]
     if len(set(names)) > 1:
         raise ConfigurationError(
-            f"plans are for equal GPUs, these are {', '.join(names)}; choose with devices= or CUDA_VISIBLE_DEVICES"
+            f"plans are searched for equal GPUs, these are {', '.join(names)}; choose equal ones with devices= or "
+            f"CUDA_VISIBLE_DEVICES, or train under a plan that is not searched, with plan='sizes'"
         )
     progress("host memory")
     copy_rate = host_copy_bytes_per_second()

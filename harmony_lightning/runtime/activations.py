@@ -95,9 +95,25 @@ class Activations:
             tensor = held()
         else:  # not kept, or written since
             made = self._make(self._recompute)
-            tensor, _ = made.pop(position)
+            tensor = self.hand_out(made.pop(position))
             self._ready = cast(dict[Position, tuple[torch.Tensor, int] | Restore], made)
         self._handed_out[position] = weakref.ref(tensor)
+        return tensor
+
+    def hand_out(self, saved: tuple[torch.Tensor, int]) -> torch.Tensor:
+        """What was saved, with its version then. Torch does not compare these where there are hooks.
+
+        Raises:
+            RuntimeError: it was written since, as torch tells it.
+        """
+        tensor, version = saved
+        if tensor._version != version and self._refer(tensor) is None:  # weights of one slot count together
+            raise RuntimeError(
+                f"one of the variables needed for gradient computation has been modified by an inplace operation in layer "
+                f"{self._layer}: a tensor of shape {tuple(tensor.shape)} and {tensor.dtype} is at version "
+                f"{tensor._version}; expected version {version} instead. Let the layer write a copy of it "
+                f"(x = x.clone()), or x = x * 2 in place of x *= 2"
+            )
         return tensor
 
     def __enter__(self) -> None:
@@ -172,12 +188,8 @@ class Activations:
         )
 
 
-def keep_detached(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach()  # an operation that saves its own result would hold itself alive for ever
-
-
-def hand_out(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor
+def keep_detached(tensor: torch.Tensor) -> tuple[torch.Tensor, int]:
+    return tensor.detach(), tensor._version  # an operation that saves its own result would hold itself alive for ever
 
 
 def unreachable(_: Any) -> Any:

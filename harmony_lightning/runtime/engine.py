@@ -368,7 +368,7 @@ class Engine:
             self.rest.finish_updates()
         else:
             self.settle()
-            self.state.masters_written()  # or will be
+            self.state.masters_written(trained_only=True)  # or will be
         self.rest.bring_home()
 
     def notice_between(self, arguments: Any, *, shows: bool, leaks: bool) -> None:

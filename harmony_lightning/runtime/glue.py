@@ -97,6 +97,9 @@ class Glue(TorchFunctionMode):
             with torch._C.DisableTorchFunction():
                 _map_tensors(buffers.come_home, (args, kwargs))
         kind = _KINDS.get(func) or _classify(func)
+        if kind == "write" and not args:  # `nn.init` names its arguments
+            args = tuple(kwargs[name] for name in ("tensor", "input") if name in kwargs)
+            kwargs = {name: value for name, value in kwargs.items() if name not in ("tensor", "input")}
         if kind == "derivative":
             with torch._C.DisableTorchFunction():
                 of_weights = any(segment.state.weight_name(tensor) for tensor in inputs_of(func, args, kwargs))
@@ -162,11 +165,11 @@ class Glue(TorchFunctionMode):
     def _write(self, segment: Segment, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         target, others = args[0], (args[1:], kwargs)
         self._before_write(target)
-        if (
-            target.device != segment.device.torch_device
-            and target.grad_fn is None
-            and not (torch.is_grad_enabled() and _any_requires_grad((target, others)))
-        ):
+        is_differentiated = torch.is_grad_enabled() and _any_requires_grad((target, others))
+        is_elsewhere = target.device != segment.device.torch_device and target.grad_fn is None
+        # A weight that trains is written itself, for torch to refuse that where a gradient would go on from it.
+        is_trained = target.requires_grad and segment.state.weight_name(target) is not None
+        if is_trained or (is_elsewhere and not is_differentiated):
             rest, named = _move(others, target.device)
             result = func(target, *rest, **named)
             segment.state.notice_write(target)

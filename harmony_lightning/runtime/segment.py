@@ -33,6 +33,7 @@ from harmony_lightning.runtime.moved import Copies, Moved
 from harmony_lightning.runtime.state import RuntimeState
 from harmony_lightning.runtime.structure import clone_with_strides, nbytes_of, tensors_in
 from harmony_lightning.runtime.transfer import Arrival
+from harmony_lightning.runtime.transforms import bring_in_transform
 
 Sink = Callable[[torch.Tensor], None]
 Deposit = Callable[[GradientEdge, Arrival], None]
@@ -207,6 +208,11 @@ class Segment:
 
     def bring(self, tensor: torch.Tensor, is_written: bool = False) -> torch.Tensor:
         """The tensor as glue in this segment may use it."""
+        if (
+            torch._C._are_functorch_transforms_active()
+            and (found := bring_in_transform(tensor, self.bring)) is not None
+        ):
+            return found
         value, sink = self.take(tensor, is_written)
         if sink is None:
             return value

@@ -145,9 +145,11 @@ def explain(
     memory_bytes: float,
     num_others: int = 3,
     search_again: Callable[[Costs, int, float], Found] | None = None,
+    default: Found | None = None,
 ) -> Iterator[str]:
     """Sentences on what binds, why the others lost, and what would help. Searches again for the last: as `find`, unless
-    another way is given to find the best for costs, samples and bytes."""
+    another way is given to find the best for costs, samples and bytes. `default` is what that finds as things are, where
+    `found` comes from another planner: unlike planners cannot be compared, and one that breeds takes seconds."""
     rules = Rules(found.rules)
     best = break_down(found.best.schedule, costs, rules)
     total = found.best.seconds
@@ -170,6 +172,9 @@ def explain(
             f"{describe(other.schedule)} takes {slower:.3g} s more: {extra:.3g} s more {more}, GPUs compute "
             f"{theirs.busy_share:.0%} of the time."
         )
+    if default is not None:
+        total = default.best.seconds
+        yield f"What would help is told by plans of the default planner, whose present one takes {total:.4g} s."
     machine = costs.machine
     faster = replace(machine, host_link_bytes_per_second=2 * machine.host_link_bytes_per_second)
     for what, changed, samples, memory in (

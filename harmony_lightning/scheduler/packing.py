@@ -88,7 +88,7 @@ def make_plan(
             device there, all others on the host.
         host_is_device: nothing is swapped: one pack holds everything.
         one_layer_per_pack: though several would fit.
-        together: names of layers that take turns in a loop and so belong in one pack.
+        together: names of layers that take turns in a loop and so belong in one pack, if it fits; else each turn swaps.
         narrow_dtype: of narrow weights, if layers have any.
         gradient_wire: how gradients of those travel.
 
@@ -98,7 +98,8 @@ def make_plan(
     groups = _groups(decomposition.layers, together)
     limit = Limit(sys.maxsize, sys.maxsize, None, 0)
     if not host_is_device:
-        limit = _limit(decomposition, groups, memory_bytes, "device" if update == "device" else "host")
+        place: Literal["device", "host"] = "device" if update == "device" else "host"
+        groups, limit = _fitting(decomposition, groups, memory_bytes, place)
     pack = functools.partial(pack_of_layers, decomposition, is_updated_there=limit.update_slot_nbytes is not None)
     if mode != "dp" and num_devices > 1:
         limit = limit.shared(decomposition, groups, PACKS_PER_DEVICE * num_devices // pipelines)
@@ -275,6 +276,34 @@ def with_first_on_devices(
             continue
         plan = wider
     return plan
+
+
+def _fitting(
+    decomposition: Decomposition, groups: list[Group], memory_bytes: int, update: Literal["device", "host"]
+) -> tuple[list[Group], Limit]:
+    """As many of the groups as fit, with the layers of others one by one; and the limit."""
+
+    def needed(loop: Group) -> int:
+        """Its sums of gradients are complete when all turns are over, and until then beside their slot."""
+        pack = pack_of_layers(decomposition, loop)
+        return pack.slot_nbytes + pack.gradient_slot_nbytes + pack.trainable_nbytes
+
+    while True:
+        loops = [group for group in groups if len(group) > 1]
+        largest = max(loops, key=needed, default=())
+        try:
+            limit = _limit(decomposition, groups, memory_bytes, update)
+            if needed(largest) <= LAST_RESORT_SHARE * memory_bytes:
+                return groups, limit
+        except CapacityError:
+            if not loops:
+                raise
+        kept = [frozenset(layer.name for layer in loop) for loop in loops if loop is not largest]
+        groups = _groups(decomposition.layers, kept)
+        log.info(
+            "harmony: layers %s take turns, and do not fit a GPU together: they are swapped for each turn",
+            " + ".join(layer.name for layer in largest),
+        )
 
 
 def _limit(

@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from harmony_lightning.config import HarmonyConfig
 from harmony_lightning.decomposer.decomposition import Decomposition
-from harmony_lightning.errors import in_one_line
+from harmony_lightning.errors import ConfigurationError, in_one_line
 from harmony_lightning.plan import Plan
 from harmony_lightning.profiled import Planned, Question, find_plan, machine_of, profile, step_of
 from harmony_lightning.profiler import Machine
@@ -74,6 +74,7 @@ class AutomaticPlan:
         self._precision = precision
         self._state_nbytes, self._work_of_step = state_nbytes, work_of_step
         self._found: dict[Request, Planned | None] = {}
+        self._has_warned = False
 
     @property
     def chooses_all(self) -> bool:
@@ -81,8 +82,8 @@ class AutomaticPlan:
         return self._config.searches == "all"
 
     def find(self, request: Request, batch: Any, arguments: tuple[Any, ...]) -> Planned | None:
-        """The plan for minibatches like this one; None, with a line in the log, where none can be found. The same request
-        is answered once: a module may change to and fro with every step.
+        """The plan for minibatches like this one; None, with a line in the log, where none can be found: a warning if that
+        can be mended. The same request is answered once: a module may change to and fro with every step.
 
         Args:
             arguments: that follow the batch in `training_step`.
@@ -92,7 +93,7 @@ class AutomaticPlan:
         return self._found[request]
 
     def _find_aside(self, request: Request, batch: Any, arguments: tuple[Any, ...]) -> Planned | None:
-        reason = self._reason_against(request)
+        reason, level = self._reason_against(request), logging.INFO
         try:
             machine = machine_of(self._engine.cluster) if reason is None else None
             if machine is not None:
@@ -104,9 +105,11 @@ class AutomaticPlan:
             reason = reason or "nobody knows how fast these devices are"
         except (Exception, SystemExit) as error:  # whatever has gone wrong aside, the run goes on without it
             reason = in_one_line(error)
+            if isinstance(error, ConfigurationError) and not self._has_warned:
+                self._has_warned, level = True, logging.WARNING
         finally:
             self._engine.cluster.trim_device_memory()
-        log.info("harmony: the plan made from sizes stays: %s", reason)
+        log.log(level, "harmony: the plan made from sizes stays: %s", reason)
         return None
 
     def _with_states(self, decomposition: Decomposition) -> Decomposition:

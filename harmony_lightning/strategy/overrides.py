@@ -43,6 +43,13 @@ def observer_of_gradients(module: Any, precision_plugin: Any, pl: Any) -> str | 
     return None if hook is None else f"{hook} sees gradients"
 
 
+def refuses_to_clip(optimizer: Any, module: Any, precision_plugin: Any, pl: Any) -> bool:
+    """Whether Lightning raises an error when it is to clip gradients for the optimizer, one that can unscale them itself
+    (`fused=True`), as it does in mixed precision whether there is a scaler or not. So it must be asked to."""
+    is_clipped = isinstance(precision_plugin, pl.plugins.MixedPrecision) and bool(module.trainer.gradient_clip_val)
+    return is_clipped and getattr(optimizer, "_step_supports_amp_scaling", False)
+
+
 def hook_around_step(module: Any, precision_plugin: Any, pl: Any) -> str | None:
     """The first hook that runs between backward and step and is not Lightning's own; None if there is none."""
     for hook in _BETWEEN_BACKWARD_AND_STEP:

@@ -188,6 +188,8 @@ class Updates:
             return "there are several optimizers"
         if torch.is_anomaly_enabled():
             return "an anomaly must be found before any weight has changed"
+        if overrides.refuses_to_clip(optimizer, module, precision_plugin, pl):
+            return "Lightning refuses to clip gradients for it"
         observer = overrides.observer_of_gradients(module, precision_plugin, pl)
         return observer or self._separability.reason_against(optimizer)
 

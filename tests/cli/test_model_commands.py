@@ -17,6 +17,7 @@ from harmony_lightning.cli import main
 from harmony_lightning.decomposer.discover import decompose
 from harmony_lightning.profiled import with_narrow_weights
 from harmony_lightning.profiler import Machine, Profile
+from harmony_lightning.scheduler.search.genetic_runtime import breed_runtime
 
 CHAIN = ["chain:Chain", "--batch", f"32,{WIDTH}", "--batch", "32", "--gpus", "2x3090", "--memory", "300KiB"]
 
@@ -175,7 +176,28 @@ def test_a_bred_plan_is_told_beside_the_default(capsys, monkeypatch):
     assert (bounds["planner"], bred["planner"]) == ("bounds", "genetic") and "default" not in bounds
     assert bred["default"]["step_seconds"] == bounds["step_seconds"] and not bred["is_proved"]
     assert bred["step_seconds"] <= 1.1 * bounds["step_seconds"] and bred["peak_bytes"] <= 300 * 1024
-    assert "by default" in told(capsys, "explain", *CHAIN, "--mode", "pp", "--planner", "genetic")
+    assert "by default" in told(capsys, "estimate", *CHAIN, "--mode", "pp", "--planner", "genetic")
+
+
+def test_what_would_help_is_asked_of_the_default_planner(capsys, monkeypatch):
+    """A bred plan takes seconds, and may be a little slower or faster whatever changes."""
+    bred = []
+
+    def breed(*args, **options):
+        bred.append(breed_runtime(*args, **options))
+        return bred[-1]
+
+    monkeypatch.setattr("harmony_lightning.scheduler.search.genetic_runtime.MAX_SIMULATED", 40)
+    monkeypatch.setattr("harmony_lightning.profiled.breed_runtime", breed)
+    bounds, genetic = (
+        json.loads(told(capsys, "explain", *CHAIN, "--json", "--planner", planner)) for planner in ("bounds", "genetic")
+    )
+    assert len(bred) == 1 and genetic["step_seconds"] == bred[0].best.seconds
+    helping = [reason for reason in bounds["reasons"] if reason.startswith("With ")]
+    assert helping and [reason for reason in genetic["reasons"] if reason.startswith("With ")] == helping
+    assert genetic.get("mixed_step_seconds") == bounds.get("mixed_step_seconds")
+    (said,) = (reason for reason in genetic["reasons"] if "default planner" in reason)
+    assert said.endswith(f"whose present one takes {bounds['step_seconds']:.4g} s.")
 
 
 def test_explain_tells_what_binds_and_what_would_help(capsys):

@@ -87,6 +87,17 @@ def test_the_genetic_planner_is_told_beside_the_default(files, capsys):
     assert "own, genetic: forward" in capsys.readouterr().out
 
 
+def test_what_would_help_a_bred_plan_is_told_by_plans_of_the_default_planner(files, capsys):
+    options = (*files, "--minibatch", "4", "--memory", "1500", "--mode", "dp", "--json", "--explain")
+    by_bounds, bred = answer(capsys, *options), answer(capsys, *options, "--planner", "genetic")
+    for default, fields in ((by_bounds, bred), (by_bounds["own"], bred["own"])):
+        helping, told = (
+            [reason for reason in one["reasons"] if reason.startswith("With ")] for one in (default, fields)
+        )
+        assert told == helping != []
+        assert any("default planner" in reason for reason in fields["reasons"])
+
+
 def test_reasons_are_told_when_asked_for(files, capsys):
     printed = answer(capsys, *files, "--minibatch", "8", "--memory", "1500", "--json", "--explain")
     for fields in (printed, printed["own"]):

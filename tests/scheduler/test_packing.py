@@ -144,10 +144,16 @@ def test_the_loop_that_takes_turns_is_one_pack_at_its_first_place():
     assert layers_of(packed(parts, 20 * KB, together=together)) == ["l0", "l1 l4", "l2 l3", "l5"]
 
 
-def test_a_loop_that_cannot_fit_is_told_with_all_its_layers():
-    with pytest.raises(CapacityError, match=r"layer l0 \+ l1 \+ l2 needs"):
-        packed(decomposition(KB, KB, KB), 5 * KB, together=(frozenset({"l2", "l0", "l1"}),))
-    assert packed(decomposition(KB, KB, KB), 5 * KB)
+def test_a_loop_that_cannot_fit_is_taken_apart_and_smaller_ones_are_not(caplog):
+    caplog.set_level("INFO", "harmony_lightning")
+    knobs = {"together": (frozenset({"l2", "l0", "l1"}), frozenset({"l3", "l4"})), "one_layer_per_pack": True}
+    # The sums of a loop are there beside its slots: three times 3 KB, in nine tenths of the memory.
+    assert layers_of(packed(decomposition(*[KB] * 5), 10 * KB, **knobs)) == ["l0 l1 l2", "l3 l4"]
+    assert not caplog.messages
+    assert layers_of(packed(decomposition(*[KB] * 5), 9 * KB, **knobs)) == ["l0", "l1", "l2", "l3 l4"]
+    assert (
+        "layers l0 + l1 + l2 take turns, and do not fit a GPU together: they are swapped for each turn" in caplog.text
+    )
 
 
 @pytest.mark.parametrize(("num_devices", "num_packs"), [(1, 1), (2, 4), (3, 6), (6, 12), (12, 24), (40, 24)])

@@ -11,7 +11,7 @@ from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 from harmony_lightning.errors import UnsupportedError
 from harmony_lightning.hardware.emulated import storage_key
 from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
-from harmony_lightning.runtime.activations import hand_out, keep_detached, unreachable
+from harmony_lightning.runtime.activations import keep_detached, unreachable
 from harmony_lightning.runtime.differentiate import gradients_of, keeps_graph
 from harmony_lightning.runtime.layer.call import LayerCall
 from harmony_lightning.runtime.layer.objects import Surroundings
@@ -78,7 +78,7 @@ def _values(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) ->
 
 
 def _values_by_second_run(call: LayerCall, gradients: _Gradients, trained: tuple[str, ...]) -> _Gradients:
-    run = _run_again(call, saved_tensors_hooks(keep_detached, hand_out))
+    run = _run_again(call, saved_tensors_hooks(keep_detached, call.activations.hand_out))
     if len(run.results) != len(gradients):
         raise UnsupportedError(
             f"layer {call.site.name} returned {len(gradients)} tensors first and {len(run.results)} when it was "

@@ -21,7 +21,7 @@ import torch
 from torch.autograd.graph import get_gradient_edge, saved_tensors_hooks
 
 from harmony_lightning.hardware.out_of_memory import OUT_OF_MEMORY
-from harmony_lightning.runtime.activations import TakesDerivative, hand_out, keep_detached, unreachable
+from harmony_lightning.runtime.activations import TakesDerivative, keep_detached, unreachable
 from harmony_lightning.runtime.derivatives import first_derivative_only
 from harmony_lightning.runtime.differentiate import edge_of, keeps_graph, kept_edge_of
 from harmony_lightning.runtime.functions import apply_own
@@ -231,4 +231,5 @@ def _begin(tensor: torch.Tensor, needs: bool, anchor: torch.Tensor, is_copied: b
 
 def _saving(call: LayerCall) -> AbstractContextManager[Any]:
     """What happens to tensors that operations of the forward save."""
-    return saved_tensors_hooks(keep_detached, hand_out) if call.site.differentiates else call.activations
+    activations = call.activations
+    return saved_tensors_hooks(keep_detached, activations.hand_out) if call.site.differentiates else activations

@@ -1,5 +1,6 @@
 """The masters: weights on the host, one arena per pack, and how device copies of them grow old."""
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -50,10 +51,12 @@ class WeightStore:
         """Whether copies were asked for since all masters may have been written."""
         self.has_leaked = False
         """Whether somebody may write masters without torch."""
-        self._memory: dict[int, bool] = {}
-        """By piece of memory in which masters lie, whether it is one that trains."""
+        self._parts_of: dict[int, list[Part]] = {}
+        """By piece of memory in which a master lies: those that have it."""
         self._num_writes = self._num_updates = 0
-        """How often masters were written, or are going to be: any of them, and those that train."""
+        """How often masters were written, or are going to be: all of them, and those that train."""
+        self._num_looks: Counter[Part] = Counter()
+        """How often one of the part may have been written."""
         owned: set[str] = set()
         for index, pack in enumerate(plan.packs):
             wide = [name for name in pack.parameters if name not in owned and name not in pack.narrow]
@@ -96,19 +99,20 @@ class WeightStore:
 
     def holds(self, tensor: torch.Tensor) -> bool:
         """Whether a tensor lies in the memory of masters."""
-        if not self._memory:
-            parts = [part for parts in self.parts for part in parts]
-            self._memory = {storage_key(self.parameters[n]): part.trains for part in parts for n in part.names}
-        return storage_key(tensor) in self._memory
+        if not self._parts_of:
+            for part in (part for parts in self.parts for part in parts):
+                for name in part.names:
+                    self._parts_of.setdefault(storage_key(self.parameters[name]), []).append(part)
+        return storage_key(tensor) in self._parts_of
 
     def expect_writes_of(self, tensors: Sequence[torch.Tensor]) -> None:
         """Somebody may write these, which lie in the memory of masters."""
-        self.expect_writes(trained_only=all(self._memory[storage_key(tensor)] for tensor in tensors))
+        self._num_looks.update({part for tensor in tensors for part in self._parts_of[storage_key(tensor)]})
 
     def move_in(self, pack: int) -> None:
         """Take in weights that user code has given other memory."""
         self.arenas[pack].move_in()
-        self._memory.clear()
+        self._parts_of.clear()
 
     def expect_writes(self, *, trained_only: bool = False) -> None:
         """Somebody writes masters, or is going to: copies that were asked for until now are no good afterwards."""
@@ -118,7 +122,7 @@ class WeightStore:
 
     def generation(self, part: Part) -> int:
         """Grows whenever masters of the part are written, or are going to be: copies of an earlier one are no good."""
-        return self._num_updates if part.trains else self._num_writes
+        return (self._num_updates if part.trains else self._num_writes) + self._num_looks[part]
 
     def version(self, part: Part) -> int:
         """Grows whenever torch sees a master of the part written, by whomever."""
