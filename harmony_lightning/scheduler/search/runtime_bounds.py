@@ -93,7 +93,7 @@ class _Bound:
             if d >= first:
                 tail += self._backward(d, self._pipeline_sizes[-1:])
                 tail += self._costs.input_bytes(self._pipeline_sizes[-1], self._packs[d][1] + 1) / self._peer_rate
-            head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
+            head += self._forward(d, self._pipeline_sizes[: self._schedule.microbatches_per_forward])
         return most
 
     @property
@@ -148,7 +148,7 @@ class _Bound:
         if the frozen ones beside them are still there."""
         if not self._gradients[pack] or pack in self._there:
             return 0.0
-        copied = (self._gradients[pack] + self._trained[pack]) / self._machine.host_share(1)
+        copied = (self._left(pack) + self._trained[pack]) / self._machine.host_share(1)
         return copied + self._costs.update_seconds(self._packs[pack])
 
     def cycles(self) -> float:
@@ -215,10 +215,15 @@ class _Bound:
             return self._stash(pack)
         if not self._is_summed_on_host(pack) or self._visitors == 1:
             return self._stash(pack) + self._gradients[pack] + self._states(pack)
+        return self._stash(pack) + self._visitors * self._left(pack)
+
+    def _left(self, pack: int) -> float:
+        """Bytes of a pack's gradients that leave one device; what one microbatch alone has made, as narrow as it was made,
+        where the host adds it to others."""
         left = self._gradients[pack]
-        if len(self._sizes) == self._visitors:  # what one microbatch alone has made leaves as narrow as it was made
+        if len(self._sizes) == self._visitors > 1 and self._is_summed_on_host(pack):
             left -= min(left, self._costs.narrow_bytes(self._packs[pack])) / 2
-        return self._stash(pack) + self._visitors * left
+        return left
 
     def _is_summed_on_host(self, pack: int) -> bool:
         return self._schedule.sums == "host" and pack not in self._there
