@@ -18,7 +18,7 @@ from harmony_lightning.scheduler.runtime.steps import fair_seconds
 from harmony_lightning.scheduler.search import runtime
 from harmony_lightning.scheduler.search.runtime import QUIET_SHARE, search_runtime
 from harmony_lightning.scheduler.search.runtime_bounds import runtime_bound
-from harmony_lightning.scheduler.search.runtime_family import Placed, placements, runtime_families
+from harmony_lightning.scheduler.search.runtime_family import Placed, deal_last, placements, runtime_families
 from harmony_lightning.scheduler.search.runtime_variants import RUNG, Variants
 
 ANOMALY = 1.01
@@ -32,7 +32,7 @@ def costs_of(draw, max_layers=5, max_gpus=8):
     kinds = []
     for _ in range(draw(st.integers(1, max_layers))):
         activation = draw(st.integers(1, 60))
-        weights = draw(st.integers(0, 400))
+        weights = 8 * draw(st.integers(0, 50))  # a whole number of weights, of which some travel in half the bytes
         one = kind(weights, draw(st.floats(0.05, 5.0)), activation, update=draw(st.floats(0.0, 3.0)))
         kept = draw(st.sampled_from(((), (3.0 * activation, 6.0 * activation, 12.0 * activation))))
         kinds.append(replace(one, kept_bytes=kept, gradient_bytes=draw(st.sampled_from((None, None, weights // 8, 0)))))
@@ -110,6 +110,25 @@ def test_no_step_is_faster_than_its_bound(costs, minibatch, memory_bytes, data):
     assert runtime_bound(settled, costs) <= fair_seconds(settled, costs)
 
 
+def test_a_bound_knows_who_has_which_microbatches_of_a_dealt_pack():
+    """They come from the pack before, and go back: two microbatches are on two GPUs, and others wait."""
+    costs = Costs(profile(*[kind(8, 1.0)] * 3, kind(8, 9.0)), machine(gpus=4, peer_bytes_per_second=1e6))
+    packs = tuple((layer, layer) for layer in range(4))
+    for minibatch in (2, 4, 6):
+        schedule = Schedule(
+            mode="pp",
+            num_devices=4,
+            minibatch=minibatch,
+            microbatch_forward=1,
+            packs_forward=packs[:-1],
+            microbatch_backward=1,
+            packs_backward=packs,
+            prefetch=1,
+            dealt=(3,),
+        )
+        assert 0.9 * fair_seconds(schedule, costs) <= runtime_bound(schedule, costs)
+
+
 @given(costs_of(), st.integers(1, 9), st.data())
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_what_is_left_out_for_its_slots_does_not_fit(costs, minibatch, data):
@@ -122,6 +141,8 @@ def test_what_is_left_out_for_its_slots_does_not_fit(costs, minibatch, data):
 @settings(max_examples=40, deadline=None, derandomize=True)
 def test_nothing_that_a_schedule_may_look_like_is_below_its_floor_nor_at_lower_rungs(costs, minibatch, stays, data):
     schedule = replace(any_schedule(data.draw, costs, minibatch), prefetch=1, stash="host")
+    if schedule.num_copies == 1 < schedule.num_devices and data.draw(st.booleans()):
+        schedule = deal_last(schedule, costs)
     variants = Variants(costs, ("device", "host"), 1 / 0.92 if stays else None, False, movable_packs(costs))
     highest = data.draw(st.integers(30, 60)) * variants.step
     floor = variants.floor(schedule)

@@ -95,7 +95,7 @@ class _Bound:
             if d >= first:
                 tail += self._backward(d, self._pipeline_sizes[-1:])
                 tail += self._costs.input_bytes(self._pipeline_sizes[-1], self._packs[d][1] + 1) / self._peer_rate
-            head += self._forward(d, self._sizes[: self._schedule.microbatches_per_forward])
+            head += self._forward(d, self._pipeline_sizes[: self._schedule.microbatches_per_forward])
         return most
 
     def _of_pack(self, pack: int, sizes: tuple[int, ...]) -> float:
@@ -147,9 +147,7 @@ class _Bound:
         these come back, if the frozen ones beside them are still there."""
         if not self._gradients[pack] or pack in self._there:
             return 0.0
-        share = self._gradients[pack] / self._visitors
-        copied = (share + self._trained[pack]) / self._machine.host_share(1)
-        copied += (self._visitors - 1) * share / self._peer_rate
+        copied = (self._gradients[pack] + self._trained[pack]) / self._machine.host_share(1)
         return copied + self._costs.update_seconds(self._packs[pack])
 
     def cycles(self) -> float:

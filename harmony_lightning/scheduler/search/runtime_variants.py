@@ -132,7 +132,7 @@ class Variants:
 
     def _beside(self, schedule: Schedule, rung: int) -> tuple[dict[int, float], float]:
         """By device what it holds with all that may stay, and up to where things stay."""
-        if self._stay is None or schedule.dealt:
+        if self._stay is None:
             return {}, 0.0
         return self._levels(schedule).full_bytes(), self._stay * RUNG**rung * (1 - HEADROOM)
 
