@@ -111,11 +111,11 @@ def samples_to_hide(costs: Costs, schedule: Schedule, rules: Rules) -> dict[str,
 
     # Updates on devices send as much: new weights instead.
     gradients = sum(costs.gradient_bytes(spans[p]) for p in moving)
-    # The runtime's devices send a share each of what several of them have.
-    senders = devices if rules is Rules.RUNTIME else depth
+    # The runtime's devices pass them on to each other, those of all pipelines at once.
+    senders = devices if rules is Rules.RUNTIME and machine.peers_by_host else depth
     seconds = {
         "weights": sum(map(entering, range(len(spans)))) / machine.host_share(devices) / depth,
-        "gradients": gradients / machine.host_share(senders) / senders,
+        "gradients": gradients / machine.host_share(senders) / depth,
         # The runtime has one worker, the rules of schedules one for each device.
         "updates": sum(costs.update_seconds(span) for p, span in enumerate(spans) if p not in schedule.updated_there)
         / (1 if rules is Rules.RUNTIME else devices),
