@@ -54,8 +54,8 @@ class _Bound:
         self._seconds = [self._of_pack(p, self._pipeline_sizes) for p in range(len(self._packs))]
         """Of each pack's computations in the first pipeline."""
         self._dealt_seconds = [0.0] * min(self._depth, len(self._packs))
-        """By device, of the last pack, where it is dealt."""
-        if self._last in schedule.dealt:
+        """By device, of the last pack, where it is dealt. Where nothing trains, the first device waits for no other."""
+        if self._last in schedule.dealt and any(self._gradients):
             here: list[list[int]] = [[] for _ in range(self._gpus)]
             for m, size in enumerate(self._sizes):
                 here[schedule.device(self._last, m)].append(size)
