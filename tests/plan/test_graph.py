@@ -34,7 +34,7 @@ def test_a_timeline_tells_its_length_its_load_and_what_binds():
     [
         ((task(1.0, 0),), "task 0 waits for .*0.*, which must come before it: a deadlock"),
         ((task(1.0), task(1.0, 2)), "task 1 waits for .*2.*a deadlock"),
-        ((task(1.0, lanes=(9,)),), "task 0 is on lanes .*9.*; there are 9"),
+        ((task(1.0, lanes=(11,)),), "task 0 is on lanes .*11.*; there are 11"),
         ((task(1.0, lanes=()),), "task 0 is on lanes"),
         ((task(-1.0),), "task 0 takes -1.0 seconds"),
     ],

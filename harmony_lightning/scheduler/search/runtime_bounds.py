@@ -132,7 +132,11 @@ class _Bound:
 
     @staticmethod
     def _sum(seconds: Callable[[int, Span], float], span: Span, sizes: tuple[int, ...]) -> float:
-        return sum(count * seconds(size, span) for size, count in _counted(sizes))
+        counted = _counted(sizes)
+        if len(counted) == 1:  # mostly
+            ((size, count),) = counted
+            return count * seconds(size, span)
+        return sum(count * seconds(size, span) for size, count in counted)
 
     def _sums(self, packs: Sequence[int]) -> float:
         """Where one device adds up what those of all pipelines have, to update it."""

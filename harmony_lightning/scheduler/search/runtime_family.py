@@ -20,6 +20,9 @@ from harmony_lightning.units import format_nbytes
 FINE = 12
 """Up to so many packs every number is tried; beyond twice that, numbers in growing steps."""
 
+COARSE = 6
+"""The same for placements beside pp, where several are searched: there are many, and large models take seconds each."""
+
 FEW_LAYERS = 5
 """Of so many every packing is tried."""
 
@@ -48,8 +51,9 @@ def runtime_families(
 ) -> Iterator[tuple[Schedule, ...]]:
     """`pipelines`, `deals` and `size` of microbatches are the only ones; None for many."""
     gpus = costs.machine.gpus
-    packings = _packings(costs, together)
-    for placed in placements(mode, gpus, pipelines, deals):
+    placed_so = list(placements(mode, gpus, pipelines, deals))
+    for placed in placed_so:
+        packings = _packings(costs, together, FINE if placed == Placed("pp") or len(placed_so) == 1 else COARSE)
         samples = -(-minibatch // (gpus if placed.mode == "dp" else placed.pipelines))
         sizes = choose_sizes(costs, "backward", samples) if size is None else [size]
         family = (
@@ -99,7 +103,7 @@ def placements(mode: Mode, gpus: int, pipelines: int | None = None, deals: bool 
         yield Placed("dp")
 
 
-def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple[Span, ...], ...]:
+def _packings(costs: Costs, together: tuple[frozenset[int], ...], fine: int) -> tuple[tuple[Span, ...], ...]:
     """Packs of about equal seconds and of about equal weights; any packs of few layers."""
     sizes = costs.profile.microbatch_sizes.backward
     layers, size = range(costs.num_layers), sizes[len(sizes) // 2]  # a layer's share hardly depends on the size
@@ -108,7 +112,7 @@ def _packings(costs: Costs, together: tuple[frozenset[int], ...]) -> tuple[tuple
     weights = [costs.weight_bytes(span) + costs.gradient_bytes(span) for span in one]
     found: dict[tuple[Span, ...], None] = {}
     tables = [table(seconds), table(weights)]
-    for count in pack_counts(costs.num_layers, FINE):
+    for count in pack_counts(costs.num_layers, fine):
         packings = [packs_of(starts, count, costs.num_layers) for starts in tables]
         if costs.num_layers <= FEW_LAYERS:
             cuts = combinations(range(1, costs.num_layers), count - 1)
