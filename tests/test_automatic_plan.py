@@ -173,6 +173,25 @@ def test_a_plan_that_was_found_behind_the_first_step_gives_way_to_that_of_the_fi
     assert same_weights(module, trained_plainly(reference, 4, 64))
 
 
+def test_microbatches_are_chosen_anew_when_narrow_weights_are_known(monkeypatch):
+    """The minibatch at hand is cut again."""
+    original, asked = automatic.find_plan, []
+
+    def find_plan(measured, machine, decomposition, question, in_use=None):
+        asked.append(question.microbatch_size)
+        sized = dataclasses.replace(question, microbatch_size=4 * len(asked))
+        return original(measured, machine, decomposition, sized, in_use)
+
+    monkeypatch.setattr(automatic, "find_plan", find_plan)
+    module, strategy = Chain(depth=6), automatic_strategy()
+    seen = []
+    hook = module.net[0].register_forward_hook(lambda _, args, result: seen.append(len(args[0])))
+    trainer(strategy, precision="bf16-mixed").fit(module, loader(16, 48))
+    hook.remove()
+    assert asked == [None, None] and strategy.plan.microbatch_size == 8 and strategy.plan.narrow_dtype == "bfloat16"
+    assert seen[-8:] == [4] * 4 + [8] * 4 and strategy.statistics().steps == 3
+
+
 class _Normed(Chain):
     def __init__(self):
         super().__init__(depth=6)

@@ -158,14 +158,15 @@ class Planning:
 
     def _search_again(self, batch: Any, arguments: tuple[Any, ...], parts: Microbatches, *, has_learned: bool) -> None:
         """Behind the first step, when everything is known: let the search improve on the plan made from sizes, with the
-        same microbatches."""
+        same microbatches; or on its own, if that knew less."""
         automatic, former = self._automatic, self.searched
         decomposition, plan = self._loaded
         if has_learned:
             decomposition, plan = self._prepare(_workload(parts), former)
         planned = None
         if automatic is not None and (automatic.chooses_all or not self._has_failed):
-            request = self._request(decomposition, plan, parts, keeps_microbatches=True)
+            keeps_microbatches = self._keeps_numbers or former is None or not has_learned
+            request = self._request(decomposition, plan, parts, keeps_microbatches=keeps_microbatches)
             plan, planned = request.in_use, automatic.find(request, batch, arguments)
         if planned is not None and (planned.plan is not plan or former is not None):
             self.searched = planned.plan
@@ -236,8 +237,9 @@ class Planning:
             )
         return split_minibatch(batch, size, min_samples=self._min_samples, split=self._config.split_batch)
 
-    def bring_up_to_date(self, batch: Any, parts: Microbatches, *arguments: Any) -> None:
-        """Between steps: take up what has changed in the module, and what the first step has shown."""
+    def bring_up_to_date(self, batch: Any, parts: Microbatches, *arguments: Any) -> Microbatches:
+        """Between steps: take up what has changed in the module, and what the first step has shown. Returns microbatches
+        of the batch, which may be cut otherwise then."""
         engine = self._engine
         workload = _workload(parts)
         self._notice_shortage()
@@ -250,6 +252,8 @@ class Planning:
             if learned or not (self._is_searched or chooses):
                 self._is_searched = True
                 self._search_again(batch, arguments, parts, has_learned=bool(learned))
+                parts = self.split(batch)
+                workload = _workload(parts)
             if learned:
                 level = logging.WARNING if self._share < share else logging.INFO
                 log.log(level, "harmony: %s; %s", " and ".join(learned), self._outcome(former))
@@ -259,6 +263,7 @@ class Planning:
             engine.resize(workload.microbatch_size, workload.num_microbatches)
         if self._residency is not None:
             self._residency.before("training", parts.batches)
+        return parts
 
     def check_order(self) -> None:
         """Behind the forward of a step: the first one shows whether a given plan is in the order of calls."""

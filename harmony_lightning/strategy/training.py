@@ -72,7 +72,7 @@ class Training(Session):
         if parts.reason is not None:
             self._tell_once(f"the minibatch runs as one microbatch: {parts.reason}; split_batch=fn can cut it")
         with self._in_step():
-            self._planning.bring_up_to_date(batch, parts, *args)
+            parts = self._planning.bring_up_to_date(batch, parts, *args)
         if self._planning.searched is not found or (self._given_plan is not None and self._kept_plan is None):
             self._keep_plan()
         shares = loss_shares(self._config.loss_weight, parts)
