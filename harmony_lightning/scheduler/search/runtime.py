@@ -49,8 +49,6 @@ MAX_AT_RUNG = 15_000
 """Of all variants of these that are simulated, if they are more than those that are looked at in full."""
 MAX_FAIR_COMPUTATIONS = 200
 """Of one that is simulated with links shared fairly."""
-MAX_FAIR_WITH_COPIES = 1_000
-"""Of one by which several GPUs have each pack: they are at the host's memory at once, for which fixed shares say little."""
 USUAL_VARIANTS = 2
 """Of a member at a rung; one that has more counts as more members."""
 FINALISTS = 6
@@ -172,8 +170,7 @@ def _packing(variant: Variant) -> object:
 
 def is_simulated_fairly(schedule: Schedule) -> bool:
     """Whether its seconds are those with links and memory shared fairly."""
-    most = MAX_FAIR_COMPUTATIONS if schedule.num_copies == 1 else MAX_FAIR_WITH_COPIES
-    return num_runtime_computations(schedule) <= most
+    return num_runtime_computations(schedule) <= MAX_FAIR_COMPUTATIONS
 
 
 class _Search:

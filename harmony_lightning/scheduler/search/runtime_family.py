@@ -112,7 +112,7 @@ def _packings(costs: Costs, together: tuple[frozenset[int], ...], fine: int) -> 
     weights = [costs.weight_bytes(span) + costs.gradient_bytes(span) for span in one]
     found: dict[tuple[Span, ...], None] = {}
     tables = [table(seconds), table(weights)]
-    for count in pack_counts(costs.num_layers, fine):
+    for count in sorted({*pack_counts(costs.num_layers, fine), costs.num_layers}):
         packings = [packs_of(starts, count, costs.num_layers) for starts in tables]
         if costs.num_layers <= FEW_LAYERS:
             cuts = combinations(range(1, costs.num_layers), count - 1)
