@@ -222,7 +222,7 @@ def test_a_dealt_pack_is_updated_when_all_of_its_gradient_has_come():
     trainer(strategy).fit(on_meta(lambda: Wide(3)).to_empty(device="cpu"), data)
     (last,), timeline = strategy.plan.dealt, strategy.timeline()
     first, second = strategy.plan.visitors(last)
-    sent = [timeline.lane(device, "share-out") for device in (first, second)]
+    sent = [timeline.lane(device, "sum-out") for device in (first, second)]
     update = max((span for span in timeline.spans if span.name == "update"), key=lambda span: span.nbytes)
     assert sum(span.nbytes for span in sent[0]) == sum(span.nbytes for span in sent[1]) > 0
     assert sent[0][0].end <= sent[1][0].start and sent[1][-1].end <= update.start

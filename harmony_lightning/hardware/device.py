@@ -31,7 +31,7 @@ class Lane(enum.Enum):
     PEER_IN = "peer-in"
     """From another device. A copy between devices is in both lanes, the sender's and the receiver's."""
     PEER_OUT = "peer-out"
-    SHARE_OUT = "share-out"
+    SUM_OUT = "sum-out"
     """Gradients, to other devices that add them up: into their SWAP_OUT lanes, from which sums leave."""
 
 

@@ -28,9 +28,9 @@ class Lane(enum.IntEnum):
     """The thread that enqueues everything, where it does more than that; of device 0."""
     UPDATE_OUT = 8
     """What was updated on the device has a lane of its own there, too."""
-    SHARE_OUT = 9
+    SUM_OUT = 9
     """And gradients that are added up over devices, on their way to the next one, or to the host."""
-    SHARE_IN = 10
+    SUM_IN = 10
 
 
 NUM_LANES = len(Lane)

@@ -54,7 +54,7 @@ class Rest:
         if self._state is not None:
             self._state.weights.finish_enqueuing()
         for device in self._cluster.devices:
-            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT, Lane.SHARE_OUT, Lane.UPDATE_OUT):
+            for lane in (Lane.SWAP_IN, Lane.STASH_IN, Lane.SWAP_OUT, Lane.SUM_OUT, Lane.UPDATE_OUT):
                 if lane is not Lane.UPDATE_OUT or self.has_settled:
                     device.record(lane).synchronize()
 

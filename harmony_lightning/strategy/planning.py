@@ -252,8 +252,9 @@ class Planning:
             if learned or not (self._is_searched or chooses):
                 self._is_searched = True
                 self._search_again(batch, arguments, parts, has_learned=bool(learned))
-                parts = self.split(batch)
-                workload = _workload(parts)
+                if self.searched is not None and self.searched.microbatch_size != workload.microbatch_size:
+                    parts = self.split(batch)
+                    workload = _workload(parts)
             if learned:
                 level = logging.WARNING if self._share < share else logging.INFO
                 log.log(level, "harmony: %s; %s", " and ".join(learned), self._outcome(former))

@@ -2,7 +2,7 @@
 
     gpu0   a --.
     gpu1       '-> a + b --.
-    gpu2                   '-> (a + b) + c --> host          each adds its own in its SWAP_OUT lane, and sends in SHARE_OUT
+    gpu2                   '-> (a + b) + c --> host          each adds its own in its SWAP_OUT lane, and sends in SUM_OUT
 
 All devices send at the same time, each another piece. So links carry a pack's gradients once in each direction, as in a
 reduce-scatter, the host receives sums, and no compute waits for another device. They are added in the order of devices, as
@@ -54,22 +54,22 @@ def pass_on(
     owners = [devices[slot.device] for slot in slots]
     for owner in owners:
         made = owner.record(Lane.COMPUTE)
-        owner.wait(Lane.SHARE_OUT, made)
+        owner.wait(Lane.SUM_OUT, made)
         owner.wait(Lane.SWAP_OUT, made)
     for start in range(0, nbytes, size):
         stop = min(nbytes, start + size)
         parts = [slot.bytes[start:stop] for slot in slots]
         for source, landing in enumerate(landings):
             sender, owner, come = owners[source], owners[source + 1], landing[: stop - start]
-            with sender.lane(Lane.SHARE_OUT, _WHAT), owner.lane(Lane.SWAP_OUT, _WHAT):
+            with sender.lane(Lane.SUM_OUT, _WHAT), owner.lane(Lane.SWAP_OUT, _WHAT):
                 come.copy_(parts[source], non_blocking=True)
                 parts[source + 1].view(dtype).add_(come.view(dtype))
-            owner.wait(Lane.SHARE_OUT, owner.record(Lane.SWAP_OUT))
+            owner.wait(Lane.SUM_OUT, owner.record(Lane.SWAP_OUT))
         if buffer is not None:
-            with owners[-1].lane(Lane.SHARE_OUT, _WHAT):
+            with owners[-1].lane(Lane.SUM_OUT, _WHAT):
                 buffer[start:stop].copy_(parts[-1], non_blocking=True)
     for owner, slot in zip(owners, slots, strict=True):
         if buffer is not None or slot is not slots[-1]:
-            slot.left = owner.record(Lane.SHARE_OUT)
+            slot.left = owner.record(Lane.SUM_OUT)
             slot.empty()
-    return owners[-1].record(Lane.SHARE_OUT)
+    return owners[-1].record(Lane.SUM_OUT)

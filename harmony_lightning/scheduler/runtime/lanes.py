@@ -108,18 +108,18 @@ class RuntimeLanes:
             parts = (piece, nbytes - piece) if nbytes > piece else (nbytes,)
             first, *rest = [self._send_on(d, target, part, *ready, first) for part in parts]
             left += rest or [first]
-        self._copied[NUM_LANES * devices[-1] + Lane.SHARE_OUT] = left[-1]
+        self._copied[NUM_LANES * devices[-1] + Lane.SUM_OUT] = left[-1]
         return left
 
     def _send_on(self, source: int, target: int | None, nbytes: float, *after: Event) -> Event:
         """To the next device, or None for the host."""
-        lane, machine, turn = NUM_LANES * source + Lane.SHARE_OUT, self.costs.machine, self.turn
+        lane, machine, turn = NUM_LANES * source + Lane.SUM_OUT, self.costs.machine, self.turn
         if target is None:
             return self.run(lane, nbytes / self.host_share, Kind.WEIGHT_GRADIENTS_OUT, turn, 0, nbytes, *after)
         rate = machine.peer_bytes_per_second
         seconds = nbytes / (min(rate, self.host_share) if machine.peers_by_host else rate)
         return self.run_on_both(
-            lane, NUM_LANES * target + Lane.SHARE_IN, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *after
+            lane, NUM_LANES * target + Lane.SUM_IN, seconds, Kind.ALL_REDUCE, turn, 0, nbytes, *after
         )
 
     def wait(self, *events: Event, nbytes: float = 0.0) -> None:
