@@ -127,7 +127,7 @@ def breed_runtime(
         fitting = {placed: _at_most(sizes[placed], samples // share) for placed, share in shares.items()}
         bordering = Bordering(costs.num_layers, dice, together)
         plans = _Plans(costs, samples, fitting, stashes, bordering, memory_bytes, dice, 1 / len(numbers))
-        plans.mode, plans.abilities, plans.movable, plans.stay = mode, abilities, movable, stay
+        plans.abilities, plans.movable, plans.stay = abilities, movable, stay
         given = plans.like(in_use) if in_use is not None and samples == minibatch else []
         founders = [*given, *best, *(plans.founder() for _ in range(POPULATION - len(best)))]
         evolve(plans, dice, plans.is_spent, [*founders, *plans.smallest()])
@@ -176,7 +176,6 @@ def _closer(found: Sequence[Candidate], costs: Costs) -> list[Candidate]:
 class _Plans:
     """The breed."""
 
-    mode: Mode
     abilities: Change
     movable: Movable
     stay: Change | None
