@@ -13,6 +13,7 @@ from wide import Wide, batch_of, cluster_of, on_meta
 from harmony_lightning import ConfigurationError, HarmonyStrategy, Plan
 from harmony_lightning.errors import DeviceOutOfMemoryError
 from harmony_lightning.runtime.updates import device_sums
+from harmony_lightning.runtime.updates.gradients import GradientStore
 
 BATCH = 8
 
@@ -80,6 +81,19 @@ def test_updated_on_the_gpus_of_the_first_pipeline():
     strategy = harmony(4, "1MiB", 2, plan=plan, update="device")
     assert close(*fit(strategy, 2))
     assert strategy.statistics().updates_on_devices == 2 * len(plan.packs)  # the first step makes the states
+
+
+def test_what_is_added_up_for_an_update_does_not_leave_to_make_room(monkeypatch):
+    plan, left = plan_of(4, 2, "1MiB", update="device"), []
+    bring_to = GradientStore._bring_to
+
+    def bring(store, home, gradient):
+        left.append(store.leave(store._devices[home]))  # as memory that is short asks for
+        return bring_to(store, home, gradient)
+
+    monkeypatch.setattr(GradientStore, "_bring_to", bring)
+    assert close(*fit(harmony(4, "1MiB", 2, plan=plan, update="device"), 2))
+    assert left and not any(left)
 
 
 def test_evaluation_is_that_of_one_pipeline():

@@ -201,10 +201,14 @@ class GradientStore:
         """Sum the slots of one pack into the first, in their order, which alone is left."""
         target, *others = holders
         del holders[1:]
-        for slot in others:
-            for name, gradient in slot.written.items():
-                target.add(name, self._bring_to(target.device, gradient), is_narrow=name in slot.narrow)
-            slot.empty()
+        self._is_adding = True
+        try:
+            for slot in others:
+                for name, gradient in slot.written.items():
+                    target.add(name, self._bring_to(target.device, gradient), is_narrow=name in slot.narrow)
+                slot.empty()
+        finally:
+            self._is_adding = False
 
     def _bring_to(self, home: int, gradient: torch.Tensor) -> torch.Tensor:
         device = self._devices[home]
